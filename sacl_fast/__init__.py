@@ -1,0 +1,31 @@
+"""Fast self-supervised pre-training of lightweight vision encoders with SACL-XD.
+
+>>> import sacl_fast
+>>> from sacl_fast.presets import get_preset
+>>> result = sacl_fast.train(get_preset("demo"))
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from sacl_fast._version import __version__
+
+if TYPE_CHECKING:
+    from sacl_fast.config import Config
+    from sacl_fast.engine.trainer import RunResult, train
+
+__all__ = ["Config", "RunResult", "__version__", "train"]
+
+_LAZY = {
+    "Config": "sacl_fast.config",
+    "RunResult": "sacl_fast.engine.trainer",
+    "train": "sacl_fast.engine.trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Importing the package imports neither torch nor timm; its names do."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'sacl_fast' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)

@@ -1,0 +1,174 @@
+"""The command line: ``sacl-fast train | views | doctor``.
+
+The options of ``train`` and ``views`` are the fields of ``sacl_fast.config.Config``. They are
+layered: preset, then the file given with ``--config``, then the options themselves. Torch is
+imported once everything is understood, so that help and typing errors answer at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sacl_fast._version import __version__
+from sacl_fast.config import Config, to_flags
+from sacl_fast.errors import UserError, nearest
+from sacl_fast.presets import PRESETS, get_preset
+
+_USAGE = """\
+usage: sacl-fast COMMAND ...
+
+  train [PRESET] [--config FILE] [--dry-run] [options]   pre-train an encoder without labels
+  views [PRESET] [--config FILE] [options]               draw both views of some images
+  doctor                                                 what is installed, what runs, and why
+
+presets: {presets}
+(default: demo, which needs no data)
+
+sacl-fast train --help lists the options. sacl-fast --version prints the version.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status (0: done, 2: bad input)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "train": _train,
+        "views": _views,
+        "doctor": _doctor,
+    }
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(_USAGE.format(presets=", ".join(PRESETS)), end="")
+        return 0
+    if args[0] in ("-V", "--version"):
+        print(f"sacl-fast {__version__}")
+        return 0
+    try:
+        if args[0] not in commands:
+            raise UserError(f"unknown command {args[0]!r}; {nearest(args[0], commands)}")
+        commands[args[0]](args[1:])
+    except UserError as error:
+        print(f"sacl-fast: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("sacl-fast: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _train(args: list[str]) -> None:
+    dry_run = _take_flag(args, "--dry-run")
+    config = parse_config(
+        "train", args, extra="--dry-run: print the resolved configuration, sizes and costs only."
+    )
+    if dry_run:
+        from sacl_fast.engine.dry_run import print_dry_run
+
+        print_dry_run(config)
+        return
+    from sacl_fast.engine.trainer import train
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    result = train(config)
+    if result.finished:
+        _print_result(result)
+
+
+def _print_result(result: Any) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for width in ("dense", "slim"):
+        if (after := result.knn.get(f"knn_{width}")) is not None:
+            before = result.knn_before.get(f"knn_{width}")
+            change = "" if before is None else f"{before:.2f} % before training, "
+            print(f"kNN accuracy, {width} encoder: {change}{after:.2f} % after")
+    print(f"pictures: {result.folder / 'curves.png'}, {result.folder / 'views.png'}")
+    print(f"encoder:  {result.folder / 'encoder.safetensors'}")
+
+
+def _views(args: list[str]) -> None:
+    config = parse_config("views", args, extra="Writes views.png (or --out FILE.png).")
+    from sacl_fast.data.contact_sheet import contact_sheet
+    from sacl_fast.data.sources import open_sources
+
+    path = Path(config.out or "views.png")
+    sheet = contact_sheet(open_sources(config.data, config.seed).train, config)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {path}: {error}; --out names another picture") from error
+    print(path)
+
+
+def _doctor(args: list[str]) -> None:
+    if args:
+        raise UserError(f"doctor takes no options, {args[0]!r} was given")
+    from sacl_fast.engine.environment import print_doctor
+
+    print_doctor(sys.stdout)
+
+
+def parse_config(command: str, args: Sequence[str], *, extra: str = "") -> Config:
+    """The configuration that ``[PRESET] [--config FILE] [options]`` describes.
+
+    Raises:
+        UserError: an unknown preset or key, or a value that does not fit.
+        SystemExit: after printing help, or tyro's account of an option it does not know.
+    """
+    rest = list(args)
+    config = get_preset(rest.pop(0) if rest and not rest[0].startswith("-") else "demo")
+    file = _take_value(rest, "--config")
+    if file is not None:
+        try:
+            config = _parse(command, config, to_flags(_read_yaml(Path(file))))
+        except SystemExit:
+            raise UserError(f"the option named above stands in {file}") from None
+    others = f"Preset {config.preset}; others: {', '.join(PRESETS)}."
+    layers = "--config FILE: YAML, layered between preset and options."
+    return _parse(command, config, rest, " ".join((others, layers, extra)))
+
+
+def _parse(command: str, default: Config, args: list[str], description: str = "") -> Config:
+    import tyro
+
+    prog = f"sacl-fast {command}"
+    return tyro.cli(Config, prog=prog, default=default, args=args, description=description)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read configuration {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no configuration; a mapping such as 'epochs: 10' works")
+    return {key: value for key, value in values.items() if key != "preset"}
+
+
+def _take_flag(args: list[str], flag: str) -> bool:
+    if flag not in args:
+        return False
+    args.remove(flag)
+    return True
+
+
+def _take_value(args: list[str], option: str) -> str | None:
+    for i, arg in enumerate(args):
+        if arg == option:
+            if i + 1 == len(args):
+                raise UserError(f"{option} needs a file")
+            value = args[i + 1]
+            del args[i : i + 2]
+            return value
+        if arg.startswith(f"{option}="):
+            return args.pop(i).partition("=")[2]
+    return None

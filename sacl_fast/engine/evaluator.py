@@ -1,0 +1,87 @@
+"""kNN evaluation within a run: which images, on which rank, what is kept for later."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+
+from sacl_fast.config import Config
+from sacl_fast.data.loader import EvalLoader
+from sacl_fast.data.sources import Source, Splits
+from sacl_fast.encoders.batch_norm import local_batch_norm
+from sacl_fast.engine.method import SaclXd
+from sacl_fast.evaluation.evaluate import evaluate_knn
+from sacl_fast.evaluation.recalibrate import recalibrated
+
+
+class Evaluator:
+    """Evaluates the encoder on the splits of a data source, dense and slim.
+
+    The bank is a random subset of the training images; the queries are one of the validation
+    images or, where there are none, a tenth of the training images that the bank then lacks.
+    """
+
+    def __init__(
+        self,
+        splits: Splits,
+        config: Config,
+        device: torch.device,
+        amp_dtype: torch.dtype | None,
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.amp_dtype = amp_dtype
+        self.classes = splits.train.classes
+        order = np.random.default_rng([config.seed, 0]).permutation(len(splits.train))
+        if splits.val is not None:
+            queries = np.random.default_rng([config.seed, 1]).permutation(len(splits.val))
+            self.queries = self._loader(splits.val, queries[: config.eval.queries])
+        else:
+            held_out = len(order) // 10
+            queries, order = order[:held_out], order[held_out:]
+            self.queries = self._loader(splits.train, queries[: config.eval.queries])
+        self.bank = self._loader(splits.train, order[: config.eval.bank])
+
+    def _loader(self, source: Source, indices: np.ndarray) -> EvalLoader:
+        return EvalLoader(source, indices, self.config, self.device)
+
+    @property
+    def possible(self) -> bool:
+        """Whether there are labels to evaluate with."""
+        return len(self.classes) > 1 and len(self.queries.indices) > 0
+
+    def knn(self, method: SaclXd) -> dict[str, float]:
+        """Top-1 accuracies in percent, ``knn_dense`` and ``knn_slim``; the model is unchanged."""
+        with local_batch_norm(method):
+            return evaluate_knn(
+                method.encoder,
+                method.slicer,
+                self.bank,
+                self.queries,
+                self.config.eval,
+                len(self.classes),
+                device=self.device,
+                amp_dtype=self.amp_dtype,
+            )
+
+    def final_encoder_state(self, method: SaclXd) -> dict[str, torch.Tensor]:
+        """The dense encoder's ``state_dict`` on the CPU, with batch-norm statistics of its own.
+
+        The running ones mix the dense and the slim network; see ``evaluation/recalibrate.py``.
+        """
+        with (
+            torch.random.fork_rng(devices=[]),
+            local_batch_norm(method),
+            method.slicer.mode("dense"),
+            recalibrated(method.encoder, self._calibration_images()),
+        ):
+            state = copy.deepcopy(method.encoder.state_dict())
+        return {name: value.cpu().contiguous() for name, value in state.items()}
+
+    def _calibration_images(self):
+        for i, (images, _) in enumerate(self.bank):
+            if i == self.config.eval.recalibrate_batches:
+                return
+            yield images

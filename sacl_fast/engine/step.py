@@ -1,0 +1,93 @@
+"""One training step: four passes, loss, backward, update. Nothing in it waits for the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sacl_fast.config import Config
+from sacl_fast.engine.distributed import Ranks
+from sacl_fast.engine.method import Embeddings, SaclXd
+from sacl_fast.errors import UserError
+from sacl_fast.losses import SaclXdLoss
+from sacl_fast.ops.backend import OPERATORS, resolve
+from sacl_fast.ops.xcorr_loss import LossParts
+from sacl_fast.optim import build_optimizer, learning_rate
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The autocast type of ``auto``, ``fp32``, ``bf16`` or ``fp16`` on a device; None: fp32."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("precision 'fp16' needs a GPU; 'fp32' and 'bf16' work on a CPU")
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+class TrainingStep:
+    """Model, loss, optimiser and schedule of a run, and the step over them."""
+
+    def __init__(
+        self, method: SaclXd, config: Config, ranks: Ranks, *, steps_per_epoch: int
+    ) -> None:
+        device = ranks.device
+        self.backends = {op: resolve(config.backend, op, device) for op in OPERATORS}
+        self.config = config
+        self.device = device
+        self.amp_dtype = autocast_dtype(config.precision, device)
+        memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.method = method.to(device, memory_format=memory_format)  # type: ignore[call-overload]
+        self.model: nn.Module = self.method
+        if ranks.world_size > 1:
+            synchronized = config.encoder.sync_batch_norm
+            self.model = DistributedDataParallel(method, broadcast_buffers=not synchronized)
+        self.criterion = SaclXdLoss(config.loss)
+        self.optimizer = build_optimizer(method.parameters(), config.optim)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype is torch.float16)
+        self.steps_per_epoch = steps_per_epoch
+        self.first_nonfinite = torch.tensor(-1, device=device)
+        """The first step whose loss was not finite, -1 while there is none."""
+
+    def __call__(
+        self, view_a: Tensor, view_b: Tensor, step: int
+    ) -> tuple[Tensor, LossParts, Tensor]:
+        """One step on two views (n, 3, H, W). Returns the loss, its parts and ``z1``, detached."""
+        embeddings = self.four_passes(view_a, view_b)
+        loss, parts = self.criterion(*embeddings)
+        self.backward(loss)
+        self.update(step)
+        self.note_nonfinite(loss.detach(), step)
+        return loss.detach(), parts, embeddings.z1.detach()
+
+    def four_passes(self, view_a: Tensor, view_b: Tensor) -> Embeddings:
+        with self.autocast():
+            return self.model(view_a, view_b)
+
+    def backward(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+
+    def update(self, step: int) -> None:
+        lr = self.learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def autocast(self) -> torch.autocast:
+        enabled = self.amp_dtype is not None
+        return torch.autocast(self.device.type, self.amp_dtype or torch.bfloat16, enabled=enabled)
+
+    def learning_rate(self, step: int) -> float:
+        return learning_rate(
+            step,
+            base=self.config.base_lr,
+            warmup_steps=self.config.optim.warmup_epochs * self.steps_per_epoch,
+            total_steps=self.config.epochs * self.steps_per_epoch,
+        )
+
+    def note_nonfinite(self, loss: Tensor, step: int) -> None:
+        """Remember on the device the first step whose loss was not finite."""
+        fresh = (self.first_nonfinite < 0) & ~torch.isfinite(loss)
+        self.first_nonfinite = torch.where(fresh, step, self.first_nonfinite)

@@ -1,0 +1,352 @@
+"""A pre-training run from a configuration to a trained encoder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from sacl_fast import _version
+from sacl_fast.config import Config, to_dict
+from sacl_fast.data.contact_sheet import contact_sheet
+from sacl_fast.data.loader import ViewLoader
+from sacl_fast.data.sources import open_sources
+from sacl_fast.engine import run_folder as files
+from sacl_fast.engine.checkpoint import (
+    changed_settings,
+    check_architecture,
+    checkpoint_path,
+    load_checkpoint,
+    mark_best,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+)
+from sacl_fast.engine.clock import Clock
+from sacl_fast.engine.collapse import CollapseAlarm, effective_rank, embedding_std
+from sacl_fast.engine.console import RunConsole
+from sacl_fast.engine.distributed import Ranks, process_group
+from sacl_fast.engine.environment import environment
+from sacl_fast.engine.evaluator import Evaluator
+from sacl_fast.engine.method import build_method
+from sacl_fast.engine.metrics import MetricWriter, read_metrics
+from sacl_fast.engine.plots import plot_curves
+from sacl_fast.engine.signals import StopRequest, stop_signals
+from sacl_fast.engine.step import TrainingStep
+from sacl_fast.errors import UserError
+from sacl_fast.ops.xcorr_loss import LossParts
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves behind."""
+
+    folder: Path
+    steps: int
+    finished: bool
+    """False if a signal ended it; its last checkpoint goes on from there."""
+    knn: dict[str, float]
+    """The last kNN accuracies in percent, ``knn_dense`` and ``knn_slim``; empty without labels."""
+    knn_before: dict[str, float]
+    """Those of the untrained encoder; empty where they were not measured."""
+
+
+class NonFiniteLoss(UserError):
+    """The loss became NaN or infinite; nothing was saved since."""
+
+
+def train(config: Config) -> RunResult:
+    """Pre-train an encoder as configured; under ``torchrun``, with the other ranks.
+
+    Raises:
+        UserError: what is asked for cannot be done; the sentence says what can.
+    """
+    with process_group(config.device) as ranks:
+        run = Run(config, ranks)
+        try:
+            return run.train()
+        finally:
+            run.close()
+
+
+class Run:
+    """The state of a run, and the loop over it."""
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.config = config
+        self.ranks = ranks
+        self.folder: Path = ranks.from_first(files.choose_run_folder(config))
+        torch.manual_seed(config.seed)  # the same initial weights on every rank
+        self.splits = open_sources(config.data, config.seed)
+        self.loader = ViewLoader(
+            self.splits.train,
+            config,
+            device=ranks.device,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
+        self.method = build_method(config)
+        self.step = TrainingStep(
+            self.method, config, ranks, steps_per_epoch=self.loader.steps_per_epoch
+        )
+        torch.manual_seed(config.seed * 65_537 + ranks.rank)  # drop path differs between ranks
+        self.evaluator = Evaluator(self.splits, config, ranks.device, self.step.amp_dtype)
+        self.alarm = CollapseAlarm(config.log.min_std, config.log.min_rank)
+        self.steps_done = 0
+        self.knn: dict[str, float] = {}
+        self.knn_before: dict[str, float] = {}
+        self.best_knn = -1.0
+        self._resume()
+        self.console = RunConsole(
+            config.epochs,
+            self.loader.steps_per_epoch,
+            config.batch_size,
+            start_step=self.steps_done,
+            quiet=not ranks.first,
+        )
+        self.writer: MetricWriter | None = None
+        if ranks.first:
+            files.make_run_folder(self.folder, config, environment())
+            self.writer = MetricWriter(
+                self.folder, config.log, to_dict(config), self.steps_done or None
+            )
+
+    # The loop
+
+    def train(self) -> RunResult:
+        config, per_epoch = self.config, self.loader.steps_per_epoch
+        with self.console, stop_signals() as stop:
+            self._start()
+            for epoch in range(self.steps_done // per_epoch, config.epochs):
+                self._train_epoch(epoch, stop)
+                if self.steps_done < (epoch + 1) * per_epoch:
+                    self._end_interrupted(stop.name)
+                    return self._result(finished=False)
+                self._end_epoch(epoch)
+            self._finish()
+            return self._result(finished=True)
+
+    def _train_epoch(self, epoch: int, stop: StopRequest) -> None:
+        """The rest of an epoch; returns early where a stop was asked for."""
+        config, per_epoch, slicer = self.config, self.loader.steps_per_epoch, self.method.slicer
+        slicer.enabled = epoch >= config.slim.warmup_epochs
+        clock = Clock(config.batch_size)
+        for batch in clock.waiting(self.loader.epoch(epoch, self.steps_done % per_epoch)):
+            loss, parts, z1 = self.step(batch.view_a, batch.view_b, self.steps_done)
+            self.steps_done += 1
+            if config.slim.refresh_steps and self.steps_done % config.slim.refresh_steps == 0:
+                slicer.refresh()
+            reading = self.steps_done % config.log.every == 0 or self.steps_done % per_epoch == 0
+            if reading:
+                self._read_metrics(epoch, loss, parts, z1, clock)
+            every = config.checkpoint.every_steps
+            if every and self.steps_done % every == 0 and self.steps_done % per_epoch:
+                self._save()
+            # Several ranks must stop at the same step; they agree when they wait anyway.
+            if self.ranks.world_size == 1 or reading:
+                stop.everywhere = self.ranks.any(stop.name is not None)
+            if stop.everywhere and self.steps_done % per_epoch:
+                return
+
+    def _start(self) -> None:
+        for line in self._describe():
+            self.console.message(line)
+        if self.steps_done == 0:
+            self._write_picture(files.VIEWS)
+            self.knn_before = self._evaluate(0)
+
+    def _end_epoch(self, epoch: int) -> None:
+        config, done = self.config, epoch + 1
+        if not config.slim.refresh_steps:
+            self.method.slicer.refresh()
+        last = done == config.epochs
+        best = False
+        if last or (config.eval.every and done % config.eval.every == 0):
+            best = self._evaluate(done).get("knn_dense", -1.0) >= self.best_knn > -1.0
+        every = config.checkpoint.every_steps
+        due = done % config.checkpoint.every_epochs == 0 or (every and self.steps_done % every == 0)
+        if last or best or due:
+            self._save(best=best)
+        self._write_picture(files.CURVES)
+
+    def _end_interrupted(self, signal_name: str | None) -> None:
+        self._save()
+        self._write_picture(files.CURVES)
+        self.console.message(
+            f"stopped by {signal_name or 'a signal to another process'} after step "
+            f"{self.steps_done}; --resume auto --out {self.folder} goes on from there"
+        )
+
+    def _finish(self) -> None:
+        if self.ranks.first:
+            state = self.evaluator.final_encoder_state(self.method)
+            try:
+                save_file(state, self.folder / files.ENCODER)
+            except OSError as error:
+                raise UserError(f"cannot write {self.folder / files.ENCODER}: {error}") from error
+        self.ranks.wait()
+
+    # What is measured
+
+    @torch.no_grad()
+    def _read_metrics(
+        self, epoch: int, loss: torch.Tensor, parts: LossParts, z1: torch.Tensor, clock: Clock
+    ) -> None:
+        """Read the metrics of the last step from the device, report them, sound alarms."""
+        z1 = z1.float()
+        on_device = torch.stack([loss, *parts, embedding_std(z1), effective_rank(z1)])
+        values = [*on_device.tolist(), float(self.step.first_nonfinite.item())]
+        names = ["loss", *LossParts._fields, "embedding_std", "effective_rank"]
+        *readings, first_nonfinite = values
+        if first_nonfinite >= 0:
+            self._event(f"loss is not finite at step {int(first_nonfinite) + 1}")
+            raise NonFiniteLoss(self._nonfinite_sentence(int(first_nonfinite) + 1))
+        metrics = dict(zip(names, readings, strict=True))
+        metrics["lr"] = self.step.learning_rate(self.steps_done - 1)
+        metrics |= clock.read()
+        self.console.update(self.steps_done, epoch, metrics)
+        if self.writer is not None:
+            position = self.steps_done / self.loader.steps_per_epoch
+            self.writer.write("train", step=self.steps_done, epoch=position, values=metrics)
+        warning = self.alarm.check(
+            metrics["embedding_std"], metrics["effective_rank"], self.steps_done
+        )
+        if warning:
+            self._event(warning)
+            self.console.message(warning, warning=True)
+
+    def _nonfinite_sentence(self, step: int) -> str:
+        saved = files.list_checkpoints(self.folder / files.CHECKPOINTS)
+        kept = f"{saved[-1]} is from before" if saved else "no checkpoint had been written"
+        return (
+            f"the loss is not finite at step {step} (learning rate "
+            f"{self.step.learning_rate(step - 1):.3g}, precision {self.config.precision}); the run "
+            f"stops, {kept}. A lower --optim.lr or --precision fp32 often helps"
+        )
+
+    def _evaluate(self, epochs_done: int) -> dict[str, float]:
+        """kNN accuracies on every rank, computed by the first; empty without labels."""
+        if not self.evaluator.possible:
+            return {}
+        knn = self.evaluator.knn(self.method) if self.ranks.first else {}
+        self.knn = self.ranks.from_first(knn)
+        self.best_knn = max(self.best_knn, self.knn.get("knn_dense", -1.0))
+        shown = ", ".join(f"{name[4:]} {value:.2f} %" for name, value in self.knn.items())
+        self.console.message(f"kNN accuracy after {epochs_done} epochs: {shown}")
+        if self.writer is not None:
+            self.writer.write("knn", step=self.steps_done, epoch=epochs_done, values=self.knn)
+        return self.knn
+
+    def _event(self, text: str) -> None:
+        if self.writer is not None:
+            epoch = self.steps_done / self.loader.steps_per_epoch
+            self.writer.write("event", step=self.steps_done, epoch=epoch, values={"message": text})
+
+    def _write_picture(self, name: str) -> None:
+        """Pictures are a courtesy: one that cannot be written is a warning."""
+        if not self.ranks.first:
+            return
+        try:
+            if name == files.VIEWS:
+                contact_sheet(self.splits.train, self.config).save(self.folder / name)
+            else:
+                plot_curves(read_metrics(self.folder / files.METRICS), self.folder / name)
+        except OSError as error:
+            logger.warning("cannot write %s: %s", self.folder / name, error)
+
+    # What is kept
+
+    def _save(self, *, best: bool = False) -> None:
+        """Write a checkpoint; all ranks take part, the first one writes."""
+        first_nonfinite = int(self.step.first_nonfinite.item())
+        if first_nonfinite >= 0:
+            raise NonFiniteLoss(self._nonfinite_sentence(first_nonfinite + 1))
+        random_states = self.ranks.gather(random_state(self.ranks.device))
+        if self.ranks.first:
+            path = checkpoint_path(self.folder / files.CHECKPOINTS, self.steps_done)
+            save_checkpoint(path, self._state(random_states), keep=self.config.checkpoint.keep)
+            if best:
+                mark_best(path)
+        self.ranks.wait()
+
+    def _state(self, random_states: list[Any]) -> dict[str, Any]:
+        return {
+            "version": _version.__version__,
+            "config": to_dict(self.config),
+            "step": self.steps_done,
+            "steps_per_epoch": self.loader.steps_per_epoch,
+            "model": self.method.state_dict(),
+            "optimizer": self.step.optimizer.state_dict(),
+            "scaler": self.step.scaler.state_dict(),
+            "random": random_states,
+            "knn": self.knn,
+            "knn_before": self.knn_before,
+            "best_knn": self.best_knn,
+        }
+
+    def _resume(self) -> None:
+        """Take up the state of the newest readable checkpoint, where one is asked for."""
+        candidates = files.resume_candidates(self.config, self.folder)
+        for i, path in enumerate(candidates):
+            try:
+                state = load_checkpoint(path)
+            except UserError as error:
+                if i + 1 == len(candidates):
+                    raise
+                logger.warning("%s; trying the one before", error)
+                continue
+            return self._restore(path, state)
+
+    def _restore(self, path: Path, state: dict[str, Any]) -> None:
+        config = to_dict(self.config)
+        check_architecture(path, state["config"], config)
+        if state["steps_per_epoch"] != self.loader.steps_per_epoch:
+            raise UserError(
+                f"checkpoint {path} counts {state['steps_per_epoch']} steps an epoch, this run "
+                f"{self.loader.steps_per_epoch}; the same images and batch_size work"
+            )
+        for change in changed_settings(state["config"], config):
+            if not change.startswith(("out:", "resume:")):
+                logger.warning("resuming with another %s", change)
+        try:
+            self.method.load_state_dict(state["model"])
+            self.step.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"checkpoint {path} does not fit this run: {error}") from error
+        self.step.scaler.load_state_dict(state["scaler"])
+        self.steps_done = state["step"]
+        self.knn, self.knn_before = state["knn"], state["knn_before"]
+        self.best_knn = state["best_knn"]
+        if len(state["random"]) == self.ranks.world_size:
+            restore_random_state(state["random"][self.ranks.rank], self.ranks.device)
+        logger.info("resumed from %s after step %d", path, self.steps_done)
+
+    def _describe(self) -> Iterator[str]:
+        config, ranks = self.config, self.ranks
+        parameters = sum(p.numel() for p in self.method.encoder.parameters())
+        device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
+        processes = f" x {ranks.world_size} processes" if ranks.world_size > 1 else ""
+        dtype = str(self.step.amp_dtype or torch.float32).removeprefix("torch.")
+        yield f"run folder {self.folder}"
+        yield f"{len(self.splits.train):,} images, {self.loader.steps_per_epoch} steps an epoch"
+        yield (
+            f"{config.encoder.name} x {config.encoder.width:g}, {parameters / 1e6:.2f} M "
+            f"parameters, slim ratio {config.slim.ratio:g}, {dtype} on {device}{processes}"
+        )
+        for op, resolution in self.step.backends.items():
+            yield f"{op}: {resolution.backend} ({resolution.reason})"
+
+    def _result(self, *, finished: bool) -> RunResult:
+        return RunResult(self.folder, self.steps_done, finished, self.knn, self.knn_before)
+
+    def close(self) -> None:
+        self.loader.close()
+        if self.writer is not None:
+            self.writer.close()

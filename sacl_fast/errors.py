@@ -1,0 +1,24 @@
+"""Errors that users cause and can mend, as opposed to bugs."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input: one clear sentence that says what was given and what works.
+
+    The command line prints it without a traceback and exits with status 2. Any other
+    exception is a bug and keeps its traceback.
+    """
+
+
+def nearest(given: str, valid: Iterable[str], *, show: int = 12) -> str:
+    """The tail of an "unknown name" sentence: the nearest valid names, or the first few."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(given, valid, n=3, cutoff=0.5)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    more = f" and {len(valid) - show} more" if len(valid) > show else ""
+    return f"valid: {', '.join(valid[:show])}{more}"

@@ -1,0 +1,52 @@
+"""The losses as modules, thin over ``sacl_fast.ops.xcorr_loss``."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from sacl_fast.config import LossConfig
+from sacl_fast.ops.xcorr_loss import LossParts, sacl_xd_loss
+
+
+class SaclXdLoss(nn.Module):
+    """SACL-XD's objective (Meng et al., NeurIPS 2023) with the settings of a ``LossConfig``.
+
+    >>> loss, parts = SaclXdLoss(alpha=0.9)(z1, z2, z1_t, z2_t)
+    """
+
+    def __init__(self, config: LossConfig | None = None, **settings: object) -> None:
+        """Takes a ``LossConfig``, or its fields as keywords."""
+        super().__init__()
+        self.config = config or LossConfig(**settings)  # type: ignore[arg-type]
+
+    def forward(
+        self, z1: Tensor, z2: Tensor, z1_t: Tensor | None = None, z2_t: Tensor | None = None
+    ) -> tuple[Tensor, LossParts]:
+        """Four embeddings (N, D) to the loss () and its parts; see ``sacl_xd_loss``."""
+        return sacl_xd_loss(z1, z2, z1_t, z2_t, **vars(self.config))
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value!r}" for key, value in vars(self.config).items())
+
+
+class BarlowTwinsLoss(nn.Module):
+    """Barlow Twins (Zbontar et al., ICML 2021): SACL-XD's contrastive term on two embeddings.
+
+    Used as ``lightly.loss.BarlowTwinsLoss``: takes two embeddings (N, D), returns the loss ().
+    With several processes the correlation is over the global batch, with exact gradients.
+    """
+
+    def __init__(self, lambda_param: float = 5e-3, gather_distributed: bool = True) -> None:
+        super().__init__()
+        self.lambda_param = lambda_param
+        self.gather_distributed = gather_distributed
+
+    def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
+        loss, _ = sacl_xd_loss(
+            z_a,
+            z_b,
+            lambda_=self.lambda_param,
+            distillation="none",
+            statistics="global" if self.gather_distributed else "local",
+        )
+        return loss

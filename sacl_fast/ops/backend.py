@@ -1,0 +1,57 @@
+"""Which implementation of an operator runs, decided once, with the reason.
+
+``resolve`` is asked when a run is set up; the answer is logged and shown by ``sacl-fast doctor``.
+An operator lists its backends fastest first; plain ``torch`` is always the last and always works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from sacl_fast.errors import UserError, nearest
+
+# A backend's check: None where it can run on that device, else why it cannot.
+Check = Callable[[torch.device], str | None]
+
+
+class Resolution(NamedTuple):
+    """The backend that runs, and why that one."""
+
+    backend: str
+    reason: str
+
+
+# Operator -> its backends besides ``torch``, fastest first.
+OPERATORS: dict[str, dict[str, Check]] = {
+    "xcorr_loss": {},
+    "slim_conv": {},
+    "lars": {},
+}
+
+
+def resolve(requested: str, op: str, device: torch.device) -> Resolution:
+    """The backend of operator ``op`` on ``device``.
+
+    ``auto`` takes the fastest that can run. A backend asked for by name that cannot run, or that
+    the operator does not have, is a ``UserError`` that lists what can.
+    """
+    if op not in OPERATORS:
+        raise UserError(f"unknown operator {op!r}; {nearest(op, OPERATORS)}")
+    checks = OPERATORS[op]
+    obstacles = {name: check(device) for name, check in checks.items()}
+    usable = [name for name, why_not in obstacles.items() if why_not is None] + ["torch"]
+    if requested == "auto":
+        passed_over = [f"{name}: {why_not}" for name, why_not in obstacles.items() if why_not]
+        if usable[0] != "torch":
+            return Resolution(usable[0], f"the fastest that runs on {device.type}")
+        return Resolution("torch", "; ".join(passed_over) or "the only backend as yet")
+    if requested in usable:
+        return Resolution(requested, "as requested")
+    why_not = obstacles.get(requested) or f"{op} has no such backend"
+    raise UserError(
+        f"backend {requested!r} cannot run {op} on {device.type} ({why_not}); "
+        f"what can: {', '.join(usable)}"
+    )

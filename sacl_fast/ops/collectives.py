@@ -1,0 +1,67 @@
+"""Differentiable collectives: what makes W ranks of n samples equal one process of W * n.
+
+Both come back as themselves where there is one process, so callers need no second path.
+
+Scale of the gradients: ``DistributedDataParallel`` averages parameter gradients over the ranks.
+Here every rank computes the same global loss and scales its share by W, so that the average is
+the exact gradient of that loss (an in-place ``all_reduce`` inside a loss gives 1/W of it).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def world_size() -> int:
+    """Processes in the default group; 1 where there is none."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:  # (n, D) -> (W * n, D)
+        ctx.n = rows.shape[0]
+        parts = [torch.empty_like(rows) for _ in range(world_size())]
+        dist.all_gather(parts, rows)
+        return torch.cat(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (grad,) = grads
+        start = dist.get_rank() * ctx.n
+        return grad[start : start + ctx.n] * world_size()
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """All ranks' rows in rank order: (n, D) -> (W * n, D). Each rank must bring n rows.
+
+    The backward communicates nothing: every rank has the gradient of the same loss, takes its
+    own rows of it and scales them by W (see the module's docstring).
+    """
+    return rows if world_size() == 1 else _GatherRows.apply(rows.contiguous())  # type: ignore[no-any-return]
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks; its gradient is summed over all ranks too."""
+    return x if world_size() == 1 else _SumOverRanks.apply(x)  # type: ignore[no-any-return]

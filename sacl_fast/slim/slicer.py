@@ -1,0 +1,155 @@
+"""Slimming: the slim encoder is the dense one with the weak filters of each convolution zeroed.
+
+The two share their weights. A convolution keeps the ``int(s * Cout)`` filters (at least 1) of
+largest L1 norm, ties to the lower index; depthwise convolutions rank their own filters. A zeroed
+filter gives an output of exactly 0 (its bias, where it has one, is zeroed with it) and receives
+no gradient from the slim pass (Meng et al., NeurIPS 2023, Section 3).
+
+``mask`` mode multiplies masks into full weights: it saves no work and is the reference for every
+faster way.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sacl_fast.config import SlimConfig
+from sacl_fast.errors import UserError, nearest
+
+Mode = Literal["dense", "mask"]
+
+
+def strongest_filters(weight: Tensor, ratio: float) -> Tensor:
+    """Mask (Cout,) of the ``max(1, int(ratio * Cout))`` filters of largest L1 norm.
+
+    Args:
+        weight: (Cout, Cin / groups, kh, kw).
+    """
+    # float64, so that the memory format's order of summation cannot decide a near tie.
+    norms = weight.detach().double().abs().flatten(1).sum(1)  # (Cout,)
+    keep = max(1, int(ratio * len(norms)))
+    order = torch.sort(norms, descending=True, stable=True).indices
+    return torch.zeros_like(norms, dtype=torch.bool).index_fill_(0, order[:keep], True)
+
+
+class Slicer(nn.Module):
+    """Chooses the slim encoder's filters and runs the encoder with them.
+
+    >>> slicer = Slicer(encoder, ratio=0.5)
+    >>> with slicer.mode("mask"):
+    ...     slim = encoder(images)
+
+    Its ``state_dict`` holds the masks and, with ``batch_norm="separate"``, the slim encoder's own
+    batch norms; the encoder's keys stay timm's.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        ratio: float = 0.5,
+        *,
+        exclude: tuple[str, ...] = SlimConfig.exclude,
+        batch_norm: Literal["shared", "separate"] = "shared",
+    ) -> None:
+        """Slims every ``Conv2d`` of ``encoder`` whose name no pattern of ``exclude`` finds.
+
+        Raises:
+            UserError: a ratio outside (0, 1].
+        """
+        super().__init__()
+        SlimConfig(ratio=ratio, exclude=exclude, batch_norm=batch_norm)  # checks the values
+        self.ratio = ratio
+        self.enabled = True
+        """Off while slimming has not started (``slim.warmup_epochs``): all filters are kept."""
+        self._mode: Mode | None = None
+        # Plain lists: the encoder's modules are not the slicer's to save or to train.
+        self._convs: list[tuple[str, nn.Conv2d]] = []
+        self._norm_sites: list[tuple[nn.Module, str, str]] = []
+        self.slim_norms = nn.ModuleDict()
+
+        modules = dict(encoder.named_modules())
+        for name, module in modules.items():
+            if isinstance(module, nn.Conv2d) and not any(re.search(p, name) for p in exclude):
+                key = _key(name)
+                self._convs.append((key, module))
+                self.register_buffer(key, torch.ones(module.out_channels, dtype=torch.bool))
+            elif isinstance(module, _BatchNorm) and batch_norm == "separate":
+                parent, _, child = name.rpartition(".")
+                self._norm_sites.append((modules[parent], child, _key(name)))
+                self.slim_norms[_key(name)] = copy.deepcopy(module)
+        self.refresh()
+
+    @property
+    def active(self) -> bool:
+        """Whether the slim encoder differs from the dense one."""
+        masked = self.enabled and self.ratio < 1 and bool(self._convs)
+        return masked or bool(self._norm_sites)
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Convolution name -> mask (Cout,), true where the filter is kept."""
+        return {key.replace("/", "."): self.get_buffer(key) for key, _ in self._convs}
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Choose the filters anew from the weights as they are now."""
+        for key, conv in self._convs:
+            self.get_buffer(key).copy_(strongest_filters(conv.weight, self.ratio))
+
+    @contextmanager
+    def mode(self, mode: Mode) -> Iterator[None]:
+        """Within it, the encoder is the ``dense`` or (``mask``) the slim network."""
+        if mode not in get_args(Mode):
+            raise UserError(f"unknown mode {mode!r}; {nearest(mode, get_args(Mode))}")
+        if self._mode is not None:
+            raise RuntimeError(f"mode {mode!r} inside mode {self._mode!r}: leave that one first")
+        self._mode = mode
+        with ExitStack() as undo:
+            undo.callback(setattr, self, "_mode", None)
+            if mode == "mask":
+                for parent, child, key in self._norm_sites:
+                    undo.callback(_swap_module(parent, child, self.slim_norms[key]))
+                if self.enabled and self.ratio < 1:
+                    for key, conv in self._convs:
+                        undo.callback(_mask_parameters(conv, self.get_buffer(key)))
+            yield
+
+    def extra_repr(self) -> str:
+        return f"ratio={self.ratio}, convolutions={len(self._convs)}"
+
+
+def _key(name: str) -> str:
+    """A module's name as the name of a buffer or submodule, where dots are not allowed."""
+    return name.replace(".", "/")
+
+
+def _swap_module(parent: nn.Module, child: str, module: nn.Module) -> Callable[[], None]:
+    """Put ``module`` in a child's place (in its training mode); returns what undoes it."""
+    own = parent.get_submodule(child)
+    module.train(own.training)
+    setattr(parent, child, module)
+    return lambda: setattr(parent, child, own)
+
+
+def _mask_parameters(conv: nn.Conv2d, mask: Tensor) -> Callable[[], None]:
+    """Multiply the mask into weight and bias, differentiably; returns what undoes it."""
+    own = {name: p for name, p in conv._parameters.items() if p is not None}
+    for name, parameter in own.items():
+        del conv._parameters[name]
+        masked = parameter * mask.view(-1, *[1] * (parameter.ndim - 1))
+        setattr(conv, name, masked)
+
+    def undo() -> None:
+        for name, parameter in own.items():
+            delattr(conv, name)
+            conv._parameters[name] = parameter
+
+    return undo

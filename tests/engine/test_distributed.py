@@ -1,0 +1,119 @@
+"""W gloo ranks of n samples against one process of W * n: loss, gradients, running statistics."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sacl_fast.encoders import Projector, build_encoder, output_dim
+from sacl_fast.encoders.batch_norm import (
+    GlobalBatchNorm,
+    local_batch_norm,
+    synchronize_batch_norm,
+)
+from sacl_fast.engine.method import SaclXd
+from sacl_fast.losses import SaclXdLoss
+from sacl_fast.slim import Slicer
+
+SIZE = 16
+
+
+def build(name: str, batch_norm: str) -> SaclXd:
+    """The same float64 model in every process; synchronised where there are several."""
+    torch.manual_seed(0)
+    encoder: nn.Module = build_encoder(name, image_size=SIZE)
+    projector: nn.Module = Projector(output_dim(encoder, SIZE), hidden=24, out=40)
+    for module in (encoder, projector):
+        for norm in module.modules():
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                nn.init.normal_(norm.weight, 1.0, 0.2)
+                nn.init.normal_(norm.bias, 0.0, 0.2)
+    if dist.is_initialized():
+        encoder, projector = map(synchronize_batch_norm, (encoder, projector))
+    slicer = Slicer(encoder, 0.4, batch_norm=batch_norm)
+    return SaclXd(encoder, projector, slicer).double().train()
+
+
+def views(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return tuple(
+        torch.randn(n, 3, SIZE, SIZE, dtype=torch.float64, generator=generator) for _ in range(2)
+    )
+
+
+def one_step(model: nn.Module, a: torch.Tensor, b: torch.Tensor, **loss) -> dict[str, torch.Tensor]:
+    value, parts = SaclXdLoss(**loss)(*model(a, b))
+    value.backward()
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    return {
+        "loss": value.detach(),
+        **{f"part.{k}": v for k, v in parts._asdict().items()},
+        **{f"grad.{k}": p.grad for k, p in inner.named_parameters()},
+        **{f"buffer.{k}": v for k, v in inner.named_buffers()},
+    }
+
+
+def run_rank(rank, world_size, port, n, name, batch_norm, loss, folder):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    model = DistributedDataParallel(build(name, batch_norm), broadcast_buffers=False)
+    mine = slice(rank * n, (rank + 1) * n)
+    a, b = views(world_size * n)
+    torch.save(one_step(model, a[mine], b[mine], **loss), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "n", "name", "batch_norm", "loss"),
+    [
+        (2, 8, "resnet20", "shared", {}),
+        (2, 5, "resnet20", "separate", {"pairing": "cross_width", "variance": "unbiased"}),
+        (3, 3, "mobilenetv3_small_050", "shared", {"distillation": "log"}),
+        (2, 30, "resnet20", "shared", {"off_diagonal": "literal"}),  # N > D
+    ],
+)
+def test_ranks_equal_one_process(tmp_path, world_size, n, name, batch_norm, loss):
+    arguments = (world_size, free_port(), n, name, batch_norm, loss, str(tmp_path))
+    mp.spawn(run_rank, arguments, nprocs=world_size)
+    expected = one_step(build(name, batch_norm), *views(world_size * n), **loss)
+    largest = max(v.abs().max() for k, v in expected.items() if k.startswith("grad."))
+    for rank in range(world_size):
+        got = torch.load(tmp_path / f"{rank}.pt")
+        assert got.keys() == expected.keys()
+        for key, value in expected.items():
+            scale = (
+                largest if key.startswith("grad.") else value.double().abs().max().clamp(min=1e-3)
+            )
+            error = (got[key].double() - value.double()).abs().max() / scale
+            assert error < 1e-6, f"{key} on rank {rank}: {error:.1e}"
+
+
+def run_local(rank, world_size, port, folder):
+    """Statistics of each rank's own: batch norm that is told not to communicate."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    norm = synchronize_batch_norm(nn.BatchNorm2d(3, momentum=None))
+    assert isinstance(norm, GlobalBatchNorm)
+    if rank == 0:  # the others do not take part: this would hang if it communicated
+        with local_batch_norm(norm):
+            norm(torch.arange(24.0).view(2, 3, 2, 2))
+        torch.save(norm.running_mean, f"{folder}/mean.pt")
+    dist.destroy_process_group()
+
+
+def test_one_rank_alone_may_run_the_network(tmp_path):
+    mp.spawn(run_local, (2, free_port(), str(tmp_path)), nprocs=2)
+    x = torch.arange(24.0).view(2, 3, 2, 2)
+    torch.testing.assert_close(torch.load(tmp_path / "mean.pt"), x.mean((0, 2, 3)))
