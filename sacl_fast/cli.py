@@ -12,12 +12,15 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sacl_fast._version import __version__
 from sacl_fast.config import Config, to_flags
 from sacl_fast.errors import UserError, nearest
 from sacl_fast.presets import PRESETS, get_preset
+
+if TYPE_CHECKING:
+    from sacl_fast.engine.trainer import RunResult
 
 _USAGE = """\
 usage: sacl-fast COMMAND ...
@@ -72,15 +75,19 @@ def _train(args: list[str]) -> None:
         return
     from sacl_fast.engine.trainer import train
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    if _first_process():
+        logging.getLogger("sacl_fast").setLevel(logging.INFO)
     result = train(config)
-    if result.finished:
+    if result.finished and _first_process():
         _print_result(result)
 
 
-def _print_result(result: Any) -> None:
-    if os.environ.get("RANK", "0") != "0":
-        return
+def _first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _print_result(result: RunResult) -> None:
     for width in ("dense", "slim"):
         if (after := result.knn.get(f"knn_{width}")) is not None:
             before = result.knn_before.get(f"knn_{width}")

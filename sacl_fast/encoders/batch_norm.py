@@ -98,8 +98,8 @@ def synchronize_batch_norm(module: nn.Module) -> nn.Module:
     twin._parameters.update(module._parameters)
     twin._buffers.update(module._buffers)
     if with_act:
-        assert isinstance(twin, GlobalBatchNormAct)
-        twin.drop, twin.act = module.drop, module.act
+        twin.add_module("drop", module.get_submodule("drop"))
+        twin.add_module("act", module.get_submodule("act"))
     return twin.train(module.training)
 
 

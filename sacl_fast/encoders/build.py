@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
@@ -56,11 +56,11 @@ def build_encoder(
         UserError: an unknown name, or a width, stem, drop path or image size that this model
             cannot have.
     """
-    options: dict[str, object] = {"in_chans": in_chans}
+    options: dict[str, Any] = {"in_chans": in_chans}
     if drop_path:
         options["drop_path_rate"] = drop_path
     if name == "resnet20":
-        return ResNet20(width, **options)  # type: ignore[arg-type]
+        return ResNet20(width, **options)
     if not timm.is_model(name):
         raise UserError(
             f"unknown encoder {name!r}; {nearest(name, [*timm.list_models(), 'resnet20'])}"
@@ -102,10 +102,10 @@ def output_dim(encoder: nn.Module, image_size: int, *, in_chans: int = 3) -> int
     return features.shape[1]
 
 
-def _create(name: str, width: float, options: dict[str, object]) -> nn.Module:
+def _create(name: str, width: float, options: dict[str, Any]) -> nn.Module:
     """The timm model, through the family's own generator where the width is not 1."""
     if width == 1.0:
-        return timm.create_model(name, **options)  # type: ignore[arg-type]
+        return timm.create_model(name, **options)
     for pattern, generate in _MULTIPLIED.items():
         if match := re.fullmatch(pattern, name):
             return generate(name, int(match[1]) / 100 * width, **options)
@@ -116,16 +116,16 @@ def _create(name: str, width: float, options: dict[str, object]) -> nn.Module:
         )
     if re.fullmatch(r"resnet\d+", name):
         channels = tuple(max(8, round(c * width / 8) * 8) for c in _RESNET_CHANNELS)
-        return timm.create_model(name, channels=channels, **options)  # type: ignore[arg-type]
+        return timm.create_model(name, channels=channels, **options)
     raise UserError(
         f"encoder {name!r} has no width multiplier in timm; mobilenetv1_*, mobilenetv2_*, "
         "mobilenetv3_large_*, mobilenetv3_small_*, efficientnet_b0 to b7, resnet* and resnet20 do"
     )
 
 
-def _transformer_options(name: str, stem: Stem, image_size: int) -> dict[str, object]:
+def _transformer_options(name: str, stem: Stem, image_size: int) -> dict[str, Any]:
     """Image size and, for the stems of small images, patch size of a vision transformer."""
-    options: dict[str, object] = {"img_size": image_size}
+    options: dict[str, Any] = {"img_size": image_size}
     if stem != "imagenet":
         with torch.device("meta"):
             patch_embed = getattr(timm.create_model(name), "patch_embed", None)

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 class ResNet20(nn.Module):
     """Three stages of three basic blocks, 16, 32 and 64 channels times ``width``."""
 
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+
     def __init__(self, width: float = 1.0, in_chans: int = 3, drop_path_rate: float = 0.0) -> None:
         super().__init__()
         channels = tuple(max(1, round(c * width)) for c in (16, 32, 64))

@@ -54,9 +54,8 @@ def print_dry_run(config: Config) -> None:
         print(f"data        not available: {error}")
     else:
         steps = images // config.batch_size
-        print(
-            f"data        {images:,} images, {steps:,} steps an epoch, {steps * config.epochs:,} in all"
-        )
+        whole = steps * config.epochs
+        print(f"data        {images:,} images, {steps:,} steps an epoch, {whole:,} in all")
 
 
 def _count(module: nn.Module) -> int:

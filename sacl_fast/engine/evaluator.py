@@ -12,7 +12,7 @@ from sacl_fast.data.loader import EvalLoader
 from sacl_fast.data.sources import Source, Splits
 from sacl_fast.encoders.batch_norm import local_batch_norm
 from sacl_fast.engine.method import SaclXd
-from sacl_fast.evaluation.evaluate import evaluate_knn
+from sacl_fast.evaluation.evaluate import evaluate_knn, first_images
 from sacl_fast.evaluation.recalibrate import recalibrated
 
 
@@ -34,23 +34,20 @@ class Evaluator:
         self.device = device
         self.amp_dtype = amp_dtype
         self.classes = splits.train.classes
+        self.possible = len(self.classes) > 1
+        """Whether there are labels to evaluate with."""
         order = np.random.default_rng([config.seed, 0]).permutation(len(splits.train))
         if splits.val is not None:
             queries = np.random.default_rng([config.seed, 1]).permutation(len(splits.val))
             self.queries = self._loader(splits.val, queries[: config.eval.queries])
         else:
-            held_out = len(order) // 10
+            held_out = max(1, len(order) // 10)
             queries, order = order[:held_out], order[held_out:]
             self.queries = self._loader(splits.train, queries[: config.eval.queries])
         self.bank = self._loader(splits.train, order[: config.eval.bank])
 
     def _loader(self, source: Source, indices: np.ndarray) -> EvalLoader:
         return EvalLoader(source, indices, self.config, self.device)
-
-    @property
-    def possible(self) -> bool:
-        """Whether there are labels to evaluate with."""
-        return len(self.classes) > 1 and len(self.queries.indices) > 0
 
     def knn(self, method: SaclXd) -> dict[str, float]:
         """Top-1 accuracies in percent, ``knn_dense`` and ``knn_slim``; the model is unchanged."""
@@ -75,13 +72,10 @@ class Evaluator:
             torch.random.fork_rng(devices=[]),
             local_batch_norm(method),
             method.slicer.mode("dense"),
-            recalibrated(method.encoder, self._calibration_images()),
+            recalibrated(
+                method.encoder,
+                first_images(self.bank, self.config.eval.recalibrate_batches, self.device),
+            ),
         ):
             state = copy.deepcopy(method.encoder.state_dict())
         return {name: value.cpu().contiguous() for name, value in state.items()}
-
-    def _calibration_images(self):
-        for i, (images, _) in enumerate(self.bank):
-            if i == self.config.eval.recalibrate_batches:
-                return
-            yield images

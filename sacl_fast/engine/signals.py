@@ -10,7 +10,7 @@ from typing import Any
 
 
 class StopRequest:
-    """Whether to stop, as far as this process (``name``: the signal) and all (``everywhere``) know."""
+    """``name``: the signal this process got. ``everywhere``: all processes know of one."""
 
     name: str | None = None
     everywhere = False

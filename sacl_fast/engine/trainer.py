@@ -43,6 +43,8 @@ from sacl_fast.ops.xcorr_loss import LossParts
 
 logger = logging.getLogger(__name__)
 
+_MONITORED = 256  # rows of z1 whose spread and rank are read: the rank costs their cube
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -104,6 +106,12 @@ class Run:
         self.knn_before: dict[str, float] = {}
         self.best_knn = -1.0
         self._resume()
+        self.writer: MetricWriter | None = None
+        if ranks.first:
+            files.make_run_folder(self.folder, config, environment())
+            self.writer = MetricWriter(
+                self.folder, config.log, to_dict(config), self.steps_done or None
+            )
         self.console = RunConsole(
             config.epochs,
             self.loader.steps_per_epoch,
@@ -111,12 +119,6 @@ class Run:
             start_step=self.steps_done,
             quiet=not ranks.first,
         )
-        self.writer: MetricWriter | None = None
-        if ranks.first:
-            files.make_run_folder(self.folder, config, environment())
-            self.writer = MetricWriter(
-                self.folder, config.log, to_dict(config), self.steps_done or None
-            )
 
     # The loop
 
@@ -145,7 +147,7 @@ class Run:
                 slicer.refresh()
             reading = self.steps_done % config.log.every == 0 or self.steps_done % per_epoch == 0
             if reading:
-                self._read_metrics(epoch, loss, parts, z1, clock)
+                self._read_metrics(loss, parts, z1, clock)
             every = config.checkpoint.every_steps
             if every and self.steps_done % every == 0 and self.steps_done % per_epoch:
                 self._save()
@@ -197,10 +199,10 @@ class Run:
 
     @torch.no_grad()
     def _read_metrics(
-        self, epoch: int, loss: torch.Tensor, parts: LossParts, z1: torch.Tensor, clock: Clock
+        self, loss: torch.Tensor, parts: LossParts, z1: torch.Tensor, clock: Clock
     ) -> None:
         """Read the metrics of the last step from the device, report them, sound alarms."""
-        z1 = z1.float()
+        z1 = z1[:_MONITORED].float()
         on_device = torch.stack([loss, *parts, embedding_std(z1), effective_rank(z1)])
         values = [*on_device.tolist(), float(self.step.first_nonfinite.item())]
         names = ["loss", *LossParts._fields, "embedding_std", "effective_rank"]
@@ -211,9 +213,9 @@ class Run:
         metrics = dict(zip(names, readings, strict=True))
         metrics["lr"] = self.step.learning_rate(self.steps_done - 1)
         metrics |= clock.read()
-        self.console.update(self.steps_done, epoch, metrics)
+        position = self.steps_done / self.loader.steps_per_epoch
+        self.console.update(self.steps_done, position, metrics)
         if self.writer is not None:
-            position = self.steps_done / self.loader.steps_per_epoch
             self.writer.write("train", step=self.steps_done, epoch=position, values=metrics)
         warning = self.alarm.check(
             metrics["embedding_std"], metrics["effective_rank"], self.steps_done
@@ -238,8 +240,7 @@ class Run:
         knn = self.evaluator.knn(self.method) if self.ranks.first else {}
         self.knn = self.ranks.from_first(knn)
         self.best_knn = max(self.best_knn, self.knn.get("knn_dense", -1.0))
-        shown = ", ".join(f"{name[4:]} {value:.2f} %" for name, value in self.knn.items())
-        self.console.message(f"kNN accuracy after {epochs_done} epochs: {shown}")
+        self.console.update(self.steps_done, epochs_done, self.knn)
         if self.writer is not None:
             self.writer.write("knn", step=self.steps_done, epoch=epochs_done, values=self.knn)
         return self.knn
@@ -258,7 +259,7 @@ class Run:
                 contact_sheet(self.splits.train, self.config).save(self.folder / name)
             else:
                 plot_curves(read_metrics(self.folder / files.METRICS), self.folder / name)
-        except OSError as error:
+        except (OSError, UserError) as error:
             logger.warning("cannot write %s: %s", self.folder / name, error)
 
     # What is kept

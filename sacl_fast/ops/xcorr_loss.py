@@ -153,7 +153,7 @@ def sacl_xd_loss(
                 normed_t = [standardize(t, variance=variance, eps=eps) for t in targets]
                 pairs = zip(normed, normed_t, strict=True)
                 leaks = [_off_diagonal(p, q, off_diagonal) for p, q in pairs]
-                xd = (1 - alpha) * lambda_ / 2 * sum(leaks)
+                xd = (1 - alpha) * lambda_ / 2 * (leaks[0] + leaks[1])
         on, off, xd = scale * weight * on, scale * weight * off, scale * xd
         return on + off + xd, LossParts(on.detach(), off.detach(), xd.detach())
 

@@ -122,7 +122,7 @@ def test_a_dead_feature_costs_one_and_gives_no_nan():
     for z in dead:
         z[:, 0] = 3.0
     dead[0].requires_grad_()
-    loss, parts = sacl_xd_loss(*dead, alpha=1.0, lambda_=0.0)
+    loss, _ = sacl_xd_loss(*dead, alpha=1.0, lambda_=0.0)
     rest, _ = sacl_xd_loss(*[z[:, 1:] for z in dead], alpha=1.0, lambda_=0.0)
     torch.testing.assert_close(loss, rest + 1)
     loss.backward()

@@ -1,0 +1,192 @@
+"""The curves of a run as one picture, drawn from ``metrics.jsonl``.
+
+Matplotlib's object interface on the Agg canvas: no display, no pyplot and so no global state in
+the process that trains.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+_POINTS = 600  # per curve: about one a pixel
+
+# Okabe & Ito's palette: told apart with every common colour blindness.
+_BLACK, _ORANGE, _SKY, _GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+_BLUE, _VERMILION = "#0072B2", "#D55E00"
+_GREY = "#6b6b6b"
+
+_LOSSES = {
+    "loss": ("loss", _BLACK),
+    "on_diagonal": ("on-diagonal", _BLUE),
+    "off_diagonal": ("off-diagonal", _ORANGE),
+    "distillation": ("distillation", _GREEN),
+}
+_KNN = {"knn_dense": ("dense", _BLUE), "knn_slim": ("slim", _ORANGE)}
+
+
+def plot_curves(metrics: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draw loss, learning rate, kNN accuracy and the embeddings' health over epochs.
+
+    Args:
+        metrics: lines as ``read_metrics`` gives them; any number, in any order.
+        path: of the PNG; written to a temporary name and renamed.
+
+    Raises:
+        OSError: it cannot be written; an older picture is left as it was.
+    """
+    figure = Figure(figsize=(11, 7.5), dpi=110, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    (loss, rate), (knn, health) = figure.subplots(2, 2)
+    train = [row for row in metrics if row.get("kind") == "train"]
+    scores = [row for row in metrics if row.get("kind") == "knn"]
+    _draw_loss(loss, train)
+    _draw_rate(rate, train)
+    _draw_knn(knn, scores)
+    _draw_health(health, train)
+    last = max((row["epoch"] for row in [*train, *scores]), default=0)
+    for axes in figure.axes:
+        axes.set_xlim(-0.015 * max(1, last), 1.015 * max(1, last))
+
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        canvas.print_png(str(temporary))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _draw_loss(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    _frame(axes, "Loss", "loss and its weighted parts")
+    lowest, highest = np.inf, -np.inf
+    for key, (label, color) in _LOSSES.items():
+        epochs, values = _series(rows, key)
+        if not len(values) or not values.any():
+            continue  # a part that is switched off
+        lowest, highest = min(lowest, values.min()), max(highest, values.max())
+        _line(axes, epochs, values, color, label, width=1.8 if key == "loss" else 1.3)
+    if not np.isfinite(lowest):
+        _say(axes, "no readings yet")
+        return
+    if lowest > 0 and highest > 30 * lowest:
+        axes.set_yscale("log")
+    _legend(axes)
+
+
+def _draw_rate(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    _frame(axes, "Learning rate", "learning rate")
+    epochs, values = _series(rows, "lr")
+    if not len(values):
+        _say(axes, "no readings yet")
+        return
+    _line(axes, epochs, values, _BLUE, None)
+    axes.set_ylim(bottom=0)
+
+
+def _draw_knn(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    _frame(axes, "kNN accuracy", "top-1 (%)")
+    drawn = []
+    for key, (label, color) in _KNN.items():
+        epochs, values = _series(rows, key)
+        if len(values):
+            drawn += [values.min(), values.max()]
+            label = f"{label} {values[-1]:.1f} %"
+            _line(axes, epochs, values, color, label, marker="o" if len(values) < 60 else None)
+    if not drawn:
+        _say(axes, "no labels")
+        return
+    axes.set_ylim(max(0, min(drawn) - 3), min(100.5, max(drawn) + 3))
+    _legend(axes)
+
+
+def _draw_health(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    _frame(axes, "Embeddings", "std (1: healthy, 0: collapsed)")
+    std_epochs, std = _series(rows, "embedding_std")
+    rank_epochs, rank = _series(rows, "effective_rank")
+    if not len(std) and not len(rank):
+        _say(axes, "no readings yet")
+        return
+    _line(axes, std_epochs, std, _BLUE, None)
+    axes.set_ylim(0, max(1.05, 1.05 * std.max(initial=0)))
+    _paint(axes, "left", _BLUE)
+    twin = axes.twinx()
+    twin.spines[["top", "left"]].set_visible(False)
+    twin.set_ylabel("effective rank (directions)")
+    _line(twin, rank_epochs, rank, _VERMILION, None)
+    twin.set_ylim(bottom=0)
+    _paint(twin, "right", _VERMILION)
+
+
+def _series(rows: Sequence[dict[str, Any]], key: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Epochs and values of a key, in order; readings that were not finite are left out."""
+    pairs = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
+    array = np.array(sorted(pairs), dtype=float).reshape(-1, 2)
+    return array[:, 0], array[:, 1]
+
+
+def _line(
+    axes: Axes,
+    epochs: NDArray[Any],
+    values: NDArray[Any],
+    color: str,
+    label: str | None,
+    *,
+    width: float = 1.5,
+    marker: str | None = None,
+) -> None:
+    """A curve; a long one as the means of neighbouring readings, in the band of their range."""
+    if len(values) > _POINTS:
+        edges = np.linspace(0, len(values), _POINTS + 1).astype(int)[:-1]
+        counts = np.diff(edges, append=len(values))
+        low, high = np.minimum.reduceat(values, edges), np.maximum.reduceat(values, edges)
+        epochs = np.add.reduceat(epochs, edges) / counts
+        values = np.add.reduceat(values, edges) / counts
+        axes.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
+    if len(values) == 1:
+        marker = "o"
+    axes.plot(epochs, values, color=color, label=label, linewidth=width, marker=marker, ms=4)
+
+
+def _frame(axes: Axes, title: str, unit: str) -> None:
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(unit)
+    axes.grid(color="#e6e6e6", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(axes: Axes) -> None:
+    """In the title's line, where no curve can be."""
+    axes.legend(
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        ncols=4,
+        frameon=False,
+        fontsize=9,
+        borderaxespad=0.2,
+        columnspacing=1.2,
+        handlelength=1.2,
+    )
+
+
+def _paint(axes: Axes, side: str, color: str) -> None:
+    axes.yaxis.label.set_color(color)
+    axes.tick_params(axis="y", colors=color)
+    axes.spines[side].set_visible(True)
+    axes.spines[side].set_color(color)
+
+
+def _say(axes: Axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=_GREY)
+    axes.set_xticks([])
+    axes.set_yticks([])

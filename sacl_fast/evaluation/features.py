@@ -1,0 +1,42 @@
+"""Frozen features of a whole data set: what kNN and linear evaluation see of an encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from sacl_fast.errors import UserError
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Autocast to ``dtype`` on the device; None switches it off."""
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+@torch.no_grad()
+def extract_features(
+    encoder: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    device: torch.device,
+    amp_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Features (N, F) float32 and labels (N,) int64 of all the loader's images, on the device.
+
+    The encoder runs in the mode it is in (see ``recalibrated``).
+
+    Args:
+        loader: yields images (B, C, H, W) and labels (B,).
+        amp_dtype: autocast type of the encoder (None: no autocast).
+    """
+    features: list[Tensor] = []
+    labels: list[Tensor] = []
+    with autocast(device, amp_dtype):
+        for images, targets in loader:
+            features.append(encoder(images.to(device, non_blocking=True)).float())
+            labels.append(targets)
+    if not features:
+        raise UserError("there are no images to extract features from: the data set is empty")
+    return torch.cat(features), torch.cat(labels).to(device, torch.int64)
