@@ -24,7 +24,7 @@ import torch
 
 from sacl_fast.cli import parse_config
 from sacl_fast.config import Config
-from sacl_fast.data.loader import normalise
+from sacl_fast.data.loader import Normalise
 from sacl_fast.engine.distributed import Ranks, pick_device
 from sacl_fast.engine.environment import environment
 from sacl_fast.engine.method import build_method
@@ -54,14 +54,15 @@ def measure(config: Config, *, steps: int, warmup: int) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     step = TrainingStep(build_method(config), config, Ranks(0, 1, device), steps_per_epoch=100)
     size = config.views.size
-    pixels = torch.randint(0, 256, (2, config.batch_size, 3, size, size), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (2, config.batch_size, size, size, 3), dtype=torch.uint8)
+    normalise = Normalise(config.views, device, config.channels_last)
 
     def synchronize() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
     def data() -> tuple[torch.Tensor, torch.Tensor]:
-        view_a, view_b = (normalise(view, config, device) for view in pixels)
+        view_a, view_b = (normalise(view) for view in pixels)
         return view_a, view_b
 
     def timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:

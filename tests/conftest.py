@@ -5,7 +5,21 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from sacl_fast.config import (
+    Config,
+    DataConfig,
+    EncoderConfig,
+    EvalConfig,
+    LogConfig,
+    OptimConfig,
+    ProjectorConfig,
+    ViewConfig,
+    ViewsConfig,
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,3 +42,34 @@ def data_folder() -> Path:
     if not Path(given).is_dir():
         pytest.skip(f"SACL_FAST_DATA is {given}, which is not a folder")
     return Path(given).resolve()
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """48 images of 20 x 20 px in two classes that differ by colour and texture."""
+    rng = np.random.default_rng(0)
+    for name, base in (("bright", 170), ("dark", 60)):
+        folder = tmp_path / "images" / name
+        folder.mkdir(parents=True)
+        for i in range(24):
+            pixels = rng.normal(base, 40, (20, 20, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i:02}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def tiny(image_folder: Path, tmp_path: Path) -> Config:
+    """A run of a few seconds: three steps an epoch, a reading at each."""
+    return Config(
+        out=str(tmp_path / "run"),
+        epochs=2,
+        batch_size=16,
+        device="cpu",
+        data=DataConfig(root=str(image_folder), workers=0),
+        views=ViewsConfig(size=16, a=ViewConfig(), b=ViewConfig(solarize=0.2)),
+        encoder=EncoderConfig(name="resnet20", width=0.25, drop_path=0.2),
+        projector=ProjectorConfig(hidden=16, out=24),
+        optim=OptimConfig(lr=1.0, warmup_epochs=1),
+        log=LogConfig(every=1, tensorboard=False),
+        eval=EvalConfig(every=1, recalibrate_batches=2, batch_size=16),
+    )

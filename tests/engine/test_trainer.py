@@ -1,0 +1,245 @@
+"""A whole run: what it leaves behind, that it can be repeated, stopped, killed and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import sacl_fast
+from sacl_fast.config import Config, to_dict
+from sacl_fast.encoders import build_encoder
+from sacl_fast.engine.checkpoint import list_checkpoints, load_checkpoint
+from sacl_fast.engine.metrics import read_metrics
+from sacl_fast.engine.trainer import NonFiniteLoss
+from sacl_fast.errors import UserError
+
+
+def losses(folder: str | Path) -> dict[int, float]:
+    rows = read_metrics(Path(folder) / "metrics.jsonl")
+    return {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
+
+
+def command(config: Config, *options: str, prefix: tuple[str, ...] = ()) -> list[str]:
+    """The command line that runs ``config`` in a process of its own."""
+    file = Path(config.out or ".").with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(to_dict(config)))
+    start = prefix or (sys.executable, "-m", "sacl_fast")
+    return [*start, "train", "demo", "--config", str(file), *options]
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+
+
+def test_a_run_leaves_what_it_promises(tiny):
+    result = sacl_fast.train(tiny)
+    folder = result.folder
+    assert result.finished and result.steps == 6 and set(result.knn) == {"knn_dense", "knn_slim"}
+    for name in ("config.yaml", "environment.json", "curves.png", "views.png"):
+        assert (folder / name).stat().st_size > 100
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert [r["step"] for r in rows if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [r["epoch"] for r in rows if r["kind"] == "knn"] == [0, 1, 2]
+    for row in rows[1:2]:
+        parts = row["on_diagonal"] + row["off_diagonal"] + row["distillation"]
+        assert row["loss"] == pytest.approx(parts)
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == to_dict(tiny)
+    assert "torch" in json.loads((folder / "environment.json").read_text())
+    encoder = build_encoder("resnet20", width=0.25, image_size=16)
+    encoder.load_state_dict(load_file(folder / "encoder.safetensors"))
+
+
+def test_runs_repeat_bit_for_bit_for_any_number_of_workers(tiny):
+    sacl_fast.train(tiny)
+    again = replace(tiny, out=f"{tiny.out}-2", data=replace(tiny.data, workers=2))
+    sacl_fast.train(again)
+    assert losses(tiny.out) == losses(again.out)
+    other = replace(tiny, out=f"{tiny.out}-3", seed=1, epochs=1)
+    sacl_fast.train(other)
+    assert losses(other.out)[1] != losses(tiny.out)[1]
+
+
+def test_evaluating_does_not_touch_training(tiny):
+    sacl_fast.train(tiny)
+    blind = replace(tiny, out=f"{tiny.out}-2", data=replace(tiny.data, labels="none"))
+    assert sacl_fast.train(blind).knn == {}
+    assert losses(tiny.out) == losses(blind.out)
+
+
+def test_killed_in_mid_epoch_and_resumed(tiny):
+    """SIGKILL: nothing is said, nothing is saved; the last checkpoint is in the epoch's middle."""
+    tiny = replace(
+        tiny,
+        epochs=30,
+        data=replace(tiny.data, workers=1),
+        eval=replace(tiny.eval, every=7),
+        checkpoint=replace(tiny.checkpoint, every_steps=2),
+        slim=replace(tiny.slim, batch_norm="separate", refresh_steps=2, warmup_epochs=1),
+    )
+    sacl_fast.train(replace(tiny, out=f"{tiny.out}-whole"))
+    expected = losses(f"{tiny.out}-whole")
+
+    process = subprocess.Popen(command(tiny), stdout=subprocess.DEVNULL)
+    folder = Path(tiny.out)
+    deadline = time.monotonic() + 200
+    while not any(int(p.stem[5:]) % 3 for p in list_checkpoints(folder / "checkpoints")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert len(losses(folder)) < len(expected)
+
+    result = run(command(tiny, "--resume", "auto"))
+    assert result.returncode == 0, result.stderr
+    assert losses(folder) == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda s: s.name)
+def test_signals_write_a_checkpoint_and_exit_cleanly(tiny, number):
+    """The signal goes to the whole process group, workers included, as a scheduler sends it."""
+    tiny = replace(
+        tiny, epochs=30, data=replace(tiny.data, workers=2), eval=replace(tiny.eval, every=0)
+    )
+    folder = Path(tiny.out)
+    process = subprocess.Popen(
+        command(tiny),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 200
+    while not (folder / "metrics.jsonl").exists() or not losses(folder):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "Traceback" not in output and number.name in output and "--resume auto" in output
+    done = max(losses(folder))
+    (newest,) = list_checkpoints(folder / "checkpoints")[-1:]
+    assert load_checkpoint(newest)["step"] == done < 90
+
+    resumed = sacl_fast.train(replace(tiny, resume="auto"))
+    assert resumed.finished and resumed.steps == 90
+    sacl_fast.train(replace(tiny, out=f"{tiny.out}-whole"))
+    assert losses(folder) == losses(f"{tiny.out}-whole")
+
+
+def test_two_processes_by_torchrun_equal_one(tiny):
+    tiny = replace(
+        tiny,
+        precision="fp32",
+        encoder=replace(tiny.encoder, drop_path=0.0),
+        optim=replace(tiny.optim, lr=0.1),
+    )
+    sacl_fast.train(tiny)
+    both = replace(tiny, out=f"{tiny.out}-2")
+    torchrun = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    )
+    result = run(command(both, prefix=(*torchrun, "-m", "sacl_fast")))
+    assert result.returncode == 0, result.stderr
+    one, two = losses(tiny.out), losses(both.out)
+    assert one.keys() == two.keys()
+    for step in one:  # fp32: the order of summation differs, and steps carry it on
+        assert two[step] == pytest.approx(one[step], rel=1e-3)
+    assert two[1] == pytest.approx(one[1], rel=1e-5)
+    assert result.stdout.count("kNN accuracy, dense encoder") == 1  # rank 0 alone speaks
+
+
+def test_masks_follow_the_schedule(tiny):
+    tiny = replace(tiny, epochs=3, slim=replace(tiny.slim, warmup_epochs=1))
+    tiny = replace(tiny, checkpoint=replace(tiny.checkpoint, keep=3))
+    sacl_fast.train(tiny)
+    states = [load_checkpoint(p) for p in list_checkpoints(Path(tiny.out) / "checkpoints")]
+    assert [s["step"] for s in states] == [3, 6, 9]
+    for state in states:  # chosen at the end of the epoch, from the weights as saved
+        weight = state["model"]["encoder.layer3.0.conv1.weight"]
+        mask = state["model"]["slicer.layer3/0/conv1"]
+        norms = weight.abs().flatten(1).sum(1)
+        assert mask.sum() == len(mask) // 2
+        assert norms[mask].min() >= norms[~mask].max()
+
+
+def test_only_the_last_and_the_best_checkpoints_are_kept(tiny):
+    tiny = replace(tiny, epochs=4, checkpoint=replace(tiny.checkpoint, keep=2))
+    sacl_fast.train(tiny)
+    folder = Path(tiny.out) / "checkpoints"
+    rows = [r for r in read_metrics(Path(tiny.out) / "metrics.jsonl") if r["kind"] == "knn"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "best.pt", "step_00000009.pt", "step_00000012.pt",
+    ]  # fmt: skip
+    assert load_checkpoint(folder / "best.pt")["best_knn"] == max(r["knn_dense"] for r in rows)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny):
+    tiny = replace(tiny, optim=replace(tiny.optim, lr=1e30, clip=False, warmup_epochs=0), epochs=3)
+    with pytest.raises(NonFiniteLoss, match=r"not finite at step \d+ .*lr"):
+        sacl_fast.train(tiny)
+    rows = read_metrics(Path(tiny.out) / "metrics.jsonl")
+    assert any(r["kind"] == "event" and "not finite" in r["message"] for r in rows)
+    for path in list_checkpoints(Path(tiny.out) / "checkpoints"):
+        state = load_checkpoint(path)
+        assert all(
+            torch.isfinite(v).all() for v in state["model"].values() if v.is_floating_point()
+        )
+
+
+def test_resuming_another_architecture_names_the_differences(tiny):
+    sacl_fast.train(replace(tiny, epochs=1))
+    other = replace(tiny, resume="auto", encoder=replace(tiny.encoder, width=0.5))
+    with pytest.raises(UserError, match=r"encoder.width is 0.5 here and 0.25 there"):
+        sacl_fast.train(other)
+    with pytest.raises(UserError, match=r"3 steps an epoch, this run 6"):
+        sacl_fast.train(replace(tiny, resume="auto", batch_size=8))
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny, caplog):
+    whole = replace(tiny, out=f"{tiny.out}-whole", epochs=3)
+    sacl_fast.train(whole)
+    sacl_fast.train(replace(tiny, epochs=3))
+    newest = list_checkpoints(Path(tiny.out) / "checkpoints")[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    resumed = replace(tiny, epochs=3, resume="auto")
+    assert sacl_fast.train(resumed).finished
+    assert "damaged" in caplog.text and "trying the one before" in caplog.text
+    assert losses(tiny.out) == losses(whole.out)
+    with pytest.raises(UserError, match="damaged or not a checkpoint"):
+        newest.write_bytes(b"nonsense")
+        sacl_fast.train(replace(tiny, out=f"{tiny.out}-3", resume=str(newest)))
+
+
+def test_resuming_another_runs_checkpoint_starts_from_it(tiny):
+    sacl_fast.train(replace(tiny, epochs=1))
+    checkpoint = list_checkpoints(Path(tiny.out) / "checkpoints")[-1]
+    result = sacl_fast.train(replace(tiny, out=f"{tiny.out}-2", resume=str(checkpoint)))
+    assert result.finished and list(losses(result.folder)) == [4, 5, 6]
+
+
+def test_a_full_disk_loses_nothing(tiny):
+    """The file size limit stands for it: metrics fit below, checkpoints do not."""
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, 90_000));"
+        "from sacl_fast.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    tiny = replace(tiny, projector=replace(tiny.projector, hidden=128))
+    result = run(command(tiny, prefix=(sys.executable, "-c", code)))
+    assert result.returncode == 2, result.stderr
+    assert "cannot write checkpoint" in result.stderr and "Traceback" not in result.stderr
+    assert losses(tiny.out).keys() == {1, 2, 3}
+    assert not list((Path(tiny.out) / "checkpoints").iterdir())  # no half-written file
