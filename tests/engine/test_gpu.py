@@ -1,0 +1,47 @@
+"""The same runs on a CUDA device: values against the CPU, and every precision end to end."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import sacl_fast
+from sacl_fast.engine.distributed import Ranks
+from sacl_fast.engine.method import build_method
+from sacl_fast.engine.metrics import read_metrics
+from sacl_fast.engine.step import TrainingStep
+
+pytestmark = pytest.mark.gpu
+
+
+def first_step(config, device: str) -> tuple[float, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    step = TrainingStep(
+        build_method(config), config, Ranks(0, 1, torch.device(device)), steps_per_epoch=3
+    )
+    generator = torch.Generator().manual_seed(1)
+    a, b = torch.randn(2, 16, 3, 16, 16, generator=generator).to(device)
+    loss, *_ = step.criterion(*step.four_passes(a, b))
+    step.backward(loss)
+    return loss.item(), {k: p.grad.cpu() for k, p in step.method.named_parameters()}
+
+
+def test_loss_and_gradients_equal_the_cpus(tiny):
+    tiny = replace(tiny, precision="fp32", encoder=replace(tiny.encoder, drop_path=0.0))
+    expected, expected_grads = first_step(tiny, "cpu")
+    loss, grads = first_step(tiny, "cuda")
+    assert loss == pytest.approx(expected, rel=1e-4)
+    largest = max(g.abs().max() for g in expected_grads.values())
+    for name, grad in grads.items():
+        assert (grad - expected_grads[name]).abs().max() / largest < 1e-3, name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_runs_finish_and_resume(tiny, precision):
+    tiny = replace(tiny, device="cuda", precision=precision)
+    result = sacl_fast.train(replace(tiny, epochs=1))
+    resumed = sacl_fast.train(replace(tiny, resume="auto"))
+    assert result.steps == 3 and resumed.steps == 6
+    rows = [r for r in read_metrics(resumed.folder / "metrics.jsonl") if r["kind"] == "train"]
+    assert all(r["loss"] is not None for r in rows)
