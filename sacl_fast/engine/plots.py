@@ -172,10 +172,10 @@ def _legend(axes: Axes) -> None:
         bbox_to_anchor=(1, 1),
         ncols=4,
         frameon=False,
-        fontsize=9,
+        fontsize=8,
         borderaxespad=0.2,
-        columnspacing=1.2,
-        handlelength=1.2,
+        columnspacing=1.0,
+        handlelength=1.0,
     )
 
 

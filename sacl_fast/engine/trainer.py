@@ -95,6 +95,7 @@ class Run:
             world_size=ranks.world_size,
         )
         self.method = build_method(config)
+        self.method.slicer.enabled = config.slim.warmup_epochs == 0
         self.step = TrainingStep(
             self.method, config, ranks, steps_per_epoch=self.loader.steps_per_epoch
         )
