@@ -234,12 +234,15 @@ def worker_count(given: int) -> int:
 def _next(stream: Iterator[_T]) -> _T:
     try:
         return next(stream)
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # All but the first of these: it died while it handed over a batch.
+        signs = ("DataLoader worker (pid", "ancdata")
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in signs):
             raise
+        reason = str(error).strip().rstrip(".") or type(error).__name__
         raise RuntimeError(
-            f"a worker process that loads images died: {str(error).strip()} It may have run out of "
-            "memory: fewer data.workers or a smaller data.prefetch take less"
+            f"a worker process that loads images died: {reason}. It may have run out of memory: "
+            "fewer data.workers or a smaller data.prefetch take less"
         ) from error
 
 
