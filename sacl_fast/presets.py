@@ -68,7 +68,7 @@ _IMAGENET100_VIT = replace(
 # Not published: what shows learning on two CPU cores within two minutes.
 _DEMO = Config(
     preset="demo",
-    epochs=6,
+    epochs=5,
     batch_size=64,
     data=DataConfig(source="demo"),
     views=views.DEMO,
@@ -76,7 +76,7 @@ _DEMO = Config(
     projector=ProjectorConfig(hidden=256, out=256),
     loss=LossConfig(scale=0.1),
     optim=OptimConfig(name="adamw", lr=0.008, weight_decay=1e-4, warmup_epochs=1),
-    eval=EvalConfig(every=3, bank=2000, recalibrate_batches=4),
+    eval=EvalConfig(every=2, bank=2000, recalibrate_batches=2),
 )
 
 

