@@ -7,8 +7,11 @@ imported once everything is understood, so that help and typing errors answer at
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"sacl-fast: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of our output has seen enough: | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("sacl-fast: interrupted", file=sys.stderr)
         return 130
@@ -125,26 +131,52 @@ def parse_config(command: str, args: Sequence[str], *, extra: str = "") -> Confi
 
     Raises:
         UserError: an unknown preset or key, or a value that does not fit.
-        SystemExit: after printing help, or tyro's account of an option it does not know.
+        SystemExit: after printing help.
     """
     rest = list(args)
     config = get_preset(rest.pop(0) if rest and not rest[0].startswith("-") else "demo")
     file = _take_value(rest, "--config")
     if file is not None:
-        try:
-            config = _parse(command, config, to_flags(_read_yaml(Path(file))))
-        except SystemExit:
-            raise UserError(f"the option named above stands in {file}") from None
+        config = _parse(command, config, to_flags(_read_yaml(Path(file))), f" (in {file})")
     others = f"Preset {config.preset}; others: {', '.join(PRESETS)}."
     layers = "--config FILE: YAML, layered between preset and options."
-    return _parse(command, config, rest, " ".join((others, layers, extra)))
+    return _parse(command, config, rest, description=" ".join((others, layers, extra)))
 
 
-def _parse(command: str, default: Config, args: list[str], description: str = "") -> Config:
+def _parse(
+    command: str, default: Config, args: list[str], where: str = "", *, description: str = ""
+) -> Config:
+    """``default`` with the options of ``args``; ``where`` they stand is added to what is wrong."""
     import tyro
 
     prog = f"sacl-fast {command}"
-    return tyro.cli(Config, prog=prog, default=default, args=args, description=description)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(Config, prog=prog, default=default, args=args, description=description)
+    except SystemExit as stopped:
+        if stopped.code in (0, None):
+            raise
+        raise UserError(f"{_in_one_sentence(said.getvalue())}{where}") from None
+
+
+def _in_one_sentence(box: str) -> str:
+    """What tyro says of a mistake in a box of paragraphs: the first, and what it suggests."""
+    frame = "│╭╮╰╯─ "  # or, where the output is ASCII, lines of hyphens
+    lines = [
+        "" if set(line) <= set(frame + "-") else line.strip(frame) for line in box.splitlines()
+    ]
+    text = "\n".join(lines[1:]).strip()  # without the title
+    paragraphs = [paragraph.splitlines() for paragraph in re.split(r"\n{2,}", text)]
+    sentence = re.sub(r"^Error parsing [\w.]+: ", "", " ".join(paragraphs[0]))
+    meant = [
+        line.split()[0]
+        for paragraph in paragraphs
+        if paragraph[0].startswith("Perhaps you meant")
+        for line in paragraph
+        if line.startswith("--")
+    ]
+    return sentence + (f"; did you mean {' or '.join(dict.fromkeys(meant))}?" if meant else "")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -51,8 +51,8 @@ class DataConfig:
     are the two splits."""
     labels: Literal["auto", "folder", "none"] = "auto"
     """Labels are used by kNN evaluation only. 'folder': the first folder level names the class.
-    'none': ignore folders. 'auto': 'folder' if every image lies in one of several folders
-    directly below the split, else 'none'."""
+    'none': ignore folders. 'auto': 'folder' if all images lie in folders and the first level has
+    two or more, else 'none'."""
     limit: int = 0
     """Use only this many training images, the same ones for the same seed (0: all)."""
     workers: int = -1
