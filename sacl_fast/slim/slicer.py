@@ -18,6 +18,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Literal, get_args
 
 import torch
+from timm.layers import EffectiveSEModule, SEModule
+from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -25,6 +27,8 @@ from sacl_fast.config import SlimConfig
 from sacl_fast.errors import UserError, nearest
 
 Mode = Literal["dense", "mask"]
+# timm's, some of which stand under other names than the patterns of SlimConfig.exclude know.
+_SQUEEZE_EXCITE = (EffectiveSEModule, SEModule, SqueezeExcite)
 
 
 def strongest_filters(weight: Tensor, ratio: float) -> Tensor:
@@ -59,7 +63,8 @@ class Slicer(nn.Module):
         exclude: tuple[str, ...] = SlimConfig.exclude,
         batch_norm: Literal["shared", "separate"] = "shared",
     ) -> None:
-        """Slims every ``Conv2d`` of ``encoder`` whose name no pattern of ``exclude`` finds.
+        """Slims every ``Conv2d`` of ``encoder`` that is not part of a squeeze-excite block and in
+        whose name no pattern of ``exclude`` is found.
 
         Raises:
             UserError: a ratio outside (0, 1].
@@ -76,8 +81,13 @@ class Slicer(nn.Module):
         self.slim_norms = nn.ModuleDict()
 
         modules = dict(encoder.named_modules())
+        gates = tuple(f"{n}." for n, m in modules.items() if isinstance(m, _SQUEEZE_EXCITE))
+
+        def spared(name: str) -> bool:
+            return name.startswith(gates) or any(re.search(p, name) for p in exclude)
+
         for name, module in modules.items():
-            if isinstance(module, nn.Conv2d) and not any(re.search(p, name) for p in exclude):
+            if isinstance(module, nn.Conv2d) and not spared(name):
                 key = _key(name)
                 self._convs.append((key, module))
                 self.register_buffer(key, torch.ones(module.out_channels, dtype=torch.bool))

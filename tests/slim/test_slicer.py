@@ -28,12 +28,20 @@ def test_largest_l1_norm_wins_and_ties_go_to_the_lower_index():
 
 
 @pytest.mark.parametrize(
-    "name", ["mobilenetv1_100", "mobilenetv3_small_100", "resnet18", "regnety_002", "seresnet18"]
+    "name",
+    [
+        "mobilenetv1_100",
+        "mobilenetv3_small_100",
+        "resnet18",
+        "regnety_002",
+        "seresnet18",
+        "nf_regnet_b0",
+    ],
 )
 def test_every_convolution_but_squeeze_excite_and_shortcuts(name):
     encoder = build_encoder(name, image_size=64)
     convs = {n for n, m in encoder.named_modules() if isinstance(m, nn.Conv2d)}
-    spared = {n for n in convs if ".se." in n or "downsample" in n}
+    spared = {n for n in convs if ".se." in n or ".attn." in n or "downsample" in n}
     assert set(Slicer(encoder).masks) == convs - spared
 
 
