@@ -21,14 +21,7 @@ IMAGENET = ViewsConfig(
     b=ViewConfig(blur=0.1, solarize=0.2),
 )
 
-TINY_IMAGENET = ViewsConfig(
-    size=64,
-    blur_window=7,
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
-    a=ViewConfig(blur=1.0, solarize=0.0),
-    b=ViewConfig(blur=0.1, solarize=0.2),
-)
+TINY_IMAGENET = replace(IMAGENET, size=64, blur_window=7)
 
 CIFAR = ViewsConfig(
     size=32,
