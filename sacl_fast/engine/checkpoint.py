@@ -10,9 +10,12 @@ import os
 import pickle
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import safetensors.torch
 import torch
 
 from sacl_fast.errors import UserError
@@ -42,16 +45,11 @@ def save_checkpoint(path: Path, state: dict[str, Any], *, keep: int) -> None:
     Raises:
         UserError: it cannot be written (a full disk, say). Earlier checkpoints are as they were.
     """
-    temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with _whole_file(path) as file:
             torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as the latter
-        temporary.unlink(missing_ok=True)
         left = list_checkpoints(path.parent)
         kept = f"{left[-1].name} is kept and --resume auto goes on from it" if left else "none yet"
         raise UserError(f"cannot write checkpoint {path}: {_first_line(error)} ({kept})") from error
@@ -62,12 +60,43 @@ def save_checkpoint(path: Path, state: dict[str, Any], *, keep: int) -> None:
 def mark_best(path: Path) -> None:
     """Keep the checkpoint at ``path`` as ``best.pt`` beside it, whatever is deleted later."""
     best, temporary = path.parent / BEST, path.parent / f"{BEST}.tmp"
-    temporary.unlink(missing_ok=True)
     try:
-        os.link(path, temporary)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, best)
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, temporary)
+        os.replace(temporary, best)
+    except OSError as error:
+        raise UserError(f"cannot write checkpoint {best}: {_first_line(error)}") from error
+
+
+def save_encoder(path: Path, state: dict[str, torch.Tensor]) -> None:
+    """Write an encoder's ``state_dict`` as safetensors.
+
+    Raises:
+        UserError: it cannot be written; no half of it is left.
+    """
+    try:
+        with _whole_file(path) as file:
+            file.write(safetensors.torch.save(state))
+    except OSError as error:
+        raise UserError(f"cannot write encoder {path}: {_first_line(error)}") from error
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under its name when all of it is on the disk, or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -91,3 +91,9 @@ class TrainingStep:
         """Remember on the device the first step whose loss was not finite."""
         fresh = (self.first_nonfinite < 0) & ~torch.isfinite(loss)
         self.first_nonfinite = torch.where(fresh, step, self.first_nonfinite)
+
+    def weights_are_finite(self) -> bool:
+        """Whether the last update left all parameters finite. Waits for the device."""
+        with torch.no_grad():
+            norms = torch._foreach_norm(list(self.method.parameters()), float("inf"))
+        return bool(torch.stack(norms).isfinite().all())

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from sacl_fast import _version
 from sacl_fast.config import Config, to_dict
@@ -26,6 +25,7 @@ from sacl_fast.engine.checkpoint import (
     random_state,
     restore_random_state,
     save_checkpoint,
+    save_encoder,
 )
 from sacl_fast.engine.clock import Clock
 from sacl_fast.engine.collapse import CollapseAlarm, effective_rank, embedding_std
@@ -190,10 +190,7 @@ class Run:
     def _finish(self) -> None:
         if self.ranks.first:
             state = self.evaluator.final_encoder_state(self.method)
-            try:
-                save_file(state, self.folder / files.ENCODER)
-            except OSError as error:
-                raise UserError(f"cannot write {self.folder / files.ENCODER}: {error}") from error
+            save_encoder(self.folder / files.ENCODER, state)
         self.ranks.wait()
 
     # What is measured
@@ -270,6 +267,8 @@ class Run:
         first_nonfinite = int(self.step.first_nonfinite.item())
         if first_nonfinite >= 0:
             raise NonFiniteLoss(self._nonfinite_sentence(first_nonfinite + 1))
+        if not self.step.weights_are_finite():  # the next loss would not be
+            raise NonFiniteLoss(self._nonfinite_sentence(self.steps_done + 1))
         random_states = self.ranks.gather(random_state(self.ranks.device))
         if self.ranks.first:
             path = checkpoint_path(self.folder / files.CHECKPOINTS, self.steps_done)

@@ -18,8 +18,9 @@ import sacl_fast
 from sacl_fast.config import Config, to_dict
 from sacl_fast.encoders import build_encoder
 from sacl_fast.engine.checkpoint import list_checkpoints, load_checkpoint
+from sacl_fast.engine.distributed import process_group
 from sacl_fast.engine.metrics import read_metrics
-from sacl_fast.engine.trainer import NonFiniteLoss
+from sacl_fast.engine.trainer import NonFiniteLoss, Run
 from sacl_fast.errors import UserError
 
 
@@ -189,6 +190,35 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny):
         assert all(
             torch.isfinite(v).all() for v in state["model"].values() if v.is_floating_point()
         )
+
+
+def test_weights_that_are_not_finite_are_never_saved(tiny):
+    """The loss of the step that broke them was still finite."""
+    with process_group("cpu") as ranks:
+        run_ = Run(tiny, ranks)
+        run_._save()
+        with torch.no_grad():
+            run_.method.projector[0].weight[0, 0] = float("inf")
+        run_.steps_done = 1
+        with pytest.raises(NonFiniteLoss, match=r"at step 2 .*step_00000000\.pt is from before"):
+            run_._save()
+        run_.console.close()
+        run_.close()
+    assert [p.name for p in list_checkpoints(Path(tiny.out) / "checkpoints")] == [
+        "step_00000000.pt"
+    ]
+
+
+def test_an_encoder_that_does_not_fit_leaves_nothing(tmp_path):
+    code = (
+        "import resource, sys, torch; from pathlib import Path\n"
+        "from sacl_fast.engine.checkpoint import save_encoder\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))\n"
+        "save_encoder(Path(sys.argv[1]), {'weight': torch.zeros(10_000)})"
+    )
+    result = run([sys.executable, "-c", code, str(tmp_path / "encoder.safetensors")])
+    assert "UserError: cannot write encoder" in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_resuming_another_architecture_names_the_differences(tiny):
