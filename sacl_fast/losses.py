@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from sacl_fast.config import LossConfig
+from sacl_fast.ops.collectives import RowGather
 from sacl_fast.ops.xcorr_loss import LossParts, sacl_xd_loss
 
 
@@ -14,16 +17,25 @@ class SaclXdLoss(nn.Module):
     >>> loss, parts = SaclXdLoss(alpha=0.9)(z1, z2, z1_t, z2_t)
     """
 
-    def __init__(self, config: LossConfig | None = None, **settings: object) -> None:
+    def __init__(
+        self, config: LossConfig | None = None, *, backend: str = "auto", **settings: object
+    ) -> None:
         """Takes a ``LossConfig``, or its fields as keywords."""
         super().__init__()
         self.config = config or LossConfig(**settings)  # type: ignore[arg-type]
+        self.backend = backend
 
     def forward(
-        self, z1: Tensor, z2: Tensor, z1_t: Tensor | None = None, z2_t: Tensor | None = None
+        self,
+        z1: Tensor,
+        z2: Tensor,
+        z1_t: Tensor | None = None,
+        z2_t: Tensor | None = None,
+        gathers: Sequence[RowGather | None] = (),
     ) -> tuple[Tensor, LossParts]:
         """Four embeddings (N, D) to the loss () and its parts; see ``sacl_xd_loss``."""
-        return sacl_xd_loss(z1, z2, z1_t, z2_t, **vars(self.config))
+        settings = vars(self.config)
+        return sacl_xd_loss(z1, z2, z1_t, z2_t, gathers=gathers, backend=self.backend, **settings)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value!r}" for key, value in vars(self.config).items())
@@ -33,10 +45,11 @@ class BarlowTwinsLoss(nn.Module):
     """Barlow Twins (Zbontar et al., ICML 2021): SACL-XD's contrastive term on two embeddings.
 
     Used as ``lightly.loss.BarlowTwinsLoss``: takes two embeddings (N, D), returns the loss ().
-    With several processes the correlation is over the global batch, with exact gradients.
+    ``gather_distributed``: the correlation is over the batch of all processes, with exact
+    gradients; else over each process's own.
     """
 
-    def __init__(self, lambda_param: float = 5e-3, gather_distributed: bool = True) -> None:
+    def __init__(self, lambda_param: float = 5e-3, gather_distributed: bool = False) -> None:
         super().__init__()
         self.lambda_param = lambda_param
         self.gather_distributed = gather_distributed

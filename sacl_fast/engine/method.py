@@ -25,48 +25,63 @@ from torch import Tensor, nn
 from sacl_fast.config import Config
 from sacl_fast.encoders import Projector, build_encoder, output_dim
 from sacl_fast.encoders.batch_norm import synchronize_batch_norm
-from sacl_fast.ops.collectives import world_size
+from sacl_fast.ops.collectives import RowGather, world_size
 from sacl_fast.slim import Slicer
+from sacl_fast.slim.slicer import Mode
 
 
 class Embeddings(NamedTuple):
-    """The embeddings (N, D) of the four passes; the last two only where they are distilled."""
+    """The embeddings (N, D) of the four passes; the targets only where they are distilled."""
 
     z1: Tensor
     z2: Tensor
-    z1_t: Tensor | None
-    z2_t: Tensor | None
+    z1_t: Tensor | None = None
+    z2_t: Tensor | None = None
+    gathers: tuple[RowGather, ...] = ()
+    """With several ranks: each embedding on its way to the others, since the pass that made it."""
 
 
 class SaclXd(nn.Module):
     """Encoder, projector and slicer; ``forward`` is the four passes."""
 
     def __init__(
-        self, encoder: nn.Module, projector: nn.Module, slicer: Slicer, *, distill: bool = True
+        self,
+        encoder: nn.Module,
+        projector: nn.Module,
+        slicer: Slicer,
+        *,
+        distill: bool = True,
+        gather: bool = False,
     ) -> None:
+        """``gather``: send every embedding to all ranks while the next pass runs."""
         super().__init__()
         self.encoder = encoder
         self.projector = projector
         self.slicer = slicer
         self.distill = distill
+        self.gather = gather
 
     def embed(self, x: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, D)
         return self.projector(self.encoder(x))
 
     def forward(self, x_a: Tensor, x_b: Tensor) -> Embeddings:
-        dense, slim = "dense", "mask"
-        with self.slicer.mode(dense):
-            z1 = self.embed(x_a)
-        with self.slicer.mode(slim):
-            z2 = self.embed(x_b)
+        gathers: list[RowGather] = []
+
+        def run(width: Mode, x: Tensor) -> Tensor:
+            with self.slicer.mode(width):
+                z = self.embed(x)
+            if self.gather:
+                gathers.append(RowGather(z))
+            return z
+
+        z1 = run("dense", x_a)
+        z2 = run("mask", x_b)
         if not self.distill:
-            return Embeddings(z1, z2, None, None)
+            return Embeddings(z1, z2, gathers=tuple(gathers))
         with torch.no_grad():
-            with self.slicer.mode(dense):
-                z1_t = self.embed(x_b)
-            with self.slicer.mode(slim):
-                z2_t = self.embed(x_a)
-        return Embeddings(z1, z2, z1_t, z2_t)
+            z1_t = run("dense", x_b)
+            z2_t = run("mask", x_a)
+        return Embeddings(z1, z2, z1_t, z2_t, tuple(gathers))
 
 
 def build_method(config: Config) -> SaclXd:
@@ -92,5 +107,10 @@ def build_method(config: Config) -> SaclXd:
         exclude=config.slim.exclude,
         batch_norm=config.slim.batch_norm,
     )
-    distill = config.loss.distillation != "none"
-    return SaclXd(encoder, projector, slicer, distill=distill).train()
+    return SaclXd(
+        encoder,
+        projector,
+        slicer,
+        distill=config.loss.distillation != "none",
+        gather=config.loss.statistics == "global" and world_size() > 1,
+    ).train()

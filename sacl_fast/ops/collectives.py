@@ -47,6 +47,26 @@ def gather_rows(rows: Tensor) -> Tensor:
     return rows if world_size() == 1 else _GatherRows.apply(rows.contiguous())  # type: ignore[no-any-return]
 
 
+class RowGather:
+    """All ranks' rows, gathered without gradient while the caller goes on.
+
+    ``wait`` gives (n, D) -> (W * n, D), in rank order. Each rank must bring n rows, and all ranks
+    must start their gathers in the same order.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self._rows = rows.detach().contiguous()  # alive until it is sent
+        self._all = rows.new_empty(world_size() * rows.shape[0], *rows.shape[1:])
+        # As bytes: gloo does not know every type.
+        out, own = (x.view(torch.uint8) for x in (self._all, self._rows))
+        self._work = dist.all_gather_into_tensor(out, own, async_op=True)
+
+    def wait(self) -> Tensor:
+        if self._work is not None:
+            self._work.wait()
+        return self._all
+
+
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

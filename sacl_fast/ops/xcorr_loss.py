@@ -7,27 +7,35 @@ With ``norm`` standardising each feature over the batch and :math:`C(p, q) = nor
     L_XD = lambda/2 * [sum_{i != j} C(z1, z1_t)_ij^2 + sum_{i != j} C(z2, z2_t)_ij^2]
     L    = alpha * L_CL + (1 - alpha) * L_XD
 
-Gradients flow through ``z1`` and ``z2`` only. No D x D matrix is formed where N <= D:
-``||P^T Q||_F^2 = <P P^T, Q Q^T>`` needs two N x N Gram matrices instead. What differs from the
-supplement, and why, is in the README ("The method").
+Gradients flow through ``z1`` and ``z2`` only. The published way forms three D x D matrices and
+runs over a hundred operations on them; the operator here stores none. How: see
+``xcorr_reference`` (plain PyTorch, any device) and ``sacl_kernels.xcorr_loss`` (Triton). What
+differs from the supplement, and why, is in the README ("The method").
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from sacl_fast.errors import UserError
-from sacl_fast.ops.collectives import gather_rows, world_size
+from sacl_fast.errors import UserError, nearest
+from sacl_fast.ops import xcorr_reference
+from sacl_fast.ops.backend import resolve
+from sacl_fast.ops.collectives import RowGather, gather_rows, sum_over_ranks, world_size
+from sacl_fast.ops.xcorr_reference import Rows, Terms
 
 Distillation = Literal["correlation", "log", "none"]
 OffDiagonal = Literal["squared", "literal"]
 Pairing = Literal["same_width", "cross_width"]
 Variance = Literal["biased", "unbiased"]
 Statistics = Literal["global", "local"]
+Algorithm = Literal["auto", "gram", "tiles"]
 
 
 class LossParts(NamedTuple):
@@ -38,42 +46,131 @@ class LossParts(NamedTuple):
     distillation: Tensor  # ()
 
 
-def standardize(z: Tensor, *, variance: Variance = "biased", eps: float = 1e-5) -> Tensor:
-    """Each feature of ``z`` (N, D) with mean 0 and standard deviation 1 over the batch.
+# --- the custom operator -------------------------------------------------------------------------
 
-    ``biased``: ``(z - mean) / sqrt(var + eps)``, as batch norm. ``unbiased``: ``z.std(0)`` and no
-    eps, as the supplement's pseudocode; a constant feature then gives NaN.
+
+@torch.library.custom_op("sacl_fast::xcorr_loss", mutates_args=())
+def _xcorr_loss(
+    z1: Tensor,
+    z2: Tensor,
+    batch: list[Tensor],
+    place: list[int],
+    terms: list[float],
+    algorithm: str,
+    backend: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The loss (), its terms (3,) and what the backward pass needs (nothing unless ``keep``).
+
+    Args:
+        z1, z2: this rank's rows (n, D), which get the gradient: that of the global loss, times the
+            number of ranks (see ``collectives``).
+        batch: the rows of all ranks, z1, z2 and their targets: 2 or 4 times (N, D).
+        place: rank and number of ranks.
+        terms: the fields of ``Terms``.
     """
-    centered = z - z.mean(0)
-    if variance == "unbiased":
-        return centered / (centered.square().sum(0) / (len(z) - 1)).sqrt()
-    return centered * (centered.square().mean(0) + eps).rsqrt()
+    implementation, rows = _implementation(backend, z1), _rows(z1, place)
+    forward = implementation.gram_forward if algorithm == "gram" else implementation.tiles
+    with torch.autocast(z1.device.type, enabled=False):
+        parts, saved = forward(batch, rows, Terms.of(terms), keep=keep)
+    return parts.sum(), parts, saved
 
 
-def _diagonal(p: Tensor, q: Tensor) -> Tensor:
-    """The diagonal of C(p, q): (D,)."""
-    return (p * q).mean(0)
+@_xcorr_loss.register_fake
+def _(
+    z1: Tensor,
+    z2: Tensor,
+    batch: list[Tensor],
+    place: list[int],
+    terms: list[float],
+    algorithm: str,
+    backend: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    exact = torch.float64 if z1.dtype == torch.float64 else torch.float32
+    (n, d), count, total = z1.shape, len(batch), batch[0].shape[0]
+    kept: list[Tensor] = []
+    if keep and algorithm == "tiles":
+        kept = [z1.new_empty(n, d, dtype=exact) for _ in range(2)]  # dz1, dz2
+    elif keep:
+        operand = z1.dtype if _resolve(backend, z1) == "triton" else exact
+        kept = [
+            z1.new_empty(count, total, d, dtype=operand),  # x
+            z1.new_empty(2, d, dtype=exact),  # rstd
+            z1.new_empty(count - 1, d, dtype=exact),  # diagonals
+            z1.new_empty(2, n, total, dtype=exact),  # factors
+        ]
+    return z1.new_empty((), dtype=exact), z1.new_empty(3, dtype=exact), kept
 
 
-def _sum_of_squares(p: Tensor, q: Tensor) -> Tensor:
-    """The sum of squares of C(p, q), by the smaller of the N x N and the D x D matrices: ()."""
-    n, d = p.shape
-    if n <= d:
-        return ((p @ p.T) * (q @ q.T)).sum() / n**2
-    return (p.T @ q).square().sum() / n**2
+@torch.library.custom_op("sacl_fast::xcorr_loss_backward", mutates_args=())
+def _xcorr_loss_backward(
+    grad: Tensor,
+    z1: Tensor,
+    saved: list[Tensor],
+    place: list[int],
+    terms: list[float],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradients (n, D) of z1 and z2 from that of the loss (), after ``gram``."""
+    backward = _implementation(backend, z1).gram_backward
+    with torch.autocast(z1.device.type, enabled=False):
+        dz1, dz2 = backward(grad, saved, _rows(z1, place), Terms.of(terms))
+    return dz1.to(z1.dtype), dz2.to(z1.dtype)
 
 
-def _off_diagonal(p: Tensor, q: Tensor, form: OffDiagonal) -> Tensor:
-    """Sum over the off-diagonal of C(p, q), of the squares or ``literal``-ly of the values: ()."""
-    diagonal = _diagonal(p, q)
-    if form == "literal":
-        return (p.sum(1) * q.sum(1)).mean() - diagonal.sum()
-    return _sum_of_squares(p, q) - diagonal.square().sum()
+@_xcorr_loss_backward.register_fake
+def _(
+    grad: Tensor,
+    z1: Tensor,
+    saved: list[Tensor],
+    place: list[int],
+    terms: list[float],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    dz1, dz2 = (torch.empty_like(z1, memory_format=torch.contiguous_format) for _ in range(2))
+    return dz1, dz2
 
 
-def _cross_entropy(z: Tensor, target: Tensor) -> Tensor:
-    """-softmax(target) log softmax(z), summed over features and averaged over the batch: ()."""
-    return F.cross_entropy(z, target.softmax(1))
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    z1, _, batch, ctx.place, ctx.terms, ctx.algorithm, ctx.backend, _ = inputs
+    ctx.batch_grads = [None] * len(batch)
+    ctx.save_for_backward(z1, *output[2])
+
+
+def _autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    z1, *saved = ctx.saved_tensors
+    grad = grad * ctx.place[1]
+    if ctx.algorithm == "gram":
+        dz1, dz2 = _xcorr_loss_backward(grad, z1, saved, ctx.place, ctx.terms, ctx.backend)
+    else:  # they came with the value; kept in fp32, since half precision needs the loss scale
+        dz1, dz2 = ((grad * dz).to(z1.dtype) for dz in saved)
+    return dz1, dz2, ctx.batch_grads, None, None, None, None, None
+
+
+_xcorr_loss.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _rows(z: Tensor, place: list[int]) -> Rows:
+    rank, ranks = place
+    return Rows(rank * len(z), len(z), dist.all_reduce if ranks > 1 else None)
+
+
+def _resolve(backend: str, z: Tensor) -> str:
+    if backend == "auto" and z.dtype == torch.float64:
+        return "torch"
+    return resolve(backend, "xcorr_loss", z.device).backend
+
+
+def _implementation(backend: str, z: Tensor) -> Any:
+    if _resolve(backend, z) == "torch":
+        return xcorr_reference
+    from sacl_kernels import xcorr_loss
+
+    return xcorr_loss
+
+
+# --- the public function -------------------------------------------------------------------------
 
 
 def sacl_xd_loss(
@@ -92,6 +189,9 @@ def sacl_xd_loss(
     eps: float = 1e-5,
     scale: float = 1.0,
     statistics: Statistics = "global",
+    gathers: Sequence[RowGather | None] = (),
+    algorithm: Algorithm = "auto",
+    backend: str = "auto",
 ) -> tuple[Tensor, LossParts]:
     """The SACL-XD loss and its parts.
 
@@ -108,62 +208,117 @@ def sacl_xd_loss(
         pairing: ``same_width`` pairs z1 with z1_t and z2 with z2_t (same encoder, other view);
             ``cross_width`` z1 with z2_t and z2 with z1_t (same view, other encoder).
         gamma: weight of the ``log`` distillation.
-        variance, eps: see :func:`standardize`.
+        variance: ``biased``: features are standardised as ``(z - mean) / sqrt(var + eps)``, as in
+            batch norm. ``unbiased``: by ``z.std(0)`` without eps, as in the supplement's
+            pseudocode; a constant feature then gives NaN.
         scale: factor on the whole loss.
         statistics: with W processes, ``global`` gathers the embeddings: every rank returns the
             loss of the batch of W * N, and ``DistributedDataParallel``'s average of the gradients
             is exactly that loss's gradient. ``local``: each rank's own loss.
+        gathers: ``start_gather`` of each embedding given, where it was begun while the encoder was
+            still running; the others are gathered here.
+        algorithm: ``gram`` forms N x N matrices, ``tiles`` panels of the D x D ones; ``auto``
+            takes ``gram`` where the batch is at most D.
+        backend: ``torch``, ``triton`` (CUDA) or ``auto``.
 
     Returns:
         The loss () in fp32 (float64 for float64 embeddings) and :class:`LossParts`.
 
     Raises:
-        UserError: embeddings that are not four (two for ``none``) matrices of one shape, or a
-            batch of 1, over which nothing can be standardised.
+        UserError: embeddings that are not four (two for ``none``) matrices of one shape, a batch
+            of 1, over which nothing can be standardised, or an unknown algorithm or backend.
     """
-    if distillation == "none":
-        given = [z1, z2]
-    elif z1_t is None or z2_t is None:
+    given = [z1, z2] if distillation == "none" else [z1, z2, z1_t, z2_t]
+    zs = _common_type([z for z in given if z is not None])
+    if len(zs) < len(given):
         raise UserError(f"distillation {distillation!r} needs z1_t and z2_t; without them: 'none'")
-    else:
-        given = [z1, z2, z1_t.detach(), z2_t.detach()]
     ranks = world_size() if statistics == "global" else 1
-    _check(given, ranks)
+    _check(zs, ranks, algorithm, backend)
+    batch = [z.detach() for z in zs]
+    if ranks > 1:
+        begun = [*gathers, *[None] * len(batch)]
+        batch = [(g or RowGather(z)).wait() for z, g in zip(batch, begun, strict=False)]
+    unbiased = variance == "unbiased"
+    terms = Terms(scale, scale * lambda_, 0.0, unbiased, 0.0 if unbiased else eps)
+    if distillation == "correlation":
+        terms = terms._replace(on=alpha * scale, off=alpha * scale * lambda_)
+    squared = distillation == "correlation" and off_diagonal == "squared"
+    if squared:
+        terms = terms._replace(xd=(1 - alpha) / 2 * scale * lambda_)
+    if pairing == "cross_width":
+        batch[2:], zs[2:] = batch[:1:-1], zs[:1:-1]
+    if algorithm == "auto":
+        algorithm = "gram" if batch[0].shape[0] <= batch[0].shape[1] else "tiles"
 
-    with torch.autocast(z1.device.type, enabled=False):
-        if statistics == "global":
-            given = [gather_rows(z) for z in given]
-        # Standardising and reducing in half precision loses the small correlations.
-        given = [z if z.dtype == torch.float64 else z.float() for z in given]
-        normed = [standardize(z, variance=variance, eps=eps) for z in given[:2]]
-        on = (1 - _diagonal(*normed)).square().sum()
-        off = lambda_ * _off_diagonal(normed[0], normed[1], "squared")
-
-        if distillation == "none":
-            weight, xd = 1.0, torch.zeros_like(on)
-        else:
-            (z1, z2), targets = given[:2], given[2:]
-            if pairing == "cross_width":
-                targets.reverse()
+    loss, parts, _ = _xcorr_loss(
+        zs[0],
+        zs[1],
+        batch if squared else batch[:2],
+        [dist.get_rank() if ranks > 1 else 0, ranks],
+        list(terms),
+        algorithm,
+        backend,
+        torch.is_grad_enabled() and (z1.requires_grad or z2.requires_grad),
+    )
+    on, off, xd = parts.detach()
+    if len(zs) == 4 and not squared:  # the variants kept for study, by autograd
+        with torch.autocast(z1.device.type, enabled=False):
             if distillation == "log":
-                weight = 1.0
-                xd = gamma / 2 * (_cross_entropy(z1, targets[0]) + _cross_entropy(z2, targets[1]))
+                xd = scale * gamma / 2 * _cross_entropy(zs, ranks)
             else:
-                weight = alpha
-                normed_t = [standardize(t, variance=variance, eps=eps) for t in targets]
-                pairs = zip(normed, normed_t, strict=True)
-                leaks = [_off_diagonal(p, q, off_diagonal) for p, q in pairs]
-                xd = (1 - alpha) * lambda_ / 2 * (leaks[0] + leaks[1])
-        on, off, xd = scale * weight * on, scale * weight * off, scale * xd
-        return on + off + xd, LossParts(on.detach(), off.detach(), xd.detach())
+                xd = (1 - alpha) / 2 * scale * lambda_ * _literal(zs, ranks, terms)
+        loss, xd = loss + xd, xd.detach()
+    return loss, LossParts(on, off, xd)
 
 
-def _check(embeddings: list[Tensor], ranks: int) -> None:
-    shapes = [tuple(z.shape) for z in embeddings]
-    if len(set(shapes)) != 1 or len(shapes[0]) != 2:
+def _common_type(zs: list[Tensor]) -> list[Tensor]:
+    dtype = reduce(torch.promote_types, [z.dtype for z in zs])
+    return [z.to(dtype) for z in zs]
+
+
+def _check(zs: list[Tensor], ranks: int, algorithm: str, backend: str) -> None:
+    shapes = [tuple(z.shape) for z in zs]
+    if len(set(shapes)) != 1 or len(shapes[0]) != 2 or shapes[0][1] < 1:
         given = ", ".join(map(str, shapes))
         raise UserError(f"embeddings of shapes {given}; matrices of one shape (N, D) work")
+    if not zs[0].is_floating_point():
+        raise UserError(f"embeddings of type {zs[0].dtype}; floating-point ones work")
     if shapes[0][0] * ranks < 2:
+        size = f"a batch of {shapes[0][0] * ranks}"
         raise UserError(
-            "a batch of 1: the loss standardises every feature over the batch; 2 or more work"
+            f"{size}: the loss standardises every feature over the batch; 2 or more work"
         )
+    if algorithm not in ("auto", "gram", "tiles"):
+        raise UserError(
+            f"unknown algorithm {algorithm!r}; {nearest(algorithm, ['auto', 'gram', 'tiles'])}"
+        )
+    if backend == "triton" and zs[0].dtype == torch.float64:
+        raise UserError("backend 'triton' takes fp32, bf16 and fp16; 'torch' takes float64 too")
+
+
+# --- variants of the distillation, in the order of the sources ------------------------------------
+
+
+def _cross_entropy(zs: list[Tensor], ranks: int) -> Tensor:
+    """-softmax(target) log softmax(z), summed over features, averaged over the batch; of both."""
+    z1, z2, t1, t2 = (_exact(z) for z in zs)
+    terms = [F.cross_entropy(z, t.detach().softmax(1)) for z, t in ((z1, t1), (z2, t2))]
+    total = terms[0] + terms[1]
+    return sum_over_ranks(total) / ranks if ranks > 1 else total
+
+
+def _literal(zs: list[Tensor], ranks: int, terms: Terms) -> Tensor:
+    """Sum over the off-diagonals of both XD correlations, not squared, in O(N D)."""
+    batch = [_exact(z if i < 2 else z.detach()) for i, z in enumerate(zs)]
+    if ranks > 1:
+        batch = [gather_rows(z) for z in batch]
+    norm = [
+        xcorr_reference.standardize(z, unbiased=terms.unbiased, eps=terms.eps)[0] for z in batch
+    ]
+    pairs = ((norm[0], norm[2]), (norm[1], norm[3]))
+    sums = [(p.sum(1) * q.sum(1)).mean() - (p * q).mean(0).sum() for p, q in pairs]
+    return sums[0] + sums[1]
+
+
+def _exact(z: Tensor) -> Tensor:
+    return z if z.dtype == torch.float64 else z.float()

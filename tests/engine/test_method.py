@@ -48,7 +48,7 @@ def test_passes_are_those_of_the_paper_in_the_stated_order():
 
 def test_without_distillation_there_are_two_passes():
     method = build_method(config(loss=LossConfig(distillation="none")))
-    z1, z2, z1_t, z2_t = method(*torch.randn(2, 4, 3, 32, 32))
+    z1, z2, z1_t, z2_t, gathers = method(*torch.randn(2, 4, 3, 32, 32))
     assert z1.requires_grad and z2.requires_grad and z1_t is None and z2_t is None
     assert method.encoder.bn1.num_batches_tracked == 2
 
