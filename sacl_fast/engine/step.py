@@ -11,7 +11,7 @@ from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.method import Embeddings, SaclXd
 from sacl_fast.errors import UserError
 from sacl_fast.losses import SaclXdLoss
-from sacl_fast.ops.backend import OPERATORS, resolve
+from sacl_fast.ops.backend import resolve_all
 from sacl_fast.ops.xcorr_loss import LossParts
 from sacl_fast.optim import build_optimizer, learning_rate
 
@@ -32,7 +32,7 @@ class TrainingStep:
         self, method: SaclXd, config: Config, ranks: Ranks, *, steps_per_epoch: int
     ) -> None:
         device = ranks.device
-        self.backends = {op: resolve(config.backend, op, device) for op in OPERATORS}
+        self.backends = resolve_all(config.backend, device)
         self.config = config
         self.device = device
         self.amp_dtype = autocast_dtype(config.precision, device)

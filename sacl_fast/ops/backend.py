@@ -6,7 +6,10 @@ An operator lists its backends fastest first; plain ``torch`` is always the last
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -24,9 +27,26 @@ class Resolution(NamedTuple):
     reason: str
 
 
+@cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _triton(device: torch.device) -> str | None:
+    if not _triton_is_installed():
+        return "the package triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None  # its interpreter runs kernels anywhere, to look into them
+    if device.type != "cuda":
+        return "Triton kernels need a CUDA device"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    return None
+
+
 # Operator -> its backends besides ``torch``, fastest first.
 OPERATORS: dict[str, dict[str, Check]] = {
-    "xcorr_loss": {},
+    "xcorr_loss": {"triton": _triton},
     "slim_conv": {},
     "lars": {},
 }
@@ -47,7 +67,7 @@ def resolve(requested: str, op: str, device: torch.device) -> Resolution:
         passed_over = [f"{name}: {why_not}" for name, why_not in obstacles.items() if why_not]
         if usable[0] != "torch":
             return Resolution(usable[0], f"the fastest that runs on {device.type}")
-        return Resolution("torch", "; ".join(passed_over) or "the only backend as yet")
+        return Resolution("torch", "; ".join(passed_over) or "the only backend")
     if requested in usable:
         return Resolution(requested, "as requested")
     why_not = obstacles.get(requested) or f"{op} has no such backend"
@@ -55,3 +75,16 @@ def resolve(requested: str, op: str, device: torch.device) -> Resolution:
         f"backend {requested!r} cannot run {op} on {device.type} ({why_not}); "
         f"what can: {', '.join(usable)}"
     )
+
+
+def resolve_all(requested: str, device: torch.device) -> dict[str, Resolution]:
+    """The backend of every operator: the requested one where an operator has it, else ``auto``.
+
+    ``torch`` is had by all. ``UserError`` where no operator has it, or one that has it cannot run.
+    """
+    having = [op for op in OPERATORS if requested in ("auto", "torch", *OPERATORS[op])]
+    if not having:
+        known = sorted({name for checks in OPERATORS.values() for name in checks})
+        works = ", ".join(["auto", "torch", *known])
+        raise UserError(f"no operator has the backend {requested!r}; what works: {works}")
+    return {op: resolve(requested if op in having else "auto", op, device) for op in OPERATORS}

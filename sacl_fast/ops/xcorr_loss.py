@@ -72,8 +72,7 @@ def _xcorr_loss(
     implementation, rows = _implementation(backend, z1), _rows(z1, place)
     forward = implementation.gram_forward if algorithm == "gram" else implementation.tiles
     with torch.autocast(z1.device.type, enabled=False):
-        parts, saved = forward(batch, rows, Terms.of(terms), keep=keep)
-    return parts.sum(), parts, saved
+        return forward(batch, rows, Terms.of(terms), keep=keep)
 
 
 @_xcorr_loss.register_fake
@@ -91,7 +90,7 @@ def _(
     (n, d), count, total = z1.shape, len(batch), batch[0].shape[0]
     kept: list[Tensor] = []
     if keep and algorithm == "tiles":
-        kept = [z1.new_empty(n, d, dtype=exact) for _ in range(2)]  # dz1, dz2
+        kept = [z1.new_empty(2, n, d, dtype=exact)]  # the gradients
     elif keep:
         operand = z1.dtype if _resolve(backend, z1) == "triton" else exact
         kept = [
@@ -111,12 +110,11 @@ def _xcorr_loss_backward(
     place: list[int],
     terms: list[float],
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Gradients (n, D) of z1 and z2 from that of the loss (), after ``gram``."""
+) -> Tensor:
+    """Gradients (2, n, D) of z1 and z2 from that of the loss (), after ``gram``."""
     backward = _implementation(backend, z1).gram_backward
     with torch.autocast(z1.device.type, enabled=False):
-        dz1, dz2 = backward(grad, saved, _rows(z1, place), Terms.of(terms))
-    return dz1.to(z1.dtype), dz2.to(z1.dtype)
+        return backward(grad, saved, _rows(z1, place), Terms.of(terms)).to(z1.dtype)
 
 
 @_xcorr_loss_backward.register_fake
@@ -127,9 +125,8 @@ def _(
     place: list[int],
     terms: list[float],
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    dz1, dz2 = (torch.empty_like(z1, memory_format=torch.contiguous_format) for _ in range(2))
-    return dz1, dz2
+) -> Tensor:
+    return z1.new_empty(2, *z1.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -140,12 +137,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 def _autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     z1, *saved = ctx.saved_tensors
-    grad = grad * ctx.place[1]
+    if ctx.place[1] > 1:
+        grad = grad * ctx.place[1]
     if ctx.algorithm == "gram":
-        dz1, dz2 = _xcorr_loss_backward(grad, z1, saved, ctx.place, ctx.terms, ctx.backend)
+        dz = _xcorr_loss_backward(grad, z1, saved, ctx.place, ctx.terms, ctx.backend)
     else:  # they came with the value; kept in fp32, since half precision needs the loss scale
-        dz1, dz2 = ((grad * dz).to(z1.dtype) for dz in saved)
-    return dz1, dz2, ctx.batch_grads, None, None, None, None, None
+        dz = (grad * saved[0]).to(z1.dtype)
+    return dz[0], dz[1], ctx.batch_grads, None, None, None, None, None
 
 
 _xcorr_loss.register_autograd(_autograd, setup_context=_setup_context)

@@ -14,10 +14,11 @@ factors ``M1 = off K_B + xd K_S``, ``M2 = off K_A + xd K_T``::
     off-diagonal sums = <K_P, K_Q> / N^2 - sum c^2
     dA = 2/N^2 M1 A + (B g - S 2 xd c2) / N,  g = -2 on (1 - c1) - 2 off c1;  dB likewise
 
-12 N^2 D multiply-adds, 2 N^2 numbers kept for the backward pass.
+12 N^2 D FLOP, 2 N^2 numbers kept for the backward pass besides the embeddings.
 
 ``tiles`` (N > D): C is formed ``PANEL`` rows at a time. Each panel gives its part of the value and,
-at once, its part of the gradient, so that no panel is kept or made again: 14 N D^2.
+at once, its part of the gradient, so that no panel is kept or made again: 14 N D^2
+FLOP.
 
 Over several ranks every rank has the standardised embeddings of the whole batch and forms its own
 rows of the Gram matrices and of the gradient.
@@ -80,7 +81,7 @@ def standardize(
 
 def gram_forward(
     batch: Sequence[Tensor], rows: Rows, terms: Terms, *, keep: bool
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The value by Gram matrices.
 
     Args:
@@ -88,8 +89,8 @@ def gram_forward(
         keep: whether ``gram_backward`` follows.
 
     Returns:
-        The on-diagonal, off-diagonal and XD terms (3,), and what the backward pass needs:
-        embeddings x (2 or 4, N, D), rstd (2, D), diagonals (1 or 3, D), factors (2, n, N).
+        The loss (), its on-diagonal, off-diagonal and XD terms (3,), and what the backward pass
+        needs: embeddings x (2 or 4, N, D), rstd (2, D), diagonals (1 or 3, D), factors (2, n, N).
     """
     x, rstd, diagonals = _standardize_all(batch, terms)
     n = x.shape[1]
@@ -108,29 +109,27 @@ def gram_forward(
     sums[0] -= terms.off * squares[0]
     sums[1] -= terms.xd * squares[1:].sum()
     parts = torch.cat([_on_diagonal(diagonals, terms), sums])
-    return parts, [x, rstd, diagonals, factors] if keep else []
+    return parts.sum(), parts, [x, rstd, diagonals, factors] if keep else []
 
 
-def gram_backward(
-    grad: Tensor, saved: Sequence[Tensor], rows: Rows, terms: Terms
-) -> tuple[Tensor, Tensor]:
-    """Gradients (n, D) of this rank's rows of z1 and z2, from the gradient () of the loss."""
+def gram_backward(grad: Tensor, saved: Sequence[Tensor], rows: Rows, terms: Terms) -> Tensor:
+    """Gradients (2, n, D) of this rank's rows of z1 and z2, from the gradient () of the loss."""
     x, rstd, diagonals, factors = saved
     n = x.shape[1]
     on = (-2 / n) * (terms.on * (1 - diagonals[0]) + terms.off * diagonals[0])
-    grads = []
+    dx = x.new_empty(2, rows.count, x.shape[2])
     for i in range(2):
-        dx = (factors[i] @ x[i]).mul_(2 / n**2).addcmul_(rows.of(x[1 - i]), on)
+        torch.mm(factors[i], x[i], out=dx[i])
+        dx[i].mul_(2 / n**2).addcmul_(rows.of(x[1 - i]), on)
         if len(x) == 4:
-            dx.addcmul_(rows.of(x[2 + i]), diagonals[1 + i], value=-2 * terms.xd / n)
-        grads.append(dx)
-    return _through_standardization(grads, x, rstd * grad, rows, terms)
+            dx[i].addcmul_(rows.of(x[2 + i]), diagonals[1 + i], value=-2 * terms.xd / n)
+    return _through_standardization(dx, x, rstd * grad, rows, terms)
 
 
 def tiles(
     batch: Sequence[Tensor], rows: Rows, terms: Terms, *, keep: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """The value by panels of C, and if ``keep`` the gradients (n, D) of z1 and z2 with it.
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The value by panels of C, and if ``keep`` the gradients (2, n, D) of z1 and z2 with it.
 
     Arguments and terms as in ``gram_forward``.
     """
@@ -138,7 +137,7 @@ def tiles(
     n, d = x.shape[1:]
     sums = torch.zeros(2, dtype=x.dtype, device=x.device)
     own = rows.of(x)
-    grads = [own[1 - i] * ((-2 * terms.on / n) * (1 - diagonals[0])) for i in range(2)]
+    dx = own[:2].flip(0) * ((-2 * terms.on / n) * (1 - diagonals[0]))
     pairs = [(0, 1, terms.off), (0, 2, terms.xd), (1, 3, terms.xd)]
     for start in range(0, d, PANEL):
         panel = slice(start, min(start + PANEL, d))
@@ -150,13 +149,13 @@ def tiles(
             if not keep:
                 continue
             c.mul_(2 * weight / n)
-            grads[p][:, panel].addmm_(own[q], c.T)
+            dx[p, :, panel].addmm_(own[q], c.T)
             if q == 1:
-                grads[1].addmm_(own[0, :, panel], c)
+                dx[1].addmm_(own[0, :, panel], c)
     parts = torch.cat([_on_diagonal(diagonals, terms), sums])
     if not keep:
-        return parts, []
-    return parts, list(_through_standardization(grads, x, rstd, rows, terms))
+        return parts.sum(), parts, []
+    return parts.sum(), parts, [_through_standardization(dx, x, rstd, rows, terms)]
 
 
 def _standardize_all(batch: Sequence[Tensor], terms: Terms) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,22 +189,17 @@ def _on_diagonal(diagonals: Tensor, terms: Terms) -> Tensor:
 
 
 def _through_standardization(
-    grads: Sequence[Tensor], x: Tensor, factor: Tensor, rows: Rows, terms: Terms
-) -> tuple[Tensor, Tensor]:
-    """``factor * (dX - mean(dX) - X sum(dX X) / m)``, in place, for both embeddings.
+    dx: Tensor, x: Tensor, factor: Tensor, rows: Rows, terms: Terms
+) -> Tensor:
+    """``factor * (dx - mean(dx) - x sum(dx x) / m)`` for both embeddings, in place: (2, n, D).
 
     The means and sums run over the rows of all ranks; m is N, or N - 1 if ``unbiased``.
     """
-    n = x.shape[1]
-    own = rows.of(x)
-    sums = torch.stack([s for dx, y in zip(grads, own, strict=False) for s in _sums(dx, y)])
+    n, own = x.shape[1], rows.of(x)
+    sums = torch.stack([s for i in range(2) for s in (dx[i].sum(0), (dx[i] * own[i]).sum(0))])
     if rows.sum_over_ranks is not None:
         rows.sum_over_ranks(sums)
-    means, products = -sums[0::2] / n, -sums[1::2] / (n - terms.unbiased)
-    for i, dx in enumerate(grads):
-        dx.add_(means[i]).addcmul_(own[i], products[i]).mul_(factor[i])
-    return grads[0], grads[1]
-
-
-def _sums(dx: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    return dx.sum(0), (dx * x).sum(0)
+    for i in range(2):
+        dx[i].sub_(sums[2 * i] / n).addcmul_(own[i], sums[2 * i + 1] / (terms.unbiased - n))
+        dx[i].mul_(factor[i])
+    return dx

@@ -5,53 +5,19 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from xcorr_pseudocode import SETTINGS, embeddings, in_float64, pseudocode, relative_errors
 
 from sacl_fast.errors import UserError
 from sacl_fast.losses import BarlowTwinsLoss, SaclXdLoss
-from sacl_fast.ops.xcorr_loss import sacl_xd_loss
+from sacl_fast.ops.xcorr_loss import _xcorr_loss, sacl_xd_loss
 
-ALPHA, LAMBDA, GAMMA = 0.9, 0.02, 0.003
-# N > D and N < D take different algorithms; odd sizes, and the smallest batch there is.
-SHAPES = [(2, 3), (7, 5), (8, 33), (33, 8), (64, 64)]
-
-
-def pseudocode(z1, z2, z1_t, z2_t, *, distillation, off_diagonal, pairing, variance):
-    """The supplement's listing, one line each, with the variants of the design."""
-
-    def norm(z):
-        if variance == "unbiased":
-            return (z - z.mean(0)) / z.std(0)
-        return (z - z.mean(0)) / torch.sqrt(z.var(0, unbiased=False) + 1e-5)
-
-    def correlation(p, q):
-        return norm(p).T @ norm(q) / len(p)
-
-    def off(c, power):
-        return (c - torch.diag(torch.diag(c))).pow(power).sum()
-
-    c = correlation(z1, z2)
-    contrastive = (torch.diag(c) - 1).pow(2).sum() + LAMBDA * off(c, 2)
-    if distillation == "none":
-        return contrastive
-    if pairing == "cross_width":
-        z1_t, z2_t = z2_t, z1_t
-    if distillation == "log":
-        terms = [
-            -(t.softmax(1) * z.log_softmax(1)).sum(1).mean() for z, t in [(z1, z1_t), (z2, z2_t)]
-        ]
-        return contrastive + GAMMA * sum(terms) / 2
-    power = 2 if off_diagonal == "squared" else 1
-    distilled = LAMBDA / 2 * (off(correlation(z1, z1_t), power) + off(correlation(z2, z2_t), power))
-    return ALPHA * contrastive + (1 - ALPHA) * distilled
+# The smallest batch there is, odd sizes, N > D and N < D, one feature, blocks of the Gram matrices.
+SHAPES = [(2, 3), (7, 5), (8, 33), (33, 8), (64, 64), (5, 1), (150, 170)]
+ALGORITHMS = ["gram", "tiles"]
 
 
-def embeddings(n, d, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    zs = [torch.randn(n, d, generator=generator, dtype=dtype) for _ in range(4)]
-    zs[1] = 0.7 * zs[0] + zs[1]  # some correlation, as in training
-    return [z.requires_grad_(i < 2) for i, z in enumerate(zs)]
-
-
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
     ("distillation", "off_diagonal", "pairing", "variance"),
@@ -68,13 +34,13 @@ def embeddings(n, d, dtype=torch.float64, seed=0):
     ],
 )
 def test_value_and_gradient_equal_the_pseudocode(
-    shape, distillation, off_diagonal, pairing, variance
+    shape, distillation, off_diagonal, pairing, variance, algorithm
 ):
     variant = dict(
         distillation=distillation, off_diagonal=off_diagonal, pairing=pairing, variance=variance
     )
     ours, theirs = embeddings(*shape), embeddings(*shape)
-    loss, parts = sacl_xd_loss(*ours, alpha=ALPHA, lambda_=LAMBDA, gamma=GAMMA, **variant)
+    loss, parts = sacl_xd_loss(*ours, **SETTINGS, **variant, algorithm=algorithm)
     expected = pseudocode(*theirs, **variant)
     loss.backward()
     expected.backward()
@@ -86,20 +52,121 @@ def test_value_and_gradient_equal_the_pseudocode(
         torch.testing.assert_close(z.grad / scale, z_ref.grad / scale, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("shape", [(32, 96), (96, 32)], ids=str)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.bfloat16, 2e-2)])
-def test_narrow_types_stay_close(shape, dtype, tolerance):
-    exact = embeddings(*shape)
-    narrow = [z.detach().to(dtype).requires_grad_(z.requires_grad) for z in exact]
-    expected, _ = sacl_xd_loss(*exact)
-    loss, _ = sacl_xd_loss(*narrow)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=0)
-    loss.backward()
+def largest_error(zs, exact=None, **kwargs):
+    exact = exact or in_float64(zs)
+    loss = sacl_xd_loss(*zs, **SETTINGS, **kwargs)[0]
+    return max(relative_errors(loss, zs, pseudocode(*exact), exact))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("shape", [(3, 2), (31, 97), (97, 31), (256, 512), (512, 256)], ids=str)
+def test_narrow_types_are_as_good_as_they_can_be(shape, algorithm):
+    assert largest_error(embeddings(*shape, torch.float32), algorithm=algorithm) < 5e-6
+    narrow = embeddings(*shape, torch.bfloat16)
+    ours = largest_error(narrow, algorithm=algorithm)
+    exact, autocast = in_float64(narrow), [z.detach().requires_grad_() for z in narrow]
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = pseudocode(*[z.float() for z in autocast])
+    theirs = max(relative_errors(eager, autocast, pseudocode(*exact), exact))
+    assert ours < 2e-3 and ours <= theirs
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_batch_of_two_is_as_exact_as_the_pseudocode(algorithm):
+    """Its standardised values are +-1, its gradient is what eps leaves: a difference of equals."""
+    zs = embeddings(2, 40, torch.float32)
+    plain, exact = [z.detach().requires_grad_() for z in zs], in_float64(zs)
+    theirs = max(relative_errors(pseudocode(*plain), plain, pseudocode(*exact), exact))
+    assert largest_error(zs, algorithm=algorithm) < 2 * theirs
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40)], ids=str)
+def test_features_of_any_offset_and_scale(shape, algorithm):
+    zs = embeddings(*shape, torch.float32)
+    offset = [(z.detach() + 1000).requires_grad_(z.requires_grad) for z in zs]
+    assert largest_error(offset, algorithm=algorithm) < 1e-3
+    scales = torch.logspace(-1, 5, shape[1])
+    scaled = [(z.detach() * scales).requires_grad_(z.requires_grad) for z in zs]
+    assert largest_error(scaled, algorithm=algorithm) < 5e-6
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_inputs_need_not_be_contiguous(algorithm):
+    zs = [z.detach() for z in embeddings(12, 40, torch.float32)]
+    views = [zs[0].T.contiguous().T, zs[1].repeat_interleave(2, 1)[:, ::2], zs[2], zs[3].flip(0)]
+    views[3] = views[3].flip(0)
+    plain, strided = ([z.requires_grad_(i < 2) for i, z in enumerate(x)] for x in (zs, views))
+    expected, got = (sacl_xd_loss(*x, algorithm=algorithm)[0] for x in (plain, strided))
     expected.backward()
-    for z, z_ref in zip(narrow[:2], exact[:2], strict=True):
-        error = (z.grad.double() - z_ref.grad).norm() / z_ref.grad.norm()
-        assert error < tolerance
+    got.backward()
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(strided[0].grad, plain[0].grad)
+    torch.testing.assert_close(strided[1].grad, plain[1].grad)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_operator_keeps_the_rules_of_torch_library(algorithm):
+    for count, dtype in itertools.product((2, 4), (torch.float32, torch.bfloat16, torch.float64)):
+        zs = embeddings(6, 9, dtype)
+        batch, xd = [z.detach().clone() for z in zs[:count]], 0.1 if count == 4 else 0.0
+        terms = [1.0, 0.02, xd, 0.0, 1e-5]
+        for keep in (True, False):
+            z1, z2 = (z.detach().requires_grad_(keep) for z in zs[:2])
+            arguments = (z1, z2, batch, [0, 1], terms, algorithm, "torch", keep)
+            torch.library.opcheck(_xcorr_loss, arguments)
+
+
+def test_it_compiles_into_one_graph():
+    def loss_of(*zs):
+        return sacl_xd_loss(*[2 * z for z in zs])[0]
+
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    for shape in [(6, 9), (9, 6)]:
+        ours, theirs = embeddings(*shape), embeddings(*shape)
+        loss, expected = compiled(*ours), loss_of(*theirs)
+        loss.backward()
+        expected.backward()
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(ours[0].grad, theirs[0].grad)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_no_matrix_is_d_by_d(algorithm):
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                self.size = max(self.size, out.untyped_storage().nbytes() // out.element_size())
+            return out
+
+    n, d = 16, 1100
+    zs = embeddings(n, d, torch.float32)
+    with Largest() as largest:
+        sacl_xd_loss(*zs, algorithm=algorithm)[0].backward()
+    assert 0 < largest.size < d * d
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_value_gradient_and_repetition(algorithm):
+    """Without gradient the value is the same; backward may run twice, with any factor."""
+    zs = embeddings(12, 30, torch.float32)
+    loss, parts = sacl_xd_loss(*zs, algorithm=algorithm)
+    with torch.no_grad():
+        alone, _ = sacl_xd_loss(*zs, algorithm=algorithm)
+    assert alone.item() == loss.item() and not any(part.requires_grad for part in parts)
+    (once,) = torch.autograd.grad(loss, zs[0], retain_graph=True)
+    (thrice,) = torch.autograd.grad(3 * loss, zs[0])
+    torch.testing.assert_close(thrice, 3 * once)
+
+
+def test_one_embedding_may_be_without_gradient():
+    zs = embeddings(8, 12)
+    zs[0].requires_grad_(False)
+    sacl_xd_loss(*zs)[0].backward()
+    assert zs[0].grad is None and zs[1].grad is not None
 
 
 def test_targets_get_no_gradient():
@@ -155,9 +222,22 @@ def test_modules_are_thin():
     torch.testing.assert_close(BarlowTwinsLoss(lambda_param=0.01)(zs[0], zs[1]), expected)
 
 
+def test_barlow_twins_is_lightly_s():
+    lightly = pytest.importorskip("lightly.loss")
+    ours, theirs = embeddings(16, 24, torch.float32), embeddings(16, 24, torch.float32)
+    loss = BarlowTwinsLoss(lambda_param=0.01)(*ours[:2])
+    expected = lightly.BarlowTwinsLoss(lambda_param=0.01)(*theirs[:2])
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(ours[0].grad, theirs[0].grad)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        ([torch.randn(0, 3), torch.randn(0, 3)], "batch of 0"),
+        ([torch.ones(4, 3, dtype=torch.long)] * 2, "type torch.int64"),
         ([torch.randn(4, 3), torch.randn(4, 2)], r"\(4, 3\), \(4, 2\)"),
         ([torch.randn(4), torch.randn(4)], "matrices of one shape"),
         ([torch.randn(1, 3), torch.randn(1, 3)], "batch of 1"),
@@ -171,3 +251,16 @@ def test_bad_embeddings_are_named(arguments, sentence):
 def test_distillation_needs_its_targets():
     with pytest.raises(UserError, match="needs z1_t and z2_t"):
         sacl_xd_loss(torch.randn(4, 3), torch.randn(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"algorithm": "grams"}, "unknown algorithm 'grams'; did you mean gram"),
+        ({"backend": "tritn"}, "no such backend"),
+        ({"backend": "triton"}, "float64"),
+    ],
+)
+def test_unknown_ways_are_named(options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        sacl_xd_loss(*embeddings(4, 3), **options)
