@@ -12,21 +12,19 @@ One image is one sample of the batch, that is two views and (with distillation) 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import quantiles
 from typing import Any
 
 import torch
+from timing import device_name, percentiles, write_json
 
 from sacl_fast.cli import parse_config
 from sacl_fast.config import Config
 from sacl_fast.data.loader import Normalise
 from sacl_fast.engine.distributed import Ranks, pick_device
-from sacl_fast.engine.environment import environment
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.step import TrainingStep
 
@@ -44,8 +42,7 @@ def main() -> None:
     result = measure(config, steps=own.steps, warmup=own.warmup)
     print_table(result)
     if own.json:
-        own.json.parent.mkdir(parents=True, exist_ok=True)
-        own.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
+        write_json(own.json, result)
 
 
 def measure(config: Config, *, steps: int, warmup: int) -> dict[str, Any]:
@@ -98,8 +95,7 @@ def measure(config: Config, *, steps: int, warmup: int) -> dict[str, Any]:
         "embedding": config.projector.out,
         "slim_ratio": config.slim.ratio,
         "precision": str(step.amp_dtype or torch.float32),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
+        "device": device_name(device),
         "steps": steps,
         "images_per_second": config.batch_size / percentiles(whole)["p50"] * 1e3,
         "step_ms": percentiles(whole),
@@ -107,15 +103,7 @@ def measure(config: Config, *, steps: int, warmup: int) -> dict[str, Any]:
         "peak_memory_bytes": (
             torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         ),
-        "environment": environment(),
     }
-
-
-def percentiles(values: list[float]) -> dict[str, float]:
-    if len(values) < 2:
-        return dict.fromkeys(("p20", "p50", "p80"), values[0])
-    fifths = quantiles(values, n=10, method="inclusive")
-    return {"p20": fifths[1], "p50": fifths[4], "p80": fifths[7]}
 
 
 def print_table(result: dict[str, Any]) -> None:

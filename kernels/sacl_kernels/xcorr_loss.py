@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 
 from sacl_kernels.xcorr_kernels import (
     combine_kernel,
@@ -169,7 +170,7 @@ def tiles(
 def _standardize(
     batch: Sequence[Tensor], terms: Any, launch: Launch
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if triton.knobs.runtime.interpret and batch[0].dtype == torch.bfloat16:
+    if knobs.runtime.interpret and batch[0].dtype == torch.bfloat16:
         raise ValueError("Triton's interpreter multiplies bf16 wrongly; fp32 and fp16 work in it")
     zs = [z if z.stride(1) == 1 else z.contiguous() for z in batch]
     (N, D), count = zs[0].shape, len(zs)

@@ -132,6 +132,7 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     z1, _, batch, ctx.place, ctx.terms, ctx.algorithm, ctx.backend, _ = inputs
     ctx.batch_grads = [None] * len(batch)
+    ctx.set_materialize_grads(False)  # else zeros the size of all that is kept
     ctx.save_for_backward(z1, *output[2])
 
 

@@ -1,0 +1,112 @@
+"""What the benchmarks share: timing, memory, the file they write."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+import torch
+
+from sacl_fast.engine.environment import environment
+
+
+def percentiles(values: list[float]) -> dict[str, float]:
+    if len(values) < 2:
+        return dict.fromkeys(("p20", "p50", "p80"), values[0])
+    tenths = quantiles(values, n=10, method="inclusive")
+    return {"p20": tenths[1], "p50": tenths[4], "p80": tenths[7]}
+
+
+def time_ms(
+    function: Callable[[], Any], device: torch.device, *, seconds: float = 1.0, graph: bool = False
+) -> dict[str, float]:
+    """Milliseconds of a call at the 20th, 50th and 80th percentile of at least 5 runs, after
+    warming up. On a GPU by events, each run with a cold L2 cache; ``graph``: replayed as a CUDA
+    graph, without the launch costs of the CPU."""
+    function()
+    if device.type != "cuda":
+        return percentiles(_repeat(lambda: _wall_ms(function), seconds))
+    flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
+    if graph:
+        function = captured(function)
+    for _ in range(3):
+        function()
+
+    def once() -> float:
+        flush.zero_()
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop)
+
+    return percentiles(_repeat(once, seconds))
+
+
+def captured(function: Callable[[], Any]) -> Callable[[], None]:
+    """``function`` as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def _repeat(once: Callable[[], float], seconds: float) -> list[float]:
+    values: list[float] = []
+    stop = time.perf_counter() + seconds
+    while len(values) < 5 or time.perf_counter() < stop:
+        values.append(once())
+        if len(values) >= 3 and sum(values) > 30_000:  # half a minute says enough
+            break
+    return values
+
+
+def _wall_ms(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
+    """The most memory a call holds at once beyond what was allocated before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU]
+    with profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
+        function()
+    held = peak = 0
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
+            peak = max(peak, held)
+    return peak
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """The result with the machine, versions and commit it was measured with."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = {**result, "threads": torch.get_num_threads(), "environment": environment()}
+    path.write_text(json.dumps(whole, indent=2, default=str) + "\n")
