@@ -15,6 +15,10 @@ mkdir -p "$results"
 "$python" -m sacl_fast doctor
 "$python" -m pytest -q -m gpu tests
 
+"$python" benchmarks/bench_xcorr_loss.py --seconds 0.3 \
+  --json "$results/xcorr_loss_gpu.json" --plot "$results/xcorr_loss_gpu.png"
+"$python" benchmarks/tune_xcorr_loss.py --n 256 1024 --d 2048 8192
+
 bench() { # NAME PRESET OPTIONS...
   "$python" benchmarks/bench_step.py --preset "$2" --json "$results/step_$1.json" "${@:3}"
 }

@@ -214,7 +214,7 @@ def sacl_xd_loss(
         statistics: with W processes, ``global`` gathers the embeddings: every rank returns the
             loss of the batch of W * N, and ``DistributedDataParallel``'s average of the gradients
             is exactly that loss's gradient. ``local``: each rank's own loss.
-        gathers: ``start_gather`` of each embedding given, where it was begun while the encoder was
+        gathers: the ``RowGather`` of each embedding given, where it was begun while the encoder was
             still running; the others are gathered here.
         algorithm: ``gram`` forms N x N matrices, ``tiles`` panels of the D x D ones; ``auto``
             takes ``gram`` where the batch is at most D.
@@ -236,7 +236,7 @@ def sacl_xd_loss(
     batch = [z.detach() for z in zs]
     if ranks > 1:
         begun = [*gathers, *[None] * len(batch)]
-        batch = [(g or RowGather(z)).wait() for z, g in zip(batch, begun, strict=False)]
+        batch = [(g or RowGather(z)).wait().to(z.dtype) for z, g in zip(batch, begun, strict=False)]
     unbiased = variance == "unbiased"
     terms = Terms(scale, scale * lambda_, 0.0, unbiased, 0.0 if unbiased else eps)
     if distillation == "correlation":
@@ -245,7 +245,8 @@ def sacl_xd_loss(
     if squared:
         terms = terms._replace(xd=(1 - alpha) / 2 * scale * lambda_)
     if pairing == "cross_width":
-        batch[2:], zs[2:] = batch[:1:-1], zs[:1:-1]
+        for embeddings in (batch, zs):
+            embeddings[2:] = reversed(embeddings[2:])
     if algorithm == "auto":
         algorithm = "gram" if batch[0].shape[0] <= batch[0].shape[1] else "tiles"
 
