@@ -9,6 +9,7 @@ the next.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections import deque
 
@@ -46,9 +47,14 @@ class DaliViewLoader(ViewLoader):
         self._share = config.batch_size // world_size
 
     def close(self) -> None:
-        self._pipeline = None
-        self._fed.clear()
+        self._drop_pipeline()
         super().close()
+
+    def _drop_pipeline(self) -> None:
+        self._fed.clear()
+        if self._pipeline is not None:
+            self._pipeline = None
+            gc.collect()  # it lies in a cycle, and must be gone before workers are forked
 
     def _make_loader(self, source: Source, config: Config, device: torch.device) -> DataLoader:
         readers = config.data.dali.readers
@@ -57,8 +63,8 @@ class DaliViewLoader(ViewLoader):
         return data_loader(self._reader, self._plan, workers=readers, prefetch=2, pin_memory=False)
 
     def _enter(self, step: int) -> None:
+        self._drop_pipeline()
         super()._enter(step)
-        self._fed.clear()
         dali, views = self._config.data.dali, self._config.views
         # The encoder casts what it gets to its autocast type; on the way there half is enough.
         half = self._device.type == "cuda" and self._config.precision != "fp32"

@@ -8,6 +8,7 @@ moves a quarter of the bytes.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -223,7 +224,7 @@ def data_loader(
         prefetch_factor=prefetch if workers else None,
         persistent_workers=persistent and workers > 0,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_parent,
+        worker_init_fn=_start_worker,
         generator=torch.Generator(),  # the default would draw from the global stream
         collate_fn=_as_is,
     )
@@ -233,7 +234,12 @@ def _as_is(batch):
     return batch
 
 
-def _leave_signals_to_parent(worker: int) -> None:
+def _start_worker(worker: int) -> None:
+    gc.freeze()  # what was the parent's must not be collected here: DALI's pipelines abort then
+    _leave_signals_to_parent()
+
+
+def _leave_signals_to_parent() -> None:
     """What is sent to all processes of a run is for the main one, which ends its workers when it is
     done: after Ctrl-C without a traceback each, after SIGTERM with a checkpoint written."""
     for number in (signal.SIGINT, signal.SIGUSR1):
