@@ -19,6 +19,7 @@ This is the only module that imports DALI.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -126,10 +127,10 @@ def decodes(image: np.ndarray, device: torch.device) -> str | None:
 
 
 def _reason(error: RuntimeError) -> str:
-    """The telling line of DALI's long messages."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if line.startswith(("Assert", "[", "Error", "Failed"))]
-    return (telling or lines or [type(error).__name__])[-1]
+    """What went wrong, out of DALI's long messages."""
+    text = str(error).rpartition("encountered:")[2]
+    told = re.split(r"C\+\+ context|Stacktrace|Current pipeline object|\[frame", text)[0]
+    return " ".join(told.split())[:200] or type(error).__name__
 
 
 def _to_torch(views: Any) -> Tensor:

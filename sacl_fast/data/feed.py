@@ -214,9 +214,11 @@ def _pack_jitter(
     tones = {"early": 0, "late": 0}
     for place, (name, factor) in enumerate(jitter):
         if name == "hue":
+            # Pillow keeps hue in 8 bits, torchvision cuts the shift to them, and both round down.
+            turn = (math.trunc(255 * factor) - 0.5) / 255
             # A third of the circle is a permutation of the channels; the rest is a sixth at most.
-            thirds = round(3 * factor)
-            rest = 6 * factor - 2 * thirds
+            thirds = round(3 * turn)
+            rest = 6 * turn - 2 * thirds
             found["hue"][i], found["hue_backward"][i] = abs(rest), rest < 0
             if "hue_turns" in found:
                 found["hue_turns"][i] = thirds % 3
