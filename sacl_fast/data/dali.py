@@ -199,14 +199,12 @@ def _view(image, given: dict[str, Any], views: ViewsConfig, view: ViewConfig, de
     early = [slot for slot in slots if slot.startswith("early")]
     later = [slot for slot in slots if not slot.startswith("early")]
     if early:
-        if given.get("jitter", True):
-            x = _early(x, given, early)
+        x = _early(x, given, early)
     if later or view.grayscale > 0:
         x = _floats(x)
         r, g, b = x[0], x[1], x[2]
         if later:
-            if given.get("jitter", True):
-                r, g, b = _later(r, g, b, given, later, device)
+            r, g, b = _later(r, g, b, given, later, device)
         if view.grayscale > 0:
             if given.get("grayscale", True):
                 r, g, b = _gray(r, g, b)
@@ -256,10 +254,10 @@ def _later(r, g, b, given: dict[str, Any], slots: list[str], device: str):
     """Saturation, hue, and brightness and contrast after them, on planes."""
     for slot in slots:
         factor = _on(device, given[slot])
-        if slot == "hue":
-            r, g, b = _hue(r, g, b, factor, given)
-        elif given[f"{slot}_on"]:
-            if is_tone(slot):
+        if given.get(f"{slot}_on", True):
+            if slot == "hue":
+                r, g, b = _hue(r, g, b, factor, given)
+            elif is_tone(slot):
                 if given[f"{slot}_contrast"]:
                     mean = fn.reductions.mean(_luma(r, g, b))
                     r, g, b = _blend(r, g, b, factor, mean * (_ONE - factor) - _LOST)

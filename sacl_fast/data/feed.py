@@ -152,16 +152,14 @@ def _neutral(view: ViewConfig, count: int) -> Parameters:
         "start": np.zeros((count, 2), np.float32),
         "end": np.ones((count, 2), np.float32),
     }
-    slots = jitter_slots(view)
-    if slots and view.jitter < 1:
-        found["jitter"] = flags()
-    for slot in slots:
+    for slot in jitter_slots(view):
+        found[slot] = factors(1)
+        if slot != "hue" or view.jitter < 1:
+            found[f"{slot}_on"] = flags()
         if slot == "hue":
-            found |= {"hue": factors(0), "hue_backward": flags()}
+            found["hue_backward"] = flags()
             if view.hue > 1 / 6:
                 found["hue_turns"] = np.zeros(count, np.int32)
-        else:
-            found |= {slot: factors(1), f"{slot}_on": flags()}
         if is_tone(slot):
             found[f"{slot}_contrast"] = flags()
     for name in ("grayscale", "blur", "solarize"):
@@ -177,7 +175,7 @@ def pack(draws: Iterable[ViewDraw], count: int, views: ViewsConfig, view: ViewCo
 
     - ``start``, ``end`` (n, 2): corners of the crop (y, x) in pixels; from right to left, if it is
       to be flipped.
-    - ``jitter``, ``grayscale``, ``blur``, ``solarize`` (n,): whether it happens.
+    - ``grayscale``, ``blur``, ``solarize`` (n,): whether it happens.
     - for each slot S of ``jitter_slots`` the factor ``S`` and whether it happens, ``S_on``; of
       brightness and contrast whether it is the latter, ``S_contrast``.
     - ``hue``: the shift in sixths of the colour circle, 0 to 1; ``hue_backward``: to be taken the
@@ -196,7 +194,6 @@ def pack(draws: Iterable[ViewDraw], count: int, views: ViewsConfig, view: ViewCo
             found["sigma"][i] = draw.sigma
             found["window"][i] = blur_taps(draw.sigma, views)
         flags = {
-            "jitter": draw.jitter is not None,
             "grayscale": draw.grayscale,
             "blur": draw.sigma is not None,
             "solarize": draw.solarize,
@@ -222,6 +219,8 @@ def _pack_jitter(
             found["hue"][i], found["hue_backward"][i] = abs(rest), rest < 0
             if "hue_turns" in found:
                 found["hue_turns"][i] = thirds % 3
+            if "hue_on" in found:
+                found["hue_on"][i] = True
             continue
         if name == "saturation":
             slot = "saturation0" if place <= pivot or "saturation1" not in slots else "saturation1"
