@@ -153,7 +153,7 @@ def _neutral(view: ViewConfig, count: int) -> Parameters:
         "end": np.ones((count, 2), np.float32),
     }
     for slot in jitter_slots(view):
-        found[slot] = factors(1)
+        found[slot] = factors(0 if slot == "hue" else 1)
         if slot != "hue" or view.jitter < 1:
             found[f"{slot}_on"] = flags()
         if slot == "hue":
