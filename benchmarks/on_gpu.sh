@@ -4,8 +4,8 @@
 #   benchmarks/on_gpu.sh [RESULTS] [CIFAR10] [PHOTOS]
 #
 # RESULTS: where the JSON files go (default: benchmarks/results). CIFAR10, PHOTOS: folders or
-# archives; with PHOTOS (some ImageNet images), the data paths are measured on both; with CIFAR10,
-# the cifar10 preset is trained for 100 epochs as well (kNN accuracy and time).
+# archives, on which the data paths are measured. PHOTOS are full-size images, such as some of
+# ImageNet's. On CIFAR10, the cifar10 preset is trained for 100 epochs as well (kNN accuracy, time).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 results=${1:-benchmarks/results}
@@ -33,9 +33,9 @@ if [[ -n "${3:-}" ]]; then
     data "imagenet_${encoder}_gpu" imagenet1k --images 4096 --train 30 --data.root "$3" \
       --data.labels none --encoder.name "$encoder"
   done
-  data cifar10_gpu cifar10 --images 8192 --train 30 --data.root "$2"
 fi
 
 if [[ -n "${2:-}" ]]; then
+  data cifar10_gpu cifar10 --images 8192 --train 30 --data.root "$2"
   time "$python" -m sacl_fast train cifar10 --data.root "$2" --epochs 100 --out "$results/cifar10"
 fi

@@ -24,7 +24,7 @@ from sacl_fast.errors import UserError
 logger = logging.getLogger(__name__)
 
 # Both views of an image on one core (AMD EPYC, DALI 2.4): 0.38 ms by DALI and 0.36 by torchvision
-# at 32 px from memory, 0.43 and 0.48 from JPEGs; 0.88 and 1.43 at 64 px; 8 and 11 at 224 px.
+# at 32 px from memory, 0.43 and 0.48 from JPEGs; 0.88 and 1.43 at 64 px; 7.9 and 10.9 at 224 px.
 _SMALL = 32
 
 
@@ -82,7 +82,7 @@ def resolve_loader(config: Config, device: torch.device) -> LoaderResolution:
     if device.type == "cuda":
         return LoaderResolution("dali", "decodes and augments on the GPU")
     if config.views.size <= _SMALL:
-        reason = f"on the CPU, DALI is no faster for views of {_SMALL} px and below"
+        reason = f"DALI gains little on the CPU for views of {_SMALL} px and below"
         return LoaderResolution("torchvision", reason)
     return LoaderResolution("dali", f"the faster one on the CPU above {_SMALL} px")
 
