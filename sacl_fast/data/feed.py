@@ -233,7 +233,7 @@ def _pack_jitter(
 
 
 def blur_taps(sigma: float, views: ViewsConfig) -> int:
-    """The window of a Gaussian blur: ``views.blur_window``, less the taps beyond three sigma, which
-    are 0.3 % of the weight and most of the time."""
+    """The window of a Gaussian blur: ``views.blur_window``, less the taps beyond some three sigma,
+    which are 0.3 % of the weight and most of the time."""
     # No more than 2 size - 1 can be mirrored.
-    return min(views.blur_window, 2 * math.ceil(3 * sigma) + 1, 2 * views.size - 1)
+    return min(views.blur_window, 2 * max(1, round(3 * sigma)) + 1, 2 * views.size - 1)
