@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Everything a machine with a GPU should show, in one call: correctness first, then speed.
 #
-#   benchmarks/on_gpu.sh [RESULTS] [CIFAR10]
+#   benchmarks/on_gpu.sh [RESULTS] [CIFAR10] [PHOTOS]
 #
-# RESULTS: where the JSON files go (default: benchmarks/results). CIFAR10: a folder or archive; with
-# it, the cifar10 preset is trained for 100 epochs as well (kNN accuracy and time).
+# RESULTS: where the JSON files go (default: benchmarks/results). CIFAR10, PHOTOS: folders or
+# archives, on which the data paths are measured. PHOTOS are full-size images, such as some of
+# ImageNet's. On CIFAR10, the cifar10 preset is trained for 100 epochs as well (kNN accuracy, time).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 results=${1:-benchmarks/results}
@@ -27,6 +28,18 @@ for encoder in mobilenetv1_100 mobilenetv3_large_100 efficientnet_b0 resnet50; d
 done
 bench mobilenetv1_100_32_gpu cifar10
 
+data() { # NAME PRESET OPTIONS...
+  "$python" benchmarks/bench_data.py --preset "$2" --json "$results/data_$1.json" \
+    --plot "$results/data_$1.png" "${@:3}"
+}
+if [[ -n "${3:-}" ]]; then
+  for encoder in mobilenetv1_100 resnet50; do
+    data "imagenet_${encoder}_gpu" imagenet1k --images 4096 --train 30 --data.root "$3" \
+      --data.labels none --encoder.name "$encoder"
+  done
+fi
+
 if [[ -n "${2:-}" ]]; then
+  data cifar10_gpu cifar10 --images 8192 --train 30 --data.root "$2"
   time "$python" -m sacl_fast train cifar10 --data.root "$2" --epochs 100 --out "$results/cifar10"
 fi

@@ -1,4 +1,4 @@
-"""The command line: ``sacl-fast train | views | doctor``.
+"""The command line: ``sacl-fast train | views | index | doctor``.
 
 The options of ``train`` and ``views`` are the fields of ``sacl_fast.config.Config``. They are
 layered: preset, then the file given with ``--config``, then the options themselves. Torch is
@@ -30,6 +30,7 @@ usage: sacl-fast COMMAND ...
 
   train [PRESET] [--config FILE] [--dry-run] [options]   pre-train an encoder without labels
   views [PRESET] [--config FILE] [options]               draw both views of some images
+  index SHARDS                                           index .tar shards (data.source webdataset)
   doctor                                                 what is installed, what runs, and why
 
 presets: {presets}
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], None]] = {
         "train": _train,
         "views": _views,
+        "index": _index,
         "doctor": _doctor,
     }
     if not args or args[0] in ("-h", "--help", "help"):
@@ -116,6 +118,18 @@ def _views(args: list[str]) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {path}: {error}; --out names another picture") from error
     print(path)
+
+
+def _index(args: list[str]) -> None:
+    if len(args) != 1 or args[0].startswith("-"):
+        raise UserError("index takes a folder of .tar shards, or one shard")
+    from sacl_fast.data.webdataset import index_shards
+
+    root = Path(args[0]).expanduser()
+    if not root.exists():
+        raise UserError(f"{root} does not exist (from {Path.cwd()})")
+    for path in index_shards(root):
+        print(path)
 
 
 def _doctor(args: list[str]) -> None:

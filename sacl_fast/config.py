@@ -38,16 +38,43 @@ def _require_not_negative(owner: str, **values: float) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DaliConfig:
+    """How NVIDIA DALI makes the views, where it does ('data.loader')."""
+
+    threads: int = -1
+    """Threads that decode and augment on the CPU, per rank (-1: the cores this rank can have)."""
+    readers: int = -1
+    """Worker processes that read files and draw random numbers, per rank (0: the main process,
+    where that takes 0.1 ms an image; -1: 0 with the views on the CPU, 4 with them on a GPU)."""
+    prefetch: int = 2
+    """Batches prepared ahead, at most."""
+    memory: float = 4.0
+    """GiB that batches prepared ahead may take, per rank: where 'prefetch' would take more, fewer
+    are prepared, but always one."""
+    hw_decoder_load: float = 0.65
+    """Share of the JPEGs for the GPU's hardware decoder, where it has one."""
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "readers"):
+            value = getattr(self, name)
+            _require(value >= -1, f"data.dali.{name} is {value}; -1 (auto) or more works")
+        _require(self.threads != 0, "data.dali.threads is 0; 1 or more works, or -1 (auto)")
+        _require_positive("data.dali", prefetch=self.prefetch, memory=self.memory)
+        _require_probability("data.dali", hw_decoder_load=self.hw_decoder_load)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where the images come from and how they are read."""
 
-    source: Literal["demo", "folder", "cifar10", "cifar100"] = "folder"
+    source: Literal["demo", "folder", "webdataset", "cifar10", "cifar100"] = "folder"
     """'demo': drawn shapes, no download. 'folder': an image folder (or .tar, .tar.gz, .zip of
-    one), with class folders or without labels. 'cifar10', 'cifar100': torchvision's data sets,
-    downloaded to 'root' where missing; 'root' may also be an unpacked image folder or archive
-    of them."""
+    one), with class folders or without labels; or a .txt file with the path of an image in each
+    line. 'webdataset': a folder of .tar shards (or one shard), read where they are. 'cifar10',
+    'cifar100': torchvision's data sets, downloaded to 'root' where missing; 'root' may also be an
+    unpacked image folder or archive of them."""
     root: str | None = None
-    """Folder or archive with the images. If it holds 'train' and 'val' (or 'test'), those
+    """Folder, archive or list with the images. If it holds 'train' and 'val' (or 'test'), those
     are the two splits."""
     labels: Literal["auto", "folder", "none"] = "auto"
     """Labels are used by kNN evaluation only. 'folder': the first folder level names the class.
@@ -55,9 +82,13 @@ class DataConfig:
     two or more, else 'none'."""
     limit: int = 0
     """Use only this many training images, the same ones for the same seed (0: all)."""
+    loader: Literal["auto", "dali", "torchvision"] = "auto"
+    """What decodes the training images and makes their views. 'auto': NVIDIA DALI where it is
+    installed and faster, else torchvision; 'sacl-fast doctor' says which, and why."""
+    dali: DaliConfig = field(default_factory=DaliConfig)
     workers: int = -1
-    """Worker processes that decode and augment, per rank (-1: the cores this rank can have;
-    0: in the main process)."""
+    """Worker processes that decode and augment with torchvision, per rank (-1: the cores this rank
+    can have; 0: in the main process)."""
     prefetch: int = 4
     """Batches each worker prepares ahead."""
     max_bad_share: float = 0.1

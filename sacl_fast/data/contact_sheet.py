@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sacl_fast.config import Config
 from sacl_fast.data.augment import epoch_order
-from sacl_fast.data.readers import ViewReader
 from sacl_fast.data.sources import Source
+from sacl_fast.data.view_loader import read_views
 
 _TILE = 128  # least side of a drawn view, pixels
 _GAP, _MARGIN, _TEXT = 6, 64, 18
@@ -23,7 +23,7 @@ def contact_sheet(source: Source, config: Config, *, count: int = 8, epoch: int 
     The views are those that training sees, before they are normalised.
     """
     order = epoch_order(config.seed, epoch, len(source))[:count]
-    views = ViewReader(source, config)[epoch, order]
+    views = read_views(source, config, epoch, order)
     indices = views.index.tolist()
     scale = max(1, round(_TILE / config.views.size))
     side = config.views.size * scale

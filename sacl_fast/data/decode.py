@@ -7,9 +7,11 @@ full (no ``draft`` mode), so pixels are those of other frameworks.
 
 from __future__ import annotations
 
-import os
+import contextlib
+import io
 import struct
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
@@ -25,15 +27,57 @@ class BadImage(Exception):
     """A file that holds no readable image; says why."""
 
 
+def read_bytes(path: str) -> bytes:
+    """The contents of the file ``path``. BadImage where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise BadImage(error.strerror or str(error)) from error
+
+
 def read_rgb(path: str) -> Image.Image:
     """The image in the file ``path``, mode RGB. BadImage where it cannot be read."""
+    return decode_rgb(read_bytes(path))
+
+
+def decode_rgb(data: bytes) -> Image.Image:
+    """The image in the encoded ``data``, mode RGB. BadImage where it cannot be read."""
+    with _opened(data) as image:
+        image.load()
+        return _rgb(image)
+
+
+def plain_size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) of an image that all decoders decode alike: a JPEG of 8-bit RGB or gray, or
+    an 8-bit RGB PNG without transparency, complete up to its end. None for any other; BadImage
+    where not even its header can be read.
+    """
+    with _opened(data) as image:
+        if image.format in ("JPEG", "MPO"):  # MPO: several JPEGs, of which the first counts
+            plain = image.mode in ("RGB", "L") and data.rfind(b"\xff\xd9", -64) >= 0
+        elif image.format == "PNG":
+            bits = data[24:25]  # of a channel
+            plain = image.mode == "RGB" and bits == b"\x08" and "transparency" not in image.info
+            plain = plain and data.endswith(b"IEND\xaeB`\x82")
+        else:
+            plain = False
+        return image.size if plain else None
+
+
+def to_ppm(image: Image.Image) -> bytes:
+    """An RGB image in the simplest of formats."""
+    return b"P6 %d %d 255\n" % image.size + image.tobytes()
+
+
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """The image with its header read, and BadImage for all that Pillow may raise over it."""
     try:
-        with Image.open(path) as image:
-            image.load()
-            return _rgb(image)
+        with Image.open(io.BytesIO(data)) as image:
+            yield image
     except Image.UnidentifiedImageError:
-        empty = os.path.getsize(path) == 0
-        raise BadImage("the file is empty" if empty else "no known image format") from None
+        raise BadImage("no known image format" if data else "the file is empty") from None
     except _BROKEN as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise BadImage(reason or type(error).__name__) from error

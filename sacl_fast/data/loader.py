@@ -8,12 +8,13 @@ moves a quarter of the bytes.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -35,7 +36,8 @@ class Batch(NamedTuple):
     """Two views of each of n images, and which images they are."""
 
     view_a: Tensor
-    """(n, 3, S, S) float32 on the device, normalised"""
+    """(n, 3, S, S) on the device, normalised; float32, or float16 from DALI where the encoder runs
+    in half precision"""
     view_b: Tensor
     index: Tensor
     """(n,) int64 on the CPU: positions in the source"""
@@ -44,7 +46,7 @@ class Batch(NamedTuple):
 
 
 class ViewLoader:
-    """The batches of pre-training, for one rank.
+    """The batches of pre-training, for one rank, by torchvision.
 
     Rank r gets the r-th slice of every global batch of ``config.batch_size`` images, so that all
     ranks together see what one process would. Worker processes live until ``close``.
@@ -65,8 +67,8 @@ class ViewLoader:
         self._bad = _BadImages(source, config.data.max_bad_share)
         self._normalise = Normalise(config.views, device, config.channels_last)
         self._plan = _Plan(config, len(source), rank, world_size)
-        self._loader = _data_loader(ViewReader(source, config), self._plan, config, device)
-        self._stream: Iterator[Views] = iter(())
+        self._loader = self._make_loader(source, config, device)
+        self._stream: Iterator[Any] = iter(())
         self._next_step = -1  # of the stream, counted from the first step of epoch 0
 
     @property
@@ -82,17 +84,36 @@ class ViewLoader:
         first = epoch * self.steps_per_epoch
         for step in range(first + start_step, first + self.steps_per_epoch):
             if step != self._next_step:
-                self._plan.start = step
-                self._stream = iter(self._loader)
-            views = _next(self._stream)
+                self._enter(step)
+            batch = self._take(step)
             self._next_step = step + 1
-            self._bad.add(views.bad)
-            yield Batch(
-                self._normalise(views.a),
-                self._normalise(views.b),
-                views.index,
-                self._labels[views.index],
-            )
+            yield batch
+
+    def _make_loader(self, source: Source, config: Config, device: torch.device) -> DataLoader:
+        """What prepares batches; its workers live until ``close``."""
+        return data_loader(
+            ViewReader(source, config),
+            self._plan,
+            workers=worker_count(config.data.workers),
+            prefetch=config.data.prefetch,
+            pin_memory=device.type == "cuda",
+        )
+
+    def _enter(self, step: int) -> None:
+        """Begin anew at a step, counted from the first of epoch 0."""
+        self._plan.start = step
+        self._stream = iter(self._loader)
+
+    def _take(self, step: int) -> Batch:
+        """The batch of the next step, which is ``step``."""
+        views: Views = next_of(self._stream)
+        self._bad.add(views.bad)
+        return Batch(
+            self._normalise(views.a),
+            self._normalise(views.b),
+            views.index,
+            self._labels[views.index],
+        )
 
     def close(self) -> None:
         """End the worker processes; a later ``epoch`` starts new ones."""
@@ -118,8 +139,13 @@ class EvalLoader:
         self._bad = _BadImages(source, config.data.max_bad_share, count=len(indices))
         self._normalise = Normalise(config.views, device, config.channels_last)
         self._chunks = [np.asarray(indices[i : i + size]) for i in range(0, len(indices), size)]
-        self._loader = _data_loader(
-            PlainReader(source, config.views.size), self._chunks, config, device, persistent=False
+        self._loader = data_loader(
+            PlainReader(source, config.views.size),
+            self._chunks,
+            workers=worker_count(config.data.workers),
+            prefetch=config.data.prefetch,
+            pin_memory=device.type == "cuda",
+            persistent=False,
         )
 
     @property
@@ -134,7 +160,7 @@ class EvalLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         stream = iter(self._loader)
         for _ in self._chunks:
-            plain = _next(stream)
+            plain = next_of(stream)
             self._bad.add(plain.bad)
             if len(plain.index):
                 yield self._normalise(plain.images), self._labels[plain.index]
@@ -180,23 +206,25 @@ def _check_batch(count: int, batch: int, world_size: int) -> None:
         )
 
 
-def _data_loader(
+def data_loader(
     reader: Dataset,
     batches: Iterable,
-    config: Config,
-    device: torch.device,
+    *,
+    workers: int,
+    prefetch: int,
+    pin_memory: bool,
     persistent: bool = True,
 ) -> DataLoader:
-    workers = worker_count(config.data.workers)
+    """PyTorch's loader over a reader that maps each element of ``batches`` to a whole batch."""
     return DataLoader(
         reader,
         sampler=batches,
         batch_size=None,  # the sampler yields batches, and the reader reads them whole
         num_workers=workers,
-        prefetch_factor=config.data.prefetch if workers else None,
+        prefetch_factor=prefetch if workers else None,
         persistent_workers=persistent and workers > 0,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_leave_signals_to_parent,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
         generator=torch.Generator(),  # the default would draw from the global stream
         collate_fn=_as_is,
     )
@@ -206,7 +234,12 @@ def _as_is(batch):
     return batch
 
 
-def _leave_signals_to_parent(worker: int) -> None:
+def _start_worker(worker: int) -> None:
+    gc.freeze()  # what was the parent's must not be collected here: DALI's pipelines abort then
+    _leave_signals_to_parent()
+
+
+def _leave_signals_to_parent() -> None:
     """What is sent to all processes of a run is for the main one, which ends its workers when it is
     done: after Ctrl-C without a traceback each, after SIGTERM with a checkpoint written."""
     for number in (signal.SIGINT, signal.SIGUSR1):
@@ -223,7 +256,8 @@ def _await_termination() -> None:
 
 
 def worker_count(given: int) -> int:
-    """``data.workers``; -1 is the cores of this process shared among the ranks of its machine."""
+    """A number of workers or threads; -1 is the cores of this process shared among the ranks of its
+    machine."""
     if given >= 0:
         return given
     affinity = getattr(os, "sched_getaffinity", None)
@@ -231,7 +265,8 @@ def worker_count(given: int) -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def _next(stream: Iterator[_T]) -> _T:
+def next_of(stream: Iterator[_T]) -> _T:
+    """The next batch of a ``data_loader``; clear words where a worker died."""
     try:
         return next(stream)
     except (RuntimeError, ConnectionError, EOFError) as error:

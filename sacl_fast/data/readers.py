@@ -5,7 +5,8 @@ A reader maps a whole batch of indices at once; the loader's sampler makes the b
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from sacl_fast.config import Config
 from sacl_fast.data.augment import apply_view, draw_view, sample_rng
 from sacl_fast.data.decode import BadImage
 from sacl_fast.data.sources import Source
+
+_T = TypeVar("_T")
 
 
 class Views(NamedTuple):
@@ -44,7 +47,9 @@ class ViewReader(Dataset[Views]):
         pixels = np.empty((2, len(wanted), side, side, 3), np.uint8)
         index, bad = wanted.copy(), {}
         for slot, i in enumerate(wanted.tolist()):
-            image, index[slot] = self._load(i, bad)
+            image, index[slot] = first_readable(
+                self.source.load, i, len(self.source), self.patience, bad
+            )
             if image is None:  # more are bad than may be: the loader will say so
                 return Views(torch.empty(0), torch.empty(0), torch.empty(0), list(bad.items()))
             for which, view in enumerate((views.a, views.b)):
@@ -53,15 +58,20 @@ class ViewReader(Dataset[Views]):
         a, b = torch.from_numpy(pixels)
         return Views(a, b, torch.from_numpy(index), list(bad.items()))
 
-    def _load(self, wanted: int, bad: dict[int, str]) -> tuple[Image.Image | None, int]:
-        """The first readable image from ``wanted`` on and its index; the others go to ``bad``."""
-        for offset in range(self.patience + 1):
-            index = (wanted + offset) % len(self.source)
-            try:
-                return self.source.load(index), index
-            except BadImage as error:
-                bad[index] = str(error)
-        return None, wanted
+
+def first_readable(
+    load: Callable[[int], _T], wanted: int, count: int, patience: int, bad: dict[int, str]
+) -> tuple[_T | None, int]:
+    """What ``load`` gives for the first readable image from ``wanted`` on, cyclically among
+    ``count``, and its index. The others go to ``bad``; None where they are more than ``patience``.
+    """
+    for offset in range(patience + 1):
+        index = (wanted + offset) % count
+        try:
+            return load(index), index
+        except BadImage as error:
+            bad[index] = str(error)
+    return None, wanted
 
 
 class Plain(NamedTuple):

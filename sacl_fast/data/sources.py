@@ -19,9 +19,11 @@ from PIL import Image
 from sacl_fast.config import DataConfig
 from sacl_fast.data import archives
 from sacl_fast.data.cache import cache_folder, exclusive
-from sacl_fast.data.decode import BadImage, read_rgb
+from sacl_fast.data.decode import BadImage, read_bytes, read_rgb
+from sacl_fast.data.file_list import read_file_list
 from sacl_fast.data.manifest import EXTENSIONS, Manifest, list_images
 from sacl_fast.data.shapes import CLASSES, draw_shapes
+from sacl_fast.data.webdataset import open_shards
 from sacl_fast.errors import UserError
 
 __all__ = ["ArraySource", "BadImage", "FolderSource", "Source", "Splits", "Subset", "open_sources"]
@@ -30,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _TRAIN = ("train", "training")
 _VAL = ("val", "valid", "validation", "test")
+LIST_SUFFIX = ".txt"
 
 
 class Source(Protocol):
@@ -47,8 +50,18 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
+    @property
+    def decoded(self) -> bool:
+        """Whether ``read`` gives pixels."""
+        ...
+
     def load(self, index: int) -> Image.Image:
         """The image, mode RGB. BadImage where it cannot be read."""
+        ...
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        """The image as it is kept: an encoded file, or pixels (H, W, 3) uint8. BadImage where it
+        cannot be read; whether a file holds an image is not looked at."""
         ...
 
     def label(self, index: int) -> int: ...
@@ -66,6 +79,8 @@ class Splits(NamedTuple):
 class ArraySource:
     """Images in memory: ``images`` (N, H, W, 3) uint8, called ``title[index]``."""
 
+    decoded = True
+
     def __init__(
         self, title: str, images: np.ndarray, labels: Sequence[int] | np.ndarray, classes: tuple
     ) -> None:
@@ -78,6 +93,9 @@ class ArraySource:
     def load(self, index: int) -> Image.Image:
         return Image.fromarray(self.images[index])
 
+    def read(self, index: int) -> np.ndarray:
+        return self.images[index]
+
     def label(self, index: int) -> int:
         return int(self.labels[index])
 
@@ -88,6 +106,8 @@ class ArraySource:
 class FolderSource:
     """Image files of a listing, with labels (N,) and class names, or without."""
 
+    decoded = False
+
     def __init__(self, manifest: Manifest, labels: np.ndarray, classes: tuple[str, ...]) -> None:
         self.manifest, self.labels, self.classes = manifest, labels, classes
         self.folder_of = manifest.folder_of
@@ -97,6 +117,9 @@ class FolderSource:
 
     def load(self, index: int) -> Image.Image:
         return read_rgb(self.name(index))
+
+    def read(self, index: int) -> bytes:
+        return read_bytes(self.name(index))
 
     def label(self, index: int) -> int:
         return int(self.labels[index])
@@ -113,12 +136,16 @@ class Subset:
     def __init__(self, source: Source, indices: np.ndarray) -> None:
         self.source, self.indices = source, indices
         self.classes, self.labels = source.classes, source.labels[indices]
+        self.decoded = source.decoded
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def load(self, index: int) -> Image.Image:
         return self.source.load(self.indices[index])
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        return self.source.read(self.indices[index])
 
     def label(self, index: int) -> int:
         return int(self.labels[index])
@@ -136,7 +163,13 @@ def open_sources(config: DataConfig, seed: int) -> Splits:
     if config.source == "demo":
         splits = _demo(config)
     elif config.source == "folder":
-        splits = _folder(config, _existing(config), cache_folder(config.cache_dir))
+        root, cache = _existing(config), cache_folder(config.cache_dir)
+        if root.suffix.lower() == LIST_SUFFIX and root.is_file():
+            splits = Splits(read_file_list(root, labelled=config.labels != "none"), None)
+        else:
+            splits = _folder(config, root, cache)
+    elif config.source == "webdataset":
+        splits = _webdataset(config, _existing(config), cache_folder(config.cache_dir))
     else:
         splits = _cifar(config, config.source)
     train = _limited(splits.train, config.limit, seed)
@@ -170,10 +203,10 @@ def _existing(config: DataConfig) -> Path:
     root = Path(config.root).expanduser()
     if not root.exists():
         raise UserError(f"data.root is {root}, which does not exist (from {Path.cwd()})")
-    if root.is_file() and not archives.is_archive(root):
+    if root.is_file() and not archives.is_archive(root) and root.suffix.lower() != LIST_SUFFIX:
         raise UserError(
-            f"data.root is {root}, a file; a folder of images or an archive of one works "
-            f"({', '.join(archives.SUFFIXES)})"
+            f"data.root is {root}, a file; a folder of images, an archive of one "
+            f"({', '.join(archives.SUFFIXES)}) or a list of paths ({LIST_SUFFIX}) works"
         )
     return root
 
@@ -260,6 +293,19 @@ def _positions(manifest: Manifest, top: np.ndarray, classes: Sequence[str]) -> n
 def _few(names: Sequence[str], show: int = 5) -> str:
     more = f" and {len(names) - show} more" if len(names) > show else ""
     return ", ".join(names[:show]) + more
+
+
+# --- shards --------------------------------------------------------------------------------------
+
+
+def _webdataset(config: DataConfig, root: Path, cache: Path) -> Splits:
+    train_root = _first_folder(root, _TRAIN)
+    val_root = _first_folder(root, _VAL) if train_root else None
+    classes = () if config.labels == "none" else None
+    train = open_shards(train_root or root, cache, classes)
+    if val_root is None or not train.classes:
+        return Splits(train, None)
+    return Splits(train, open_shards(val_root, cache, train.classes))
 
 
 # --- CIFAR ---------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ def environment() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "cpu_usable": len(os.sched_getaffinity(0)),
         **{name: _version(name) for name in ("torch", "torchvision", "timm", "triton", "numpy")},
+        "dali": _version("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
@@ -174,8 +175,8 @@ _PACKAGES = (
         "NVIDIA DALI",
         "nvidia.dali",
         ("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
-        "decoding and augmentation on the GPU",
-        _OPTIONAL.format("dali") + ", or nvidia-dali-cuda120 for older drivers",
+        "fast decoding and augmentation, on the GPU and the CPU",
+        _OPTIONAL.format("dali") + ", or nvidia-dali-cuda120 for CUDA 12",
     ),
     _Package(
         "TensorBoard",
@@ -315,7 +316,9 @@ def _devices() -> Iterator[Finding]:
 
 
 def _backends() -> Iterator[Finding]:
-    """What backend ``auto`` gives for every operator, on the CPU and on the first GPU."""
+    """What ``auto`` gives for the views and every operator, on the CPU and on the first GPU."""
+    from sacl_fast.config import Config
+    from sacl_fast.data.view_loader import resolve_loader
     from sacl_fast.ops.backend import OPERATORS, resolve
 
     devices = [torch.device("cpu")]
@@ -327,3 +330,7 @@ def _backends() -> Iterator[Finding]:
             name = f"{operator} on {device.type}"
             detail = f"{backend}: {reason}"
             yield Finding(section="backends", name=name, state="ok", detail=detail)
+    for device in devices:
+        loader, reason = resolve_loader(Config(), device)
+        name = f"views on {device.type}"
+        yield Finding(section="backends", name=name, state="ok", detail=f"{loader}: {reason}")

@@ -13,8 +13,8 @@ import torch
 from sacl_fast import _version
 from sacl_fast.config import Config, to_dict
 from sacl_fast.data.contact_sheet import contact_sheet
-from sacl_fast.data.loader import ViewLoader
 from sacl_fast.data.sources import open_sources
+from sacl_fast.data.view_loader import open_view_loader
 from sacl_fast.engine import run_folder as files
 from sacl_fast.engine.checkpoint import (
     changed_settings,
@@ -87,7 +87,7 @@ class Run:
         self.folder: Path = ranks.from_first(files.choose_run_folder(config))
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         self.splits = open_sources(config.data, config.seed)
-        self.loader = ViewLoader(
+        self.loader = open_view_loader(
             self.splits.train,
             config,
             device=ranks.device,

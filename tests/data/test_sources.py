@@ -206,8 +206,8 @@ def test_missing_root(tmp_path: Path) -> None:
 
 
 def test_root_is_a_file(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").touch()
-    message = _error(tmp_path / "notes.txt")
+    (tmp_path / "notes.md").touch()
+    message = _error(tmp_path / "notes.md")
     assert "a file" in message and ".tar.gz" in message
 
 

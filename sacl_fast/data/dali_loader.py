@@ -1,0 +1,154 @@
+"""Batches for training by DALI: files are read and parameters drawn in Python, DALI does the rest.
+
+The stream of what is fed is the same as torchvision's (same sampler, same draws, same substitutes
+for unreadable images), a function of (seed, epoch, index) alone. So order, sharding over ranks and
+resuming in mid-epoch hold as they do there, and DALI has no state that a checkpoint would need: a
+pipeline is begun anew at the step where an epoch is entered, and then runs on from one epoch into
+the next.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections import deque
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from sacl_fast.config import Config, ViewsConfig
+from sacl_fast.data.dali import DaliError, Fed, ViewPipeline, decodes
+from sacl_fast.data.feed import Feed, FeedReader
+from sacl_fast.data.loader import Batch, ViewLoader, data_loader, next_of, worker_count
+from sacl_fast.data.readers import Views
+from sacl_fast.data.sources import Source
+
+logger = logging.getLogger(__name__)
+
+
+class DaliViewLoader(ViewLoader):
+    """As ``ViewLoader``, by DALI on the CPU or the GPU."""
+
+    def __init__(
+        self,
+        source: Source,
+        config: Config,
+        *,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._source, self._config, self._device = source, config, device
+        self._reader = FeedReader(source, config)
+        self._fed: deque[Feed] = deque()  # what the pipeline holds, oldest first
+        self._pipeline: ViewPipeline | None = None
+        super().__init__(source, config, device=device, rank=rank, world_size=world_size)
+        self._share = config.batch_size // world_size
+
+    def close(self) -> None:
+        self._drop_pipeline()
+        super().close()
+
+    def _drop_pipeline(self) -> None:
+        self._fed.clear()
+        if self._pipeline is not None:
+            self._pipeline = None
+            gc.collect()  # it lies in a cycle, and must be gone before workers are forked
+
+    def _make_loader(self, source: Source, config: Config, device: torch.device) -> DataLoader:
+        readers = config.data.dali.readers
+        if readers < 0:
+            readers = 4 if device.type == "cuda" else 0
+        return data_loader(self._reader, self._plan, workers=readers, prefetch=2, pin_memory=False)
+
+    def _enter(self, step: int) -> None:
+        self._drop_pipeline()
+        super()._enter(step)
+        dali, views = self._config.data.dali, self._config.views
+        # The encoder casts what it gets to its autocast type; on the way there half is enough.
+        half = self._device.type == "cuda" and self._config.precision != "fp32"
+        dtype = torch.float16 if half else torch.float32
+        self._pipeline = ViewPipeline(
+            views,
+            self._feed,
+            encoded=not self._source.decoded,
+            batch=self._share,
+            ahead=batches_ahead(self._config, self._share, dtype),
+            threads=worker_count(dali.threads),
+            device=self._device,
+            dtype=dtype,
+            hw_decoder_load=dali.hw_decoder_load,
+        )
+
+    def _take(self, step: int) -> Batch:
+        while True:
+            assert self._pipeline is not None
+            try:
+                view_a, view_b = self._pipeline.run()
+                break
+            except DaliError as error:
+                self._set_aside(error)
+                self._enter(step)
+        feed = self._fed.popleft()
+        if not self._config.channels_last:
+            view_a, view_b = view_a.contiguous(), view_b.contiguous()
+        return Batch(view_a, view_b, feed.index, self._labels[feed.index])
+
+    def _feed(self) -> Fed:
+        feed: Feed = next_of(self._stream)
+        self._bad.add(feed.bad)
+        self._fed.append(feed)
+        return feed.arrays(), feed.a, feed.b
+
+    def _set_aside(self, error: DaliError) -> None:
+        """Leave to Pillow those images of the batches under way that DALI cannot decode. Broken
+        ones are then named and replaced as any other; where it was none of them, ``error`` is
+        raised."""
+        found = {}
+        for feed in self._fed:
+            images = feed.arrays()
+            if isinstance(images, np.ndarray):
+                break
+            for index, image in zip(feed.index.tolist(), images, strict=True):
+                if (reason := decodes(image, self._device)) is not None:
+                    found[index] = reason
+        if not found or found.keys() <= self._reader.by_pillow:
+            raise error
+        for index, reason in found.items():
+            name = self._source.name(index)
+            logger.warning("DALI cannot decode %s (%s); leaving it to Pillow", name, reason)
+        self.close()  # workers hold a copy of the reader
+        self._reader.by_pillow |= found.keys()
+        self._loader = self._make_loader(self._source, self._config, self._device)
+
+
+def batches_ahead(config: Config, share: int, dtype: torch.dtype) -> int:
+    """``dali.prefetch``, or fewer batches of ``share`` images where both views of those would take
+    more than ``dali.memory`` GiB."""
+    dali = config.data.dali
+    batch_bytes = 2 * share * 3 * config.views.size**2 * dtype.itemsize
+    return max(1, min(dali.prefetch, int(dali.memory * 2**30 / batch_bytes)))
+
+
+def dali_views(source: Source, config: Config, epoch: int, indices: np.ndarray) -> Views:
+    """Both views of some images as ``ViewReader`` gives them, by DALI on the CPU."""
+    feed = FeedReader(source, config)[epoch, indices]
+    if not len(feed.index):
+        return Views(torch.empty(0), torch.empty(0), feed.index, feed.bad)
+    pipeline = ViewPipeline(
+        config.views,
+        lambda: (feed.arrays(), feed.a, feed.b),
+        encoded=not source.decoded,
+        batch=len(indices),
+        device=torch.device("cpu"),
+    )
+    a, b = (_pixels(view, config.views) for view in pipeline.run())
+    return Views(a, b, feed.index, feed.bad)
+
+
+def _pixels(normalised: torch.Tensor, views: ViewsConfig) -> torch.Tensor:
+    """(n, 3, S, S) normalised to (n, S, S, 3) uint8."""
+    mean, std = (255 * torch.tensor(values) for values in (views.mean, views.std))
+    values = normalised.permute(0, 2, 3, 1) * std + mean
+    return values.round_().clamp_(0, 255).to(torch.uint8)
