@@ -121,18 +121,13 @@ def measure(
 def passes(
     convolve: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor
 ) -> dict[str, Callable[[], Any]]:
-    leaves = [t.detach().requires_grad_() for t in (x, weight)]
-    y = convolve(*leaves)
-    dy = torch.randn_like(y)
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return convolve(x, weight)
-
+    x_leaf, weight_leaf = (t.detach().clone().requires_grad_() for t in (x, weight))
+    of_x, of_weight = convolve(x_leaf, weight), convolve(x, weight_leaf)
+    dy = torch.randn_like(of_x)
     return {
-        "forward": forward,
-        "input": lambda: torch.autograd.grad(y, leaves[0], dy, retain_graph=True),
-        "weight": lambda: torch.autograd.grad(y, leaves[1], dy, retain_graph=True),
+        "forward": lambda: convolve(x, weight),
+        "input": lambda: torch.autograd.grad(of_x, x_leaf, dy, retain_graph=True),
+        "weight": lambda: torch.autograd.grad(of_weight, weight_leaf, dy, retain_graph=True),
     }
 
 
