@@ -19,7 +19,7 @@ takes over: activations of live channels, the full weight, and index lists (None
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ class Geometry(NamedTuple):
     """Stride, padding and dilation of a convolution, as (vertical, horizontal)."""
 
     stride: tuple[int, int]
-    padding: tuple[int, int] | str
+    padding: Any  # or "same", "valid"
     dilation: tuple[int, int]
 
 

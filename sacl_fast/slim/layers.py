@@ -69,8 +69,12 @@ def _conv2d(
     zeroed = complement(kept, count)
     y = outputs[0].values
     outputs.append(Part(zeroed, y.new_zeros(1, len(zeroed), 1, 1)))
-    size = output_size(tuple(input.shape[2:]), tuple(weight.shape[2:]), geometry)
+    size = output_size(_size(input), _size(weight), geometry)
     return make(outputs, torch.Size((input.shape[0], count, *size)))
+
+
+def _size(x: Tensor) -> tuple[int, int]:
+    return x.shape[2], x.shape[3]
 
 
 def _sum_over_parts(
@@ -89,8 +93,7 @@ def _sum_over_parts(
         index = p.channels.index(device, in_channels)
         if p.is_constant:
             filters = take(take(weight, 0, out), 1, index)
-            size = (x.shape[2], x.shape[3])
-            response = constant_response(p.values, filters, size, geometry)
+            response = constant_response(p.values, filters, _size(x), geometry)
         else:
             response = slim_conv2d(as_image(p, x), weight, index, out, None, geometry)
         offset = response if offset is None else offset + response
@@ -120,16 +123,19 @@ def _depthwise(
             continue
         out, read = own.index(device, count), positions.index(device, len(p.channels))
         if p.is_constant and x.shape[2:] != (1, 1):
-            size = (x.shape[2], x.shape[3])
-            response = constant_response(
-                take(p.values, 1, read), take(weight, 0, out), size, geometry, depthwise=True
-            )
+            values, filters = take(p.values, 1, read), take(weight, 0, out)
+            response = constant_response(values, filters, _size(x), geometry, depthwise=True)
             if bias is not None:
                 response = response + take(bias, 0, out).view(1, -1, 1, 1)
         else:
             values = as_image(p, x)
             response = slim_depthwise(values, weight, read, out, bias, geometry)
         outputs.append(Part(own, response))
+    live, first = parts[0], outputs[0]
+    if not len(readers(live.channels, kept, count // x.shape[1])[0]):
+        # No filter reads the live channels. Their gradient is 0, but not missing: a sum over none
+        # of them says so (without it DDP waits for parameters that only the slim pass uses).
+        outputs[0] = first._replace(values=first.values + live.values[:, :0].sum())
     return outputs
 
 

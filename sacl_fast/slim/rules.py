@@ -18,10 +18,10 @@ from torch import Tensor
 
 from sacl_fast.ops.slim_channels import add_channels
 from sacl_fast.slim.channels import all_channels, common, shifted, window
-from sacl_fast.slim.tensor import RULES, Part, SlimTensor, dense, make, select
+from sacl_fast.slim.tensor import RULES, KeptFilters, Part, SlimTensor, dense, make, select
 
 Rule = Callable[..., Any]
-_NAMESPACES = (torch, F, Tensor, torch._C._nn, torch._C._VariableFunctions)
+_NAMESPACES = (torch, F, Tensor, torch._C._nn, torch._C._VariableFunctions)  # type: ignore[attr-defined]
 
 
 def rule_for(*names: str) -> Callable[[Rule], Rule]:
@@ -48,8 +48,6 @@ _FUNCTIONS = """
     clamp_max clip nan_to_num round floor ceil sign positive
 """.split()
 _COPIES = "clone detach contiguous float double half bfloat16 to".split()
-
-
 
 
 @rule_for(*_ACTIVATIONS, *_FUNCTIONS, *_COPIES, *(f"{n}_" for n in (*_ACTIVATIONS, *_FUNCTIONS)))
@@ -106,10 +104,9 @@ _IN_PLACE = {
 @rule_for(*_ARITHMETIC, *_REVERSED)
 @rule_for(*(f"__{n}__" for n in ("add", "sub", "mul", "div", "truediv", "pow")))
 def _arithmetic(func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
-    if "out" in kwargs:
-        return NotImplemented
     x, y = (a, b) if isinstance(a, SlimTensor) else (b, a)
-    assert isinstance(x, SlimTensor)
+    if not isinstance(x, SlimTensor) or isinstance(y, KeptFilters) or "out" in kwargs:
+        return NotImplemented
     if isinstance(y, SlimTensor):
         return _two_slim(func, a, b, kwargs) if x.shape == y.shape else NotImplemented
     if not _has_channels(y):
@@ -117,6 +114,8 @@ def _arithmetic(func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
     if y.ndim > 4 or torch.broadcast_shapes(x.shape, y.shape) != x.shape:
         return NotImplemented
     y = y.reshape(*[1] * (4 - y.ndim), *y.shape)
+    if y.stride()[2:] == (0, 0):  # a gate that was expanded over the image
+        y = y[:, :, :1, :1]
     if y.shape == x.shape and func in _SUMS and not kwargs and y.dtype == x.dtype:
         values = [p.values.to(y.dtype) for p in x.parts]
         return add_channels(y, values, [p.channels.on(y.device) for p in x.parts])
@@ -161,6 +160,11 @@ def _in_place(func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
     return a.become(result if result.dtype == a.dtype else result.to(a.dtype))
 
 
+@rule_for("expand_as")
+def _expand_as(func: Any, x: Any, other: Tensor) -> Any:
+    return NotImplemented if isinstance(x, SlimTensor) else x.expand(other.shape)
+
+
 # --- places ---------------------------------------------------------------------------------------
 
 
@@ -184,16 +188,18 @@ def _pool(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     return make(parts, torch.Size((*x.shape[:2], *live.shape[2:])))
 
 
-_AVERAGES_OF_WINDOWS = {torch._C._nn.avg_pool2d, F.avg_pool2d, F.lp_pool2d}
+_AVERAGES_OF_WINDOWS = {F.avg_pool2d, F.lp_pool2d}
 
 
-def as_image(part: Part, x: SlimTensor) -> Tensor:
+def as_image(part: Part, x: Tensor) -> Tensor:
     """The part's values at every place of the image, still for one sample where that is all."""
     return part.values.expand(-1, -1, *x.shape[2:])
 
 
 @rule_for("mean", "amax", "amin")
-def _over_the_image(func: Any, x: Any, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
+def _over_the_image(
+    func: Any, x: Any, dim: Any = None, keepdim: bool = False, **kwargs: Any
+) -> Any:
     if not isinstance(x, SlimTensor) or not isinstance(dim, tuple | list):
         return NotImplemented
     if kwargs or sorted(d % 4 for d in dim) != [2, 3]:
@@ -204,9 +210,7 @@ def _over_the_image(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *
 
 
 @rule_for("pad")
-def _pad(
-    func: Any, x: Any, pad: Any, mode: str = "constant", value: float | None = None
-) -> Any:
+def _pad(func: Any, x: Any, pad: Any, mode: str = "constant", value: float | None = None) -> Any:
     if not isinstance(x, SlimTensor) or len(pad) > 4:
         return NotImplemented
     if not any(pad):
@@ -230,8 +234,10 @@ def _cat(func: Any, tensors: Any, dim: int = 0, **kwargs: Any) -> Any:
     slim = next((t for t in tensors if isinstance(t, SlimTensor)), None)
     if slim is None or dim not in (1, -3) or kwargs:
         return NotImplemented
-    if any(t.ndim != 4 or t.shape[::2] != slim.shape[::2] or t.shape[3] != slim.shape[3]
-           for t in tensors):
+    if any(
+        t.ndim != 4 or t.shape[::2] != slim.shape[::2] or t.shape[3] != slim.shape[3]
+        for t in tensors
+    ):
         return NotImplemented
     parts, offset = [], 0
     for t in tensors:

@@ -100,7 +100,7 @@ class Slicer(nn.Module):
                 parent, _, child = name.rpartition(".")
                 self._norm_sites.append((modules[parent], child, _key(name)))
                 self.slim_norms[_key(name)] = copy.deepcopy(module)
-        self.register_load_state_dict_post_hook(lambda *_: self._read_masks())
+        self.register_load_state_dict_post_hook(_after_loading)
         self.refresh()
 
     @property
@@ -160,6 +160,11 @@ class Slicer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"ratio={self.ratio}, convolutions={len(self._convs)}"
+
+
+def _after_loading(slicer: nn.Module, _: object) -> None:
+    assert isinstance(slicer, Slicer)
+    slicer._read_masks()
 
 
 def _key(name: str) -> str:

@@ -38,9 +38,13 @@ RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
 cover them returns NotImplemented. Filled by ``slim.rules``."""
 
 _METADATA: set[Callable[..., Any]] = {
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim")),
-    *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_sparse", "is_quantized")),
-    *(getattr(Tensor, name).__get__ for name in ("is_meta", "is_mkldnn", "is_nested", "itemsize")),
+    *(
+        getattr(Tensor, name).__get__
+        for name in """
+            shape dtype device layout ndim itemsize is_cuda is_sparse is_quantized is_meta is_mkldnn
+            is_nested
+        """.split()
+    ),
     *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__),
     *(Tensor.is_floating_point, Tensor.is_complex, Tensor.get_device, Tensor.element_size),
     *(torch.is_floating_point, torch.is_complex, torch.numel, Tensor.__hash__),
@@ -74,7 +78,7 @@ class _Wrapper(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func is Tensor.requires_grad.__get__:
+        if func == Tensor.requires_grad.__get__:  # type: ignore[attr-defined]
             return args[0].requires_gradient
         if rule := RULES.get(func):
             out = rule(func, *args, **kwargs)
