@@ -83,9 +83,12 @@ def update_running(
     count: int,
     momentum: float,
 ) -> None:
-    """Move running statistics (C,) to a batch's mean and, made unbiased, its variance."""
+    """Move running statistics (C,) to a batch's mean and, made unbiased, its variance.
+
+    Like torch's kernels without autograd's notice (``data``): it may have saved the buffers.
+    """
     if running_mean is not None:
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_mean.data.lerp_(mean.to(running_mean.dtype), momentum)
     if running_var is not None:
         unbiased = var * (count / max(1, count - 1))
-        running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+        running_var.data.lerp_(unbiased.to(running_var.dtype), momentum)

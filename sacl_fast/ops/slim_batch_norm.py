@@ -63,5 +63,7 @@ def slim_batch_norm(
     if training and index is not None:
         for full, own in ((running_mean, mean), (running_var, var)):
             if full is not None and own is not None:
-                full.index_copy_(0, index, own)
+                # As torch's own kernel does, without autograd's notice: it has saved the buffers
+                # of the passes before, though their gradient does not depend on them.
+                full.data.index_copy_(0, index, own)
     return out
