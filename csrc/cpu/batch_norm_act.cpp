@@ -16,61 +16,99 @@ namespace {
 
 constexpr int64_t kChunk = 1024;  // rows of one task
 
-// The sums (2 K) of all chunks of rows, by `one(first, rows, scratch, total)`.
-template <class F>
-std::vector<double> sum_chunks(int64_t M, int64_t K, const F& one) {
-  const int64_t chunks = (M + kChunk - 1) / kChunk;
-  std::vector<double> partial(chunks * 2 * K, 0.0), total(2 * K, 0.0);
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(2 * round_up(K, kLanes));
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i * kChunk;
-      one(first, std::min(kChunk, M - first), scratch.data(), &partial[i * 2 * K]);
+// Rows of fewer channels than a vector has are taken 16 at a time, as one row of 16 K channels; the
+// rows that are left over are of a narrow kind of their own.
+struct Folded {
+  int64_t M, K, fold, wide_rows;
+  Folded(int64_t M, int64_t K)
+      : M(M), K(K), fold(K < kLanes ? kLanes : 1), wide_rows(M / fold) {}
+
+  int64_t wide() const { return fold * K; }
+  int64_t chunk() const { return std::max<int64_t>(1, kChunk / fold); }
+  int64_t chunks() const { return (wide_rows + chunk() - 1) / chunk(); }
+  int64_t narrow_rows() const { return M - wide_rows * fold; }
+  int64_t narrow_start() const { return wide_rows * wide(); }  // in floats
+
+  std::vector<float> repeated(const float* values) const {
+    std::vector<float> out;
+    for (int64_t i = 0; i < fold; ++i) out.insert(out.end(), values, values + K);
+    return out;
+  }
+
+  // The sums (2 K) over all rows, by `one(offset, rows, channels, scratch, total)`.
+  template <class F>
+  std::vector<double> sums(const F& one) const {
+    std::vector<double> partial(chunks() * 2 * wide(), 0.0), total(2 * K, 0.0);
+    torch::stable::parallel_for(0, chunks(), 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> scratch(2 * round_up(wide(), kLanes));
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t first = i * chunk();
+        one(first * wide(), std::min(chunk(), wide_rows - first), wide(), scratch.data(),
+            &partial[i * 2 * wide()]);
+      }
+    });
+    if (narrow_rows()) {
+      std::vector<float> scratch(2 * kLanes);
+      one(narrow_start(), narrow_rows(), K, scratch.data(), total.data());
     }
-  });
-  for (int64_t i = 0; i < chunks; ++i)
-    for (int64_t c = 0; c < 2 * K; ++c) total[c] += partial[i * 2 * K + c];
-  return total;
-}
+    for (int64_t i = 0; i < chunks(); ++i)
+      for (int64_t which = 0; which < 2; ++which)
+        for (int64_t c = 0; c < wide(); ++c)
+          total[which * K + c % K] += partial[(i * 2 + which) * wide() + c];
+    return total;
+  }
 
-template <class F>
-void for_chunks(int64_t M, const F& one) {
-  const int64_t chunks = (M + kChunk - 1) / kChunk;
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * kChunk;
-    one(first, std::min(end * kChunk, M) - first);
-  });
-}
+  // `one(offset, rows, channels)` for all rows.
+  template <class F>
+  void for_rows(const F& one) const {
+    torch::stable::parallel_for(0, chunks(), 1, [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * chunk();
+      one(first * wide(), std::min(end * chunk(), wide_rows) - first, wide());
+    });
+    if (narrow_rows()) one(narrow_start(), narrow_rows(), K);
+  }
+};
 
-std::vector<float> scale_of(const Tensor& weight, const float* rstd) {
-  std::vector<float> scale(floats(weight), floats(weight) + weight.size(0));
-  for (size_t c = 0; c < scale.size(); ++c) scale[c] *= rstd[c];
-  return scale;
-}
+// Mean, scale and bias of the channels, repeated for folded rows.
+class Repeated {
+ public:
+  Repeated(const Folded& rows, const Tensor& weight, const Tensor& bias, const Tensor& mean,
+           const Tensor& rstd)
+      : mean_(rows.repeated(floats(mean))), bias_(rows.repeated(floats(bias))) {
+    std::vector<float> scale(floats(weight), floats(weight) + rows.K);
+    for (int64_t c = 0; c < rows.K; ++c) scale[c] *= floats(rstd)[c];
+    scale_ = rows.repeated(scale.data());
+  }
+  Channels view() const { return {mean_.data(), scale_.data(), bias_.data()}; }
+
+ private:
+  std::vector<float> mean_, scale_, bias_;
+};
 
 }  // namespace
 
 // x (M, K); weight, bias (K) -> y (M, K), mean (K), 1 / deviation (K)
 std::tuple<Tensor, Tensor, Tensor> batch_norm_act(Tensor x, Tensor weight, Tensor bias, double eps,
                                                   int64_t act) {
-  const int64_t M = x.size(0), K = x.size(1);
+  const Folded rows(x.size(0), x.size(1));
   const float* in = floats(x);
-  Tensor y = torch::stable::new_empty(x, {M, K});
-  Tensor mean = torch::stable::new_empty(x, {K}), rstd = torch::stable::new_empty(x, {K});
-  auto total = sum_chunks(M, K, [&](int64_t first, int64_t rows, float* part, double* sums) {
-    kernels().sums_forward(in + first * K, in, rows, K, part, sums);
-  });
-  for (int64_t c = 0; c < K; ++c) {
-    const double rest = total[c] / M, variance = total[K + c] / M - rest * rest;
-    floats_out(mean)[c] = static_cast<float>(in[c] + rest);
+  Tensor y = torch::stable::new_empty(x, {rows.M, rows.K});
+  Tensor mean = torch::stable::new_empty(x, {rows.K}), rstd = torch::stable::new_empty(x, {rows.K});
+  const std::vector<float> origin = rows.repeated(in);  // the first row
+  const std::vector<double> total =
+      rows.sums([&](int64_t at, int64_t count, int64_t K, float* part, double* sums) {
+        kernels().sums_forward(in + at, origin.data(), count, K, part, sums);
+      });
+  for (int64_t c = 0; c < rows.K; ++c) {
+    const double rest = total[c] / rows.M, variance = total[rows.K + c] / rows.M - rest * rest;
     const double positive = variance < 0 ? 0 : variance;  // NaN stays NaN
+    floats_out(mean)[c] = static_cast<float>(in[c] + rest);
     floats_out(rstd)[c] = static_cast<float>(1 / std::sqrt(positive + eps));
   }
-  const std::vector<float> scale = scale_of(weight, floats(rstd));
-  const Channels k{floats(mean), scale.data(), floats(bias)};
+  const Repeated channels(rows, weight, bias, mean, rstd);
   float* out = floats_out(y);
-  for_chunks(M, [&](int64_t first, int64_t rows) {
-    kernels().apply(act, in + first * K, out + first * K, rows, K, k);
+  rows.for_rows([&](int64_t at, int64_t count, int64_t K) {
+    kernels().apply(act, in + at, out + at, count, K, channels.view());
   });
   return {y, mean, rstd};
 }
@@ -79,26 +117,30 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act(Tensor x, Tensor weight, Tenso
 std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward(Tensor dy, Tensor x, Tensor weight,
                                                            Tensor bias, Tensor mean, Tensor rstd,
                                                            int64_t act) {
-  const int64_t M = x.size(0), K = x.size(1);
+  const Folded rows(x.size(0), x.size(1));
   const float *g = floats(dy), *in = floats(x), *r = floats(rstd);
-  Tensor dx = torch::stable::new_empty(x, {M, K});
-  Tensor dweight = torch::stable::new_empty(x, {K}), dbias = torch::stable::new_empty(x, {K});
-  const std::vector<float> scale = scale_of(weight, r);
-  const Channels k{floats(mean), scale.data(), floats(bias)};
-  auto total = sum_chunks(M, K, [&](int64_t first, int64_t rows, float* part, double* sums) {
-    kernels().sums_backward(act, g + first * K, in + first * K, rows, K, k, part, sums);
-  });
-  std::vector<float> constant(K), projection(K);
-  for (int64_t c = 0; c < K; ++c) {
+  Tensor dx = torch::stable::new_empty(x, {rows.M, rows.K});
+  Tensor dweight = torch::stable::new_empty(x, {rows.K});
+  Tensor dbias = torch::stable::new_empty(x, {rows.K});
+  const Repeated channels(rows, weight, bias, mean, rstd);
+  const std::vector<double> total =
+      rows.sums([&](int64_t at, int64_t count, int64_t K, float* part, double* sums) {
+        kernels().sums_backward(act, g + at, in + at, count, K, channels.view(), part, sums);
+      });
+  std::vector<float> constant(rows.K), projection(rows.K);
+  for (int64_t c = 0; c < rows.K; ++c) {
+    const double scale = channels.view().scale[c];
     floats_out(dbias)[c] = static_cast<float>(total[c]);
-    floats_out(dweight)[c] = static_cast<float>(total[K + c] * r[c]);
-    constant[c] = static_cast<float>(scale[c] * total[c] / M);
-    projection[c] = static_cast<float>(scale[c] * total[K + c] * r[c] * r[c] / M);
+    floats_out(dweight)[c] = static_cast<float>(total[rows.K + c] * r[c]);
+    constant[c] = static_cast<float>(scale * total[c] / rows.M);
+    projection[c] = static_cast<float>(scale * total[rows.K + c] * r[c] * r[c] / rows.M);
   }
+  constant = rows.repeated(constant.data());
+  projection = rows.repeated(projection.data());
   float* out = floats_out(dx);
-  for_chunks(M, [&](int64_t first, int64_t rows) {
-    kernels().gradient(act, g + first * K, in + first * K, out + first * K, rows, K, k, constant.data(),
-             projection.data());
+  rows.for_rows([&](int64_t at, int64_t count, int64_t K) {
+    kernels().gradient(act, g + at, in + at, out + at, count, K, channels.view(), constant.data(),
+                       projection.data());
   });
   return {dx, dweight, dbias};
 }

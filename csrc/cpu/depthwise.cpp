@@ -63,13 +63,22 @@ class Selected {
     if (parts_.empty()) parts_.push_back({{0, 0}, {}, {}});  // nothing is taken
   }
 
-  // From `channels` channels those that `list` names.
+  // The first `taken` of `given` channels; those beyond are 0.
+  static Selected first(int64_t given, int64_t taken) {
+    std::vector<int32_t> source(taken, -1);
+    for (int64_t c = 0; c < std::min(given, taken); ++c) source[c] = static_cast<int32_t>(c);
+    return Selected(std::move(source), given);
+  }
+
+  // From `channels` channels those that `list` names, of which there are `filters`, and as many
+  // zeros as make them a vector; nothing where that is all of them.
   static std::optional<Selected> of(const std::optional<Tensor>& list, int64_t channels,
                                     int64_t filters) {
     if (!list.has_value()) {
       STD_TORCH_CHECK(channels == filters,
                       "without an index there must be a filter for each input channel");
-      return std::nullopt;
+      if (filters >= kLanes) return std::nullopt;
+      return first(filters, kLanes);
     }
     STD_TORCH_CHECK(list->dim() == 1 && list->size(0) == filters && list->is_contiguous() &&
                         list->scalar_type() == torch::headeronly::ScalarType::Long,
@@ -80,13 +89,15 @@ class Selected {
       STD_TORCH_CHECK(index[j] >= 0 && index[j] < channels, "index is out of range");
       source.push_back(static_cast<int32_t>(index[j]));
     }
+    if (filters < kLanes) source.resize(kLanes, -1);
     return Selected(std::move(source), channels);
   }
 
   // Back to all channels, those that were not taken 0.
   Selected inverse() const {
     std::vector<int32_t> back(given_, -1);
-    for (size_t j = 0; j < source_.size(); ++j) back[source_[j]] = static_cast<int32_t>(j);
+    for (size_t j = 0; j < source_.size(); ++j)
+      if (source_[j] >= 0) back[source_[j]] = static_cast<int32_t>(j);
     return Selected(std::move(back), static_cast<int64_t>(source_.size()));
   }
 
@@ -153,12 +164,15 @@ struct Problem {
   }
 };
 
-// (K, kh, kw) to (kh kw, K), the last tap first if `flipped`.
+int64_t padded_channels(int64_t K) { return std::max(K, kLanes); }
+
+// (K, kh, kw) to (kh kw, K), the last tap first if `flipped`; K padded.
 std::vector<float> taps_first(const Tensor& weight, bool flipped = false) {
-  const int64_t K = weight.size(0), taps = weight.size(1) * weight.size(2);
+  const int64_t filters = weight.size(0), taps = weight.size(1) * weight.size(2);
+  const int64_t K = padded_channels(filters);
   const float* w = floats(weight);
-  std::vector<float> out(taps * K);
-  for (int64_t c = 0; c < K; ++c)
+  std::vector<float> out(taps * K, 0.0f);
+  for (int64_t c = 0; c < filters; ++c)
     for (int64_t t = 0; t < taps; ++t) out[(flipped ? taps - 1 - t : t) * K + c] = w[c * taps + t];
   return out;
 }
@@ -204,13 +218,15 @@ const Selected* pointer(const std::optional<Selected>& s) { return s ? &*s : nul
 Tensor depthwise_conv(Tensor x, Tensor weight, std::optional<Tensor> index,
                       std::vector<int64_t> stride, std::vector<int64_t> padding,
                       std::vector<int64_t> dilation) {
-  const int64_t C = x.size(3), K = weight.size(0);
-  const auto selected = Selected::of(index, C, K);
+  const int64_t C = x.size(3), filters = weight.size(0), K = padded_channels(filters);
+  const auto selected = Selected::of(index, C, filters);
   const Problem p(x.size(0), x.size(1), x.size(2), C, K,
                   window_of(weight.size(1), weight.size(2), stride, dilation), padding[0],
                   padding[1], pointer(selected));
-  Tensor y = torch::stable::new_empty(x, {p.N, p.OH, p.OW, K});
-  convolve(p, floats(x), taps_first(weight), floats_out(y), nullptr);
+  std::optional<Selected> back;
+  if (filters < K) back = Selected::first(K, filters);
+  Tensor y = torch::stable::new_empty(x, {p.N, p.OH, p.OW, filters});
+  convolve(p, floats(x), taps_first(weight), floats_out(y), pointer(back));
   return y;
 }
 
@@ -218,11 +234,12 @@ Tensor depthwise_conv(Tensor x, Tensor weight, std::optional<Tensor> index,
 Tensor depthwise_conv_input(Tensor dy, Tensor weight, std::optional<Tensor> index, int64_t H,
                             int64_t W, int64_t C, std::vector<int64_t> stride,
                             std::vector<int64_t> padding, std::vector<int64_t> dilation) {
-  const int64_t N = dy.size(0), OH = dy.size(1), OW = dy.size(2), K = dy.size(3);
-  const int64_t kh = weight.size(1), kw = weight.size(2);
-  const auto selected = Selected::of(index, C, K);
-  std::optional<Selected> back;
+  const int64_t N = dy.size(0), OH = dy.size(1), OW = dy.size(2), filters = dy.size(3);
+  const int64_t kh = weight.size(1), kw = weight.size(2), K = padded_channels(filters);
+  const auto selected = Selected::of(index, C, filters);
+  std::optional<Selected> back, padded;
   if (selected) back = selected->inverse();
+  if (filters < K) padded = Selected::first(filters, K);
   Tensor dx = torch::stable::new_empty(dy, {N, H, W, C});
   const float* g = floats(dy);
   float* out = floats_out(dx);
@@ -230,7 +247,8 @@ Tensor depthwise_conv_input(Tensor dy, Tensor weight, std::optional<Tensor> inde
   const int64_t pad_w = dilation[1] * (kw - 1) - padding[1];
   if (stride[0] == 1 && stride[1] == 1 && pad_h >= 0 && pad_w >= 0) {
     // The convolution of dy with the flipped weight.
-    const Problem p(N, OH, OW, K, K, window_of(kh, kw, stride, dilation), pad_h, pad_w, nullptr);
+    const Problem p(N, OH, OW, filters, K, window_of(kh, kw, stride, dilation), pad_h, pad_w,
+                    pointer(padded));
     convolve(p, g, taps_first(weight, true), out, pointer(back));
     return dx;
   }
@@ -239,6 +257,14 @@ Tensor depthwise_conv_input(Tensor dy, Tensor weight, std::optional<Tensor> inde
   std::vector<int32_t> row_ends, column_ends;
   contributions(H, OH, kh, stride[0], padding[0], dilation[0], rows, row_ends);
   contributions(W, OW, kw, stride[1], padding[1], dilation[1], columns, column_ends);
+  std::vector<float> wide(padded ? N * OH * OW * K : 0);
+  if (padded) {
+    torch::stable::parallel_for(0, N * OH, 8, [&](int64_t begin, int64_t end) {
+      kernels().select(g + begin * OW * filters, wide.data() + begin * OW * K, (end - begin) * OW,
+                       padded->view());
+    });
+    g = wide.data();
+  }
   torch::stable::parallel_for(0, N * H, 8, [&](int64_t begin, int64_t end) {
     Scratch live;
     for (int64_t task = begin; task < end; ++task) {
@@ -258,27 +284,35 @@ Tensor depthwise_conv_input(Tensor dy, Tensor weight, std::optional<Tensor> inde
 Tensor depthwise_conv_weight(Tensor x, Tensor dy, std::optional<Tensor> index, int64_t kh,
                              int64_t kw, std::vector<int64_t> stride, std::vector<int64_t> padding,
                              std::vector<int64_t> dilation) {
-  const int64_t K = dy.size(3), taps = kh * kw;
-  const auto selected = Selected::of(index, x.size(3), K);
+  const int64_t filters = dy.size(3), K = padded_channels(filters), taps = kh * kw;
+  const auto selected = Selected::of(index, x.size(3), filters);
+  std::optional<Selected> padded;
+  if (filters < K) padded = Selected::first(filters, K);
   const Problem p(x.size(0), x.size(1), x.size(2), x.size(3), K,
                   window_of(kh, kw, stride, dilation), padding[0], padding[1], pointer(selected));
   const float *in = floats(x), *g = floats(dy);
   const int64_t tasks = p.N * p.blocks(), groups = std::min(tasks, kGroups);
   std::vector<double> partial(groups * taps * K, 0.0);
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+    Scratch wide;
     for (int64_t group = begin; group < end; ++group) {
       p.for_blocks(in, group * tasks / groups, (group + 1) * tasks / groups,
-                   [&](int64_t n, int64_t first, int64_t rows, const float* padded) {
-                     kernels().depthwise_weight(padded, p.padded_width,
-                                                g + (n * p.OH + first) * p.OW * K,
+                   [&](int64_t n, int64_t first, int64_t rows, const float* image) {
+                     const float* own = g + (n * p.OH + first) * p.OW * filters;
+                     if (padded) {
+                       float* scratch = wide.get(rows * p.OW * K);
+                       kernels().select(own, scratch, rows * p.OW, padded->view());
+                       own = scratch;
+                     }
+                     kernels().depthwise_weight(image, p.padded_width, own,
                                                 &partial[group * taps * K], rows, p.OW, K,
                                                 p.window);
                    });
     }
   });
-  Tensor dweight = torch::stable::new_empty(x, {K, kh, kw});
+  Tensor dweight = torch::stable::new_empty(x, {filters, kh, kw});
   float* out = floats_out(dweight);
-  for (int64_t c = 0; c < K; ++c) {
+  for (int64_t c = 0; c < filters; ++c) {
     for (int64_t t = 0; t < taps; ++t) {
       double sum = 0;
       for (int64_t group = 0; group < groups; ++group) sum += partial[(group * taps + t) * K + c];

@@ -32,7 +32,7 @@ void select(const float* in, float* out, int64_t width, Selection selection) {
 }
 
 // SIDE: the window's, known to the compiler so that weights stay in registers; 0: any window.
-template <int SIDE, bool FULL>
+template <int SIDE>
 SACL_INLINE void depthwise_blocks(const float* in, int64_t in_width, const float* weight,
                                   float* out, int64_t rows, int64_t width, Blocks blocks,
                                   Window w) {
@@ -40,7 +40,7 @@ SACL_INLINE void depthwise_blocks(const float* in, int64_t in_width, const float
   for (int64_t b = 0; b < blocks.count; ++b) {
     const int64_t c = blocks.start(b);
     Vec own[SIDE ? SIDE * SIDE : 1];
-    for (int64_t t = 0; t < SIDE * SIDE; ++t) own[t] = get<FULL>(weight + t * K + c, blocks);
+    for (int64_t t = 0; t < SIDE * SIDE; ++t) own[t] = load(weight + t * K + c);
     for (int64_t y = 0; y < rows; ++y) {
       for (int64_t x = 0; x < width; ++x) {
         const float* corner = in + (y * w.stride_h * in_width + x * w.stride_w) * K + c;
@@ -49,17 +49,17 @@ SACL_INLINE void depthwise_blocks(const float* in, int64_t in_width, const float
           for (int64_t j = 0; j < kw; ++j) {
             const int64_t at = (i * w.dilation_h * in_width + j * w.dilation_w) * K;
             const int64_t t = i * kw + j;
-            sum += get<FULL>(corner + at, blocks) *
-                   (SIDE ? own[SIDE ? t : 0] : get<FULL>(weight + t * K + c, blocks));
+            sum += load(corner + at) *
+                   (SIDE ? own[SIDE ? t : 0] : load(weight + t * K + c));
           }
         }
-        put<FULL>(out + (y * width + x) * K + c, sum, blocks);
+        store(out + (y * width + x) * K + c, sum);
       }
     }
   }
 }
 
-template <int SIDE, bool FULL>
+template <int SIDE>
 SACL_INLINE void depthwise_weight_blocks(const float* in, int64_t in_width, const float* dy,
                                          double* total, int64_t rows, int64_t width, Blocks blocks,
                                          Window w) {
@@ -73,12 +73,12 @@ SACL_INLINE void depthwise_weight_blocks(const float* in, int64_t in_width, cons
         Vec sums[SIDE ? SIDE * SIDE : 1] = {};
         for (int64_t y = top; y < smaller(top + batch, rows); ++y) {
           for (int64_t x = 0; x < width; ++x) {
-            const Vec g = get<FULL>(dy + (y * width + x) * K + c, blocks);
+            const Vec g = load(dy + (y * width + x) * K + c);
             const float* corner = in + (y * w.stride_h * in_width + x * w.stride_w) * K + c;
             for (int64_t t = 0; t < together; ++t) {
               const int64_t i = (from + t) / kw, j = (from + t) % kw;
               const int64_t at = (i * w.dilation_h * in_width + j * w.dilation_w) * K;
-              sums[t] += g * get<FULL>(corner + at, blocks);
+              sums[t] += g * load(corner + at);
             }
           }
         }
@@ -93,40 +93,32 @@ SACL_INLINE void depthwise_weight_blocks(const float* in, int64_t in_width, cons
   }
 }
 
-#define SACL_SIDES(window, K, CALL)                                        \
-  const int64_t side = window.kh == window.kw ? window.kh : 0;             \
-  const Blocks blocks(K);                                                  \
-  if (blocks.lanes < kLanes) {                                             \
-    CALL(0, false);                                                        \
-  } else if (side == 3) {                                                  \
-    CALL(3, true);                                                         \
-  } else if (side == 5) {                                                  \
-    CALL(5, true);                                                         \
-  } else {                                                                 \
-    CALL(0, true);                                                         \
-  }
-
 void depthwise(const float* in, int64_t in_width, const float* weight, float* out, int64_t rows,
                int64_t width, int64_t K, Window window) {
-#define CALL(SIDE, FULL) \
-  depthwise_blocks<SIDE, FULL>(in, in_width, weight, out, rows, width, blocks, window)
-  SACL_SIDES(window, K, CALL)
-#undef CALL
+  const int64_t side = window.kh == window.kw ? window.kh : 0;
+  if (side == 3)
+    depthwise_blocks<3>(in, in_width, weight, out, rows, width, Blocks(K), window);
+  else if (side == 5)
+    depthwise_blocks<5>(in, in_width, weight, out, rows, width, Blocks(K), window);
+  else
+    depthwise_blocks<0>(in, in_width, weight, out, rows, width, Blocks(K), window);
 }
 
 void depthwise_weight(const float* in, int64_t in_width, const float* dy, double* total,
                       int64_t rows, int64_t width, int64_t K, Window window) {
-#define CALL(SIDE, FULL) \
-  depthwise_weight_blocks<SIDE, FULL>(in, in_width, dy, total, rows, width, blocks, window)
-  SACL_SIDES(window, K, CALL)
-#undef CALL
+  const int64_t side = window.kh == window.kw ? window.kh : 0;
+  if (side == 3)
+    depthwise_weight_blocks<3>(in, in_width, dy, total, rows, width, Blocks(K), window);
+  else if (side == 5)
+    depthwise_weight_blocks<5>(in, in_width, dy, total, rows, width, Blocks(K), window);
+  else
+    depthwise_weight_blocks<0>(in, in_width, dy, total, rows, width, Blocks(K), window);
 }
 
-template <bool FULL>
-SACL_INLINE void input_blocks(const float* dy, int64_t dy_width, const float* weight, float* dx,
-                              int64_t width, Blocks blocks, int64_t kw, const Tap* rows,
-                              int64_t row_count, const Tap* columns, const int32_t* column_ends) {
-  const int64_t K = blocks.K;
+void depthwise_input(const float* dy, int64_t dy_width, const float* weight, float* dx,
+                     int64_t width, int64_t K, int64_t kw, const Tap* rows, int64_t row_count,
+                     const Tap* columns, const int32_t* column_ends) {
+  const Blocks blocks(K);
   for (int64_t b = 0; b < blocks.count; ++b) {
     const int64_t c = blocks.start(b);
     const Tap* column = columns;
@@ -137,22 +129,10 @@ SACL_INLINE void input_blocks(const float* dy, int64_t dy_width, const float* we
         const float* row = dy + rows[i].at * dy_width * K + c;
         const float* taps = weight + rows[i].tap * kw * K + c;
         for (const Tap* j = column; j != end; ++j)
-          sum += get<FULL>(row + j->at * K, blocks) * get<FULL>(taps + j->tap * K, blocks);
+          sum += load(row + j->at * K) * load(taps + j->tap * K);
       }
-      put<FULL>(dx + x * K + c, sum, blocks);
+      store(dx + x * K + c, sum);
       column = end;
     }
   }
-}
-
-void depthwise_input(const float* dy, int64_t dy_width, const float* weight, float* dx,
-                     int64_t width, int64_t K, int64_t kw, const Tap* rows, int64_t row_count,
-                     const Tap* columns, const int32_t* column_ends) {
-  const Blocks blocks(K);
-  if (blocks.lanes == kLanes)
-    input_blocks<true>(dy, dy_width, weight, dx, width, blocks, kw, rows, row_count, columns,
-                       column_ends);
-  else
-    input_blocks<false>(dy, dy_width, weight, dx, width, blocks, kw, rows, row_count, columns,
-                        column_ends);
 }

@@ -52,7 +52,8 @@ struct Kernels {
   void (*gradient)(int64_t act, const float* dy, const float* x, float* dx, int64_t rows, int64_t K,
                    Channels k, const float* constant, const float* projection);
 
-  // Depthwise convolution (depthwise.cpp). Images are (rows, width, K), weights (kh kw, K).
+  // Depthwise convolution (depthwise.cpp). Images are (rows, width, K), weights (kh kw, K); K is
+  // at least kLanes.
   // A row of pixels with other channels.
   void (*select)(const float* in, float* out, int64_t width, Selection selection);
   // `rows` rows of `width` pixels of the output.

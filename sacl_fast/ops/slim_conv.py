@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sacl_fast.ops.depthwise_conv import depthwise_conv
+
 
 class Geometry(NamedTuple):
     """Stride, padding and dilation of a convolution, as (vertical, horizontal)."""
@@ -110,10 +112,14 @@ def slim_depthwise(
         out_index: the filters, as many as ``in_positions``.
         bias: full, (Cout,).
     """
-    read = take(values, 1, in_positions)
     filters = take(weight, 0, out_index)
     bias = None if bias is None else take(bias, 0, out_index)
-    return F.conv2d(read, filters, bias, *geometry, groups=filters.shape[0])
+    if isinstance(geometry.padding, str):
+        read = take(values, 1, in_positions)
+        return F.conv2d(read, filters, bias, *geometry, groups=filters.shape[0])
+    window = {"stride": geometry.stride, "padding": geometry.padding, "dilation": geometry.dilation}
+    y = depthwise_conv(values, filters, in_positions, **window)
+    return y if bias is None else y + bias.view(1, -1, 1, 1)
 
 
 def constant_response(
