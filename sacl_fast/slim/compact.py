@@ -22,7 +22,7 @@ import copy
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -71,18 +71,25 @@ def cost(module: nn.Module, image_size: int, in_chans: int = 3) -> Cost:
     return Cost(sum(p.numel() for p in module.parameters()), counter.get_total_flops())
 
 
-def compact(encoder: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+def compact(
+    encoder: nn.Module, masks: Mapping[str, Tensor], norms: Mapping[str, nn.Module] | None = None
+) -> nn.Module:
     """A standalone module that equals the slim encoder in eval mode, on images of any size.
 
     Args:
-        encoder: left as it is. With separate batch norms, the one with the slim encoder's own.
+        encoder: left as it is.
         masks: ``Slicer.masks``, convolution name -> (Cout,), true where the filter is kept.
+        norms: ``Slicer.norms``, batch-norm name -> the slim encoder's own, where it has some.
 
     Returns:
         A module in eval mode. Where the encoder's graph cannot be followed (its code branches on
         values), the whole encoder with zeroed filters: equal, but not smaller.
     """
     encoder = copy.deepcopy(encoder).eval().requires_grad_(False)
+    for name, norm in (norms or {}).items():
+        own = copy.deepcopy(norm).eval().requires_grad_(False)
+        parent, _, child = name.rpartition(".")
+        setattr(encoder.get_submodule(parent), child, own)
     for name, mask in masks.items():
         for p in encoder.get_submodule(name).parameters(recurse=False):
             p.mul_(mask.to(p.device).view(-1, *[1] * (p.ndim - 1)))
@@ -143,7 +150,7 @@ class _Compacter:
 
     def __init__(self, traced: fx.GraphModule, masks: Mapping[str, Tensor]) -> None:
         self.old = traced
-        self.modules = dict(traced.named_modules())
+        self.modules: dict[str, Any] = dict(traced.named_modules())
         self.masks = masks
         self.graph = fx.Graph()
         self.root = nn.Module()
@@ -206,7 +213,7 @@ class _Compacter:
         if name in _ARITHMETIC_NAMES and len(node.args) == 2:
             return self.arithmetic(node)
         if name == "mean" and node.op == "call_method":
-            dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+            dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
             keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
             if isinstance(dims, tuple | list) and sorted(d % 4 for d in dims) == [2, 3]:
                 y = self.graph.call_method("mean", (x.node, (2, 3), True))
@@ -288,7 +295,7 @@ class _Compacter:
         y = self.call(_conv(conv, weight[:, _index(x.live)], bias, 1), x.node)
         if not unpadded and bool(share.any()):
             # An image of ones, of one sample: cut from the input, so that it has its size.
-            first = self.graph.call_function(operator.getitem, (x.node, (slice(0, 1), slice(0, 1))))
+            first = self.graph.call_function(operator.getitem, (x.node, _FIRST_OF_ALL))
             ones = self.graph.call_function(torch.ones_like, (first,))
             border = self.call(_conv(conv, share, None, 1), ones)
             y = self.graph.call_function(operator.add, (y, border))
@@ -330,7 +337,8 @@ class _Compacter:
         if short is None or node.kwargs or len(node.args) != 2:
             return None
         target = getattr(operator, short)
-        a, b = (self.values[v] if _is_node(v) else v for v in node.args)
+        operands: list[Any] = [self.values[v] if _is_node(v) else v for v in node.args]
+        a, b = operands
         in_place = _name(node).endswith("_") or _name(node).startswith("i")
         if isinstance(a, _Slim) and isinstance(b, _Slim):
             return self.changed(node, self.two(target, a, b), in_place)
@@ -413,18 +421,11 @@ class _Compacter:
         return self.select_node(node, _positions(held, chosen, x.count), len(held))
 
     def cat_expanded(self, nodes: list[fx.Node]) -> fx.Node:
-        """Channels joined, at the samples and places of the first (or the samples of any)."""
-        return self.graph.call_function(torch.cat, (self.expanded(nodes), 1))
-
-    def expanded(self, nodes: list[fx.Node]) -> list[fx.Node]:
-        size = [self.graph.call_method("size", (nodes[0], dim)) for dim in (0, 2, 3)]
-        return [
-            nodes[0],
-            *(
-                self.graph.call_method("expand", (n, size[0], -1, size[1], size[2]))
-                for n in nodes[1:]
-            ),
-        ]
+        """Channels joined, all at the samples and places of the first."""
+        first = self.graph.call_function(operator.getitem, (nodes[0], _FIRST_CHANNEL))
+        ones = self.graph.call_function(torch.ones_like, (first,))
+        rest = [self.graph.call_function(operator.mul, (ones, n)) for n in nodes[1:]]
+        return self.graph.call_function(torch.cat, ([nodes[0], *rest], 1))
 
     def select_node(self, node: fx.Node, positions: Channels, count: int) -> fx.Node:
         if positions.in_order and len(positions) == count:
@@ -463,7 +464,11 @@ class _Compacter:
         return f"{kind}_{self.added}"
 
 
-def _is_node(value: Any) -> bool:
+_FIRST_CHANNEL = (slice(None), slice(0, 1))
+_FIRST_OF_ALL = (slice(0, 1), slice(0, 1))
+
+
+def _is_node(value: Any) -> TypeGuard[fx.Node]:
     return isinstance(value, fx.Node)
 
 
