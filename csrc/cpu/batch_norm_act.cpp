@@ -1,5 +1,5 @@
-// Batch normalisation over rows, with the activation after it, on (M, K) floats: M = N H W rows of
-// an NHWC activation. Statistics take one read, the output one read and one write, the backward
+// Batch normalisation with the activation after it, on floats in channels-last memory: M = N H W
+// rows of K channels. Statistics take one read, the output one read and one write, the backward
 // pass two reads of both inputs and one write; the activation costs no pass of its own.
 //
 // Sums are in fp32 over 64 rows and in double above, of differences to the first row, so an offset
@@ -87,12 +87,12 @@ class Repeated {
 
 }  // namespace
 
-// x (M, K); weight, bias (K) -> y (M, K), mean (K), 1 / deviation (K)
+// x (N, K, H, W); weight, bias (K) -> y (N, K, H, W), mean (K), 1 / deviation (K)
 std::tuple<Tensor, Tensor, Tensor> batch_norm_act(Tensor x, Tensor weight, Tensor bias, double eps,
                                                   int64_t act) {
-  const Folded rows(x.size(0), x.size(1));
-  const float* in = floats(x);
-  Tensor y = torch::stable::new_empty(x, {rows.M, rows.K});
+  const Folded rows(x.size(0) * x.size(2) * x.size(3), x.size(1));
+  const float* in = nhwc(x);
+  Tensor y = new_nhwc(x.size(0), x.size(1), x.size(2), x.size(3));
   Tensor mean = torch::stable::new_empty(x, {rows.K}), rstd = torch::stable::new_empty(x, {rows.K});
   const std::vector<float> origin = rows.repeated(in);  // the first row
   const std::vector<double> total =
@@ -113,13 +113,13 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act(Tensor x, Tensor weight, Tenso
   return {y, mean, rstd};
 }
 
-// -> dx (M, K), dweight (K), dbias (K)
+// -> dx (N, K, H, W), dweight (K), dbias (K)
 std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward(Tensor dy, Tensor x, Tensor weight,
                                                            Tensor bias, Tensor mean, Tensor rstd,
                                                            int64_t act) {
-  const Folded rows(x.size(0), x.size(1));
-  const float *g = floats(dy), *in = floats(x), *r = floats(rstd);
-  Tensor dx = torch::stable::new_empty(x, {rows.M, rows.K});
+  const Folded rows(x.size(0) * x.size(2) * x.size(3), x.size(1));
+  const float *g = nhwc(dy), *in = nhwc(x), *r = floats(rstd);
+  Tensor dx = new_nhwc(x.size(0), x.size(1), x.size(2), x.size(3));
   Tensor dweight = torch::stable::new_empty(x, {rows.K});
   Tensor dbias = torch::stable::new_empty(x, {rows.K});
   const Repeated channels(rows, weight, bias, mean, rstd);

@@ -1,4 +1,4 @@
-// Depthwise convolution on NHWC floats, over all channels or over those of an index list: output
+// Depthwise convolution on floats in channels-last memory, over all channels or over those of an index list: output
 // channel j reads input channel index[j]. Rows of the input are copied into a padded block that
 // stays in the cache (where the index list costs nothing extra) and convolved there.
 //
@@ -85,8 +85,11 @@ class Selected {
                     "index must hold one input channel (int64) for each filter");
     const int64_t* index = static_cast<const int64_t*>(list->const_data_ptr());
     std::vector<int32_t> source;
+    std::vector<bool> named(channels);
     for (int64_t j = 0; j < filters; ++j) {
       STD_TORCH_CHECK(index[j] >= 0 && index[j] < channels, "index is out of range");
+      STD_TORCH_CHECK(!named[index[j]], "index names a channel twice");
+      named[index[j]] = true;
       source.push_back(static_cast<int32_t>(index[j]));
     }
     if (filters < kLanes) source.resize(kLanes, -1);
@@ -214,34 +217,34 @@ const Selected* pointer(const std::optional<Selected>& s) { return s ? &*s : nul
 
 }  // namespace
 
-// x (N, H, W, C), weight (K, kh, kw) -> (N, OH, OW, K)
+// x (N, C, H, W), weight (K, kh, kw) -> (N, K, OH, OW)
 Tensor depthwise_conv(Tensor x, Tensor weight, std::optional<Tensor> index,
                       std::vector<int64_t> stride, std::vector<int64_t> padding,
                       std::vector<int64_t> dilation) {
-  const int64_t C = x.size(3), filters = weight.size(0), K = padded_channels(filters);
+  const int64_t C = x.size(1), filters = weight.size(0), K = padded_channels(filters);
   const auto selected = Selected::of(index, C, filters);
-  const Problem p(x.size(0), x.size(1), x.size(2), C, K,
+  const Problem p(x.size(0), x.size(2), x.size(3), C, K,
                   window_of(weight.size(1), weight.size(2), stride, dilation), padding[0],
                   padding[1], pointer(selected));
   std::optional<Selected> back;
   if (filters < K) back = Selected::first(K, filters);
-  Tensor y = torch::stable::new_empty(x, {p.N, p.OH, p.OW, filters});
-  convolve(p, floats(x), taps_first(weight), floats_out(y), pointer(back));
+  Tensor y = new_nhwc(p.N, filters, p.OH, p.OW);
+  convolve(p, nhwc(x), taps_first(weight), floats_out(y), pointer(back));
   return y;
 }
 
-// dy (N, OH, OW, K), weight (K, kh, kw) -> dx (N, H, W, C)
+// dy (N, K, OH, OW), weight (K, kh, kw) -> dx (N, C, H, W)
 Tensor depthwise_conv_input(Tensor dy, Tensor weight, std::optional<Tensor> index, int64_t H,
                             int64_t W, int64_t C, std::vector<int64_t> stride,
                             std::vector<int64_t> padding, std::vector<int64_t> dilation) {
-  const int64_t N = dy.size(0), OH = dy.size(1), OW = dy.size(2), filters = dy.size(3);
+  const int64_t N = dy.size(0), filters = dy.size(1), OH = dy.size(2), OW = dy.size(3);
   const int64_t kh = weight.size(1), kw = weight.size(2), K = padded_channels(filters);
   const auto selected = Selected::of(index, C, filters);
   std::optional<Selected> back, padded;
   if (selected) back = selected->inverse();
   if (filters < K) padded = Selected::first(filters, K);
-  Tensor dx = torch::stable::new_empty(dy, {N, H, W, C});
-  const float* g = floats(dy);
+  Tensor dx = new_nhwc(N, C, H, W);
+  const float* g = nhwc(dy);
   float* out = floats_out(dx);
   const int64_t pad_h = dilation[0] * (kh - 1) - padding[0];
   const int64_t pad_w = dilation[1] * (kw - 1) - padding[1];
@@ -280,17 +283,17 @@ Tensor depthwise_conv_input(Tensor dy, Tensor weight, std::optional<Tensor> inde
   return dx;
 }
 
-// x (N, H, W, C), dy (N, OH, OW, K) -> dweight (K, kh, kw)
+// x (N, C, H, W), dy (N, K, OH, OW) -> dweight (K, kh, kw)
 Tensor depthwise_conv_weight(Tensor x, Tensor dy, std::optional<Tensor> index, int64_t kh,
                              int64_t kw, std::vector<int64_t> stride, std::vector<int64_t> padding,
                              std::vector<int64_t> dilation) {
-  const int64_t filters = dy.size(3), K = padded_channels(filters), taps = kh * kw;
-  const auto selected = Selected::of(index, x.size(3), filters);
+  const int64_t filters = dy.size(1), K = padded_channels(filters), taps = kh * kw;
+  const auto selected = Selected::of(index, x.size(1), filters);
   std::optional<Selected> padded;
   if (filters < K) padded = Selected::first(filters, K);
-  const Problem p(x.size(0), x.size(1), x.size(2), x.size(3), K,
+  const Problem p(x.size(0), x.size(2), x.size(3), x.size(1), K,
                   window_of(kh, kw, stride, dilation), padding[0], padding[1], pointer(selected));
-  const float *in = floats(x), *g = floats(dy);
+  const float *in = nhwc(x), *g = nhwc(dy);
   const int64_t tasks = p.N * p.blocks(), groups = std::min(tasks, kGroups);
   std::vector<double> partial(groups * taps * K, 0.0);
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {

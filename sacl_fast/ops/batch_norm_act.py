@@ -50,12 +50,9 @@ def batch_norm_act(
         running statistics.
     """
     if backend != "torch" and _suits(x, weight, bias):
-        rows = x.permute(0, 2, 3, 1)  # contiguous
-        y, mean, rstd = torch.ops.sacl_fast.batch_norm_act(
-            rows.reshape(-1, x.shape[1]), weight, bias, eps, list(ACTIVATIONS).index(act)
-        )
-        variance = rstd.square().reciprocal() - eps
-        return y.view(rows.shape).permute(0, 3, 1, 2), mean, variance.clamp_(min=0)
+        code = list(ACTIVATIONS).index(act)
+        y, mean, rstd = torch.ops.sacl_fast.batch_norm_act(x, weight, bias, eps, code)
+        return y, mean, (rstd.square().reciprocal() - eps).clamp_(min=0)
     with torch.no_grad():
         wide = x if x.dtype.itemsize >= 4 else x.float()
         variance, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
@@ -96,10 +93,12 @@ def _register() -> None:
         x, weight, bias, _, ctx.act = inputs
         _, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
 
     def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
-        grads = op.batch_norm_act_backward(dy.contiguous(), *ctx.saved_tensors, ctx.act)
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        grads = op.batch_norm_act_backward(dy, *ctx.saved_tensors, ctx.act)
         return *grads, None, None
 
     torch.library.register_autograd(

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sacl_fast.ops import compiled
+from sacl_fast.ops.slim_channels import take_channels
 
 
 def depthwise_conv(
@@ -36,12 +37,11 @@ def depthwise_conv(
         backend: ``cpu`` (compiled: CPU, float32, channels-last memory), ``torch``, or ``auto``.
     """
     if backend != "torch" and _suits(x, weight):
-        y = torch.ops.sacl_fast.depthwise_conv(
-            x.permute(0, 2, 3, 1), weight.squeeze(1), index, stride, padding, dilation
+        return torch.ops.sacl_fast.depthwise_conv(
+            x, weight.squeeze(1), index, stride, padding, dilation
         )
-        return y.permute(0, 3, 1, 2)
     if index is not None:
-        x = x.index_select(1, index)
+        x = take_channels(x, index)
     return F.conv2d(x, weight, None, stride, padding, dilation, groups=len(weight))
 
 
@@ -63,22 +63,26 @@ def is_compiled() -> bool:
     return compiled.obstacle() is None
 
 
+def _images(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape).contiguous(memory_format=torch.channels_last)
+
+
 def _register() -> None:
     op = torch.ops.sacl_fast
 
     @torch.library.register_fake("sacl_fast::depthwise_conv")
     def _(x: Tensor, weight: Tensor, index: Any, stride: Any, padding: Any, dilation: Any) -> Any:
-        sides = zip(x.shape[1:3], weight.shape[1:], stride, padding, dilation, strict=True)
+        sides = zip(x.shape[2:], weight.shape[1:], stride, padding, dilation, strict=True)
         high, wide = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides)
-        return x.new_empty(x.shape[0], high, wide, weight.shape[0])
+        return _images(x, x.shape[0], weight.shape[0], high, wide)
 
     @torch.library.register_fake("sacl_fast::depthwise_conv_input")
     def _(dy: Tensor, weight: Tensor, index: Any, H: int, W: int, C: int, *_: Any) -> Any:
-        return dy.new_empty(dy.shape[0], H, W, C)
+        return _images(dy, dy.shape[0], C, H, W)
 
     @torch.library.register_fake("sacl_fast::depthwise_conv_weight")
     def _(x: Tensor, dy: Tensor, index: Any, kh: int, kw: int, *_: Any) -> Any:
-        return x.new_empty(dy.shape[3], kh, kw)
+        return x.new_empty(dy.shape[1], kh, kw)
 
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
         x, weight, index, *ctx.window = inputs
@@ -88,9 +92,10 @@ def _register() -> None:
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, *rest = ctx.saved_tensors
         index = rest[0] if ctx.has_index else None
-        dy, dx, dweight = dy.contiguous(), None, None
+        dy, dx, dweight = dy.contiguous(memory_format=torch.channels_last), None, None
         if ctx.needs_input_grad[0]:
-            dx = op.depthwise_conv_input(dy, weight, index, *x.shape[1:], *ctx.window)
+            _, channels, high, wide = x.shape
+            dx = op.depthwise_conv_input(dy, weight, index, high, wide, channels, *ctx.window)
         if ctx.needs_input_grad[1]:
             dweight = op.depthwise_conv_weight(x, dy, index, *weight.shape[1:], *ctx.window)
         return dx, dweight, None, None, None, None

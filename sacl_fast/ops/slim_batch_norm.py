@@ -47,7 +47,7 @@ def slim_batch_norm(
             those of every sample of every rank, so N must be more than 1.
     """
     weight, bias, mean, var = (
-        None if v is None else take(v, 0, index) for v in (weight, bias, running_mean, running_var)
+        None if v is None else take(v, index) for v in (weight, bias, running_mean, running_var)
     )
     if not training or values.numel() == count * values.shape[1]:
         if training and over_ranks:

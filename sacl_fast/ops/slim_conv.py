@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sacl_fast.ops.depthwise_conv import depthwise_conv
+from sacl_fast.ops.slim_channels import take_channels
 
 
 class Geometry(NamedTuple):
@@ -52,9 +53,20 @@ def output_size(
     return high, wide
 
 
-def take(tensor: Tensor, dim: int, index: Tensor | None) -> Tensor:
-    """The chosen channels along a dimension; the tensor itself where all are."""
-    return tensor if index is None else tensor.index_select(dim, index)
+def take(vector: Tensor, index: Tensor | None) -> Tensor:
+    """The chosen ones of (C, ...); the tensor itself where all are."""
+    return vector if index is None else vector.index_select(0, index)
+
+
+def take_filters(weight: Tensor, out_index: Tensor | None, in_index: Tensor | None) -> Tensor:
+    """(Cout, Cin, kh, kw) -> (K_out, K_in, kh, kw), in the same memory format."""
+    if out_index is not None:
+        last = weight.permute(0, 2, 3, 1)
+        if last.is_contiguous():
+            weight = last.index_select(0, out_index).permute(0, 3, 1, 2)
+        else:
+            weight = weight.index_select(0, out_index)
+    return weight if in_index is None else take_channels(weight, in_index)
 
 
 def slim_pointwise(
@@ -88,7 +100,7 @@ def slim_conv2d(
         weight: full, (Cout, Cin, kh, kw).
         offset: (1 or N, K_out, 1 or H', 1 or W'), added: bias and the part of constant channels.
     """
-    filters = take(take(weight, 0, out_index), 1, in_index)
+    filters = take_filters(weight, out_index, in_index)
     if offset is None or offset.numel() == filters.shape[0]:  # a bias costs nothing
         return F.conv2d(live, filters, None if offset is None else offset.flatten(), *geometry)
     y = F.conv2d(live, filters, None, *geometry)
@@ -102,6 +114,7 @@ def slim_depthwise(
     out_index: Tensor | None,
     bias: Tensor | None,
     geometry: Geometry,
+    multiplier: int = 1,
 ) -> Tensor:
     """Depthwise convolution: (b, K, H, W) -> (b, K_out, H', W').
 
@@ -111,15 +124,15 @@ def slim_depthwise(
         in_positions: for each output, which channel of ``values`` it reads.
         out_index: the filters, as many as ``in_positions``.
         bias: full, (Cout,).
+        multiplier: filters that read one channel of the full activation.
     """
-    filters = take(weight, 0, out_index)
-    bias = None if bias is None else take(bias, 0, out_index)
-    if isinstance(geometry.padding, str):
-        read = take(values, 1, in_positions)
-        return F.conv2d(read, filters, bias, *geometry, groups=filters.shape[0])
-    window = {"stride": geometry.stride, "padding": geometry.padding, "dilation": geometry.dilation}
-    y = depthwise_conv(values, filters, in_positions, **window)
-    return y if bias is None else y + bias.view(1, -1, 1, 1)
+    filters = take(weight, out_index)
+    bias = None if bias is None else take(bias, out_index)
+    if multiplier == 1 and not isinstance(geometry.padding, str):
+        y = depthwise_conv(values, filters, in_positions, **geometry._asdict())
+        return y if bias is None else y + bias.view(1, -1, 1, 1)
+    read = values if in_positions is None else take_channels(values, in_positions)
+    return F.conv2d(read, filters, bias, *geometry, groups=filters.shape[0])
 
 
 def constant_response(

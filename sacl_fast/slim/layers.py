@@ -26,10 +26,11 @@ from sacl_fast.ops.slim_conv import (
     slim_depthwise,
     slim_pointwise,
     take,
+    take_filters,
 )
 from sacl_fast.slim.channels import Channels, all_channels, complement, readers
 from sacl_fast.slim.rules import as_image, by_part, rule_for
-from sacl_fast.slim.tensor import RULES, KeptFilters, Part, SlimTensor, dense, make
+from sacl_fast.slim.tensor import RULES, KeptFilters, Part, SlimTensor, at, dense, make
 
 
 @rule_for("conv2d")
@@ -65,7 +66,7 @@ def _conv2d(
         outputs = _depthwise(parts, input, full_weight, full_bias, kept, geometry)
     else:
         y = F.conv2d(dense(input), dense(weight), dense(bias), *geometry, groups=groups)
-        outputs = [Part(kept, take(y, 1, kept.index(y.device, count)))]
+        outputs = [Part(kept, at(y, kept))]
     zeroed = complement(kept, count)
     y = outputs[0].values
     outputs.append(Part(zeroed, y.new_zeros(1, len(zeroed), 1, 1)))
@@ -88,11 +89,11 @@ def _sum_over_parts(
     """The kept outputs (N, K, H', W') of an ungrouped convolution."""
     device, (out_channels, in_channels) = weight.device, weight.shape[:2]
     out = kept.index(device, out_channels)
-    offset = None if bias is None else take(bias, 0, out).view(1, -1, 1, 1)
+    offset = None if bias is None else take(bias, out).view(1, -1, 1, 1)
     for p in parts[1:]:
         index = p.channels.index(device, in_channels)
         if p.is_constant:
-            filters = take(take(weight, 0, out), 1, index)
+            filters = take_filters(weight, out, index)
             response = constant_response(p.values, filters, _size(x), geometry)
         else:
             response = slim_conv2d(as_image(p, x), weight, index, out, None, geometry)
@@ -116,23 +117,24 @@ def _depthwise(
 ) -> list[Part]:
     """The kept outputs, by the parts that they read."""
     device, count = weight.device, weight.shape[0]
+    multiplier = count // x.shape[1]
     outputs = []
     for p in parts:
-        own, positions = readers(p.channels, kept, count // x.shape[1])
+        own, positions = readers(p.channels, kept, multiplier)
         if not len(own):
             continue
         out, read = own.index(device, count), positions.index(device, len(p.channels))
         if p.is_constant and x.shape[2:] != (1, 1):
-            values, filters = take(p.values, 1, read), take(weight, 0, out)
+            values, filters = at(p.values, positions), take(weight, out)
             response = constant_response(values, filters, _size(x), geometry, depthwise=True)
             if bias is not None:
-                response = response + take(bias, 0, out).view(1, -1, 1, 1)
+                response = response + take(bias, out).view(1, -1, 1, 1)
         else:
             values = as_image(p, x)
-            response = slim_depthwise(values, weight, read, out, bias, geometry)
+            response = slim_depthwise(values, weight, read, out, bias, geometry, multiplier)
         outputs.append(Part(own, response))
     live, first = parts[0], outputs[0]
-    if not len(readers(live.channels, kept, count // x.shape[1])[0]):
+    if not len(readers(live.channels, kept, multiplier)[0]):
         # No filter reads the live channels. Their gradient is 0, but not missing: a sum over none
         # of them says so (without it DDP waits for parameters that only the slim pass uses).
         outputs[0] = first._replace(values=first.values + live.values[:, :0].sum())

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sacl_fast.ops.slim_channels import add_channels
 from sacl_fast.slim.channels import all_channels, common, shifted, window
-from sacl_fast.slim.tensor import RULES, KeptFilters, Part, SlimTensor, dense, make, select
+from sacl_fast.slim.tensor import RULES, KeptFilters, Part, SlimTensor, at, dense, make, select
 
 Rule = Callable[..., Any]
 _NAMESPACES = (torch, F, Tensor, torch._C._nn, torch._C._VariableFunctions)  # type: ignore[attr-defined]
@@ -131,10 +131,7 @@ def _ordered(func: Any, first: bool, x: Tensor, y: Any, kwargs: dict[str, Any]) 
 
 def _at(y: Tensor, part: Part) -> Tensor:
     """What of an operand (., C or 1, ., .) belongs to the part's channels."""
-    if y.shape[1] == 1:
-        return y
-    index = part.channels.index(y.device, y.shape[1])
-    return y if index is None else y.index_select(1, index)
+    return y if y.shape[1] == 1 else at(y, part.channels)
 
 
 def _two_slim(func: Any, a: SlimTensor, b: SlimTensor, kwargs: dict[str, Any]) -> Tensor:

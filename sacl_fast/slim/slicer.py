@@ -114,6 +114,11 @@ class Slicer(nn.Module):
         """Convolution name -> mask (Cout,), true where the filter is kept."""
         return {key.replace("/", "."): self.get_buffer(key) for key, _ in self._convs}
 
+    @property
+    def norms(self) -> dict[str, nn.Module]:
+        """Batch-norm name -> the slim encoder's own; empty where both encoders share theirs."""
+        return {key.replace("/", "."): norm for key, norm in self.slim_norms.items()}
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Choose the filters anew from the weights as they are now."""

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from sacl_fast.ops.slim_channels import assemble
+from sacl_fast.ops.slim_channels import assemble, take_channels
 from sacl_fast.slim.channels import Channels, all_channels, channels, joined
 
 logger = logging.getLogger(__name__)
@@ -211,8 +211,13 @@ def _split_first(part: Part) -> tuple[Part, Part]:
 
 def select(part: Part, positions: Channels, chosen: Channels) -> Part:
     """The part's channels at some positions, which are numbered ``chosen``."""
-    index = positions.index(part.values.device, len(part.channels))
-    return Part(chosen, part.values if index is None else part.values.index_select(1, index))
+    return Part(chosen, at(part.values, positions))
+
+
+def at(x: Tensor, positions: Channels) -> Tensor:
+    """The channels of (N, C, H, W) at some positions; the tensor itself where that is all."""
+    index = positions.index(x.device, x.shape[1])
+    return x if index is None else take_channels(x, index)
 
 
 def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -70,8 +70,12 @@ def test_the_number_of_threads_changes_nothing():
 def test_the_operator_keeps_the_rules_of_torch_library():
     for shape, filters, kernel, *window in CASES[:2]:
         x, weight, index = inputs(shape, filters, kernel)
-        rows = x.permute(0, 2, 3, 1).clone().requires_grad_()
-        arguments = (rows, weight.squeeze(1).clone().requires_grad_(), index, *map(list, window))
+        arguments = (
+            x.requires_grad_(),
+            weight.squeeze(1).clone().requires_grad_(),
+            index,
+            *map(list, window),
+        )
         torch.library.opcheck(torch.ops.sacl_fast.depthwise_conv, arguments)
 
 
@@ -79,5 +83,7 @@ def test_a_wrong_index_is_an_error():
     x, weight, _ = inputs((1, 20, 5, 5), 3, (3, 3))
     with pytest.raises(RuntimeError, match="out of range"):
         depthwise_conv(x, weight, torch.tensor([0, 1, 20]), backend="cpu")
+    with pytest.raises(RuntimeError, match="twice"):
+        depthwise_conv(x, weight, torch.tensor([0, 1, 0]), backend="cpu")
     with pytest.raises(RuntimeError, match="larger than the padded image"):
         depthwise_conv(x, torch.zeros(20, 1, 7, 7), backend="cpu")
