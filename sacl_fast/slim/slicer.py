@@ -27,7 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sacl_fast.config import SlimConfig
 from sacl_fast.errors import UserError, nearest
 from sacl_fast.slim.channels import Channels, channels
-from sacl_fast.slim.tensor import KeptFilters, dense
+from sacl_fast.slim.tensor import KeptFilters, dense, dense_for_custom_functions
 
 Mode = Literal["dense", "mask", "skip"]
 # timm's, some of which stand under other names than the patterns of SlimConfig.exclude know.
@@ -154,6 +154,7 @@ class Slicer(nn.Module):
                     if mode == "skip":
                         hook = self._encoder[0].register_forward_hook(lambda *call: dense(call[2]))
                         undo.callback(hook.remove)
+                        undo.enter_context(dense_for_custom_functions())
             yield
 
     def _slim(self, key: str, conv: nn.Conv2d, mode: Mode) -> Callable[[], None]:

@@ -20,7 +20,8 @@ so nothing is dropped: outputs, gradients and running statistics are those of th
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -169,6 +170,28 @@ class KeptFilters(_Wrapper):
 def dense(tree: Any) -> Any:
     """Every slim tensor of nested tuples, lists and dicts made dense."""
     return tree_map(lambda x: x.dense() if isinstance(x, _Wrapper) else x, tree)
+
+
+@contextmanager
+def dense_for_custom_functions() -> Iterator[None]:
+    """Within it, a ``torch.autograd.Function`` is given dense tensors.
+
+    It is the one way into autograd that ``__torch_function__`` does not see: the function would
+    take the wrapper for a tensor without gradient, and the gradient would be lost in silence.
+    """
+    own = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(a, _Wrapper) for a in args):
+            _log_once(cls.__name__)
+            args = tuple(a.dense() if isinstance(a, _Wrapper) else a for a in args)
+        return own.__func__(cls, *args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = own
 
 
 def make(parts: Sequence[Part], shape: torch.Size) -> Tensor:

@@ -130,7 +130,7 @@ sys.modules["sacl_fast"] = None
 module, x, expected = torch.load({str(tmp_path / "module.pt")!r}, weights_only=False)
 torch.testing.assert_close(module(x), expected)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, timeout=120)
     state = io.BytesIO()
     torch.save(module.state_dict(), state)
     twin = copy.deepcopy(module)
