@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sacl_fast.ops.depthwise_conv import depthwise_conv
-from sacl_fast.ops.slim_channels import take_channels
+from sacl_fast.ops.slim_channels import add_map, take_channels
 
 
 class Geometry(NamedTuple):
@@ -104,7 +104,9 @@ def slim_conv2d(
     if offset is None or offset.numel() == filters.shape[0]:  # a bias costs nothing
         return F.conv2d(live, filters, None if offset is None else offset.flatten(), *geometry)
     y = F.conv2d(live, filters, None, *geometry)
-    return y.add_(offset.to(y.dtype))
+    offset = offset.to(y.dtype)
+    per_place = offset.shape == (1, *y.shape[1:])
+    return add_map(y, offset) if per_place else y.add_(offset)
 
 
 def slim_depthwise(
