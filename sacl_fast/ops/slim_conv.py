@@ -18,6 +18,7 @@ takes over: activations of live channels, the full weight, and index lists (None
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -27,6 +28,10 @@ from torch import Tensor
 
 from sacl_fast.ops.depthwise_conv import depthwise_conv
 from sacl_fast.ops.slim_channels import add_map, take_channels
+
+BACKEND: ContextVar[str] = ContextVar("BACKEND", default="auto")
+"""What the operators of the slim encoder run on: ``cpu`` (compiled), ``torch`` or ``auto``. Set by
+the slicer, since models call PyTorch's functions and know nothing of ours."""
 
 
 class Geometry(NamedTuple):
@@ -131,7 +136,8 @@ def slim_depthwise(
     filters = take(weight, out_index)
     bias = None if bias is None else take(bias, out_index)
     if multiplier == 1 and not isinstance(geometry.padding, str):
-        y = depthwise_conv(values, filters, in_positions, **geometry._asdict())
+        window = geometry._asdict()
+        y = depthwise_conv(values, filters, in_positions, **window, backend=BACKEND.get())
         return y if bias is None else y + bias.view(1, -1, 1, 1)
     read = values if in_positions is None else take_channels(values, in_positions)
     return F.conv2d(read, filters, bias, *geometry, groups=filters.shape[0])

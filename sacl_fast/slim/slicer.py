@@ -26,6 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sacl_fast.config import SlimConfig
 from sacl_fast.errors import UserError, nearest
+from sacl_fast.ops.slim_conv import BACKEND
 from sacl_fast.slim.channels import Channels, channels
 from sacl_fast.slim.tensor import KeptFilters, dense, dense_for_custom_functions
 
@@ -77,6 +78,8 @@ class Slicer(nn.Module):
         self.ratio = ratio
         self.enabled = True
         """Off while slimming has not started (``slim.warmup_epochs``): all filters are kept."""
+        self.backend = "auto"
+        """Of the operators of ``skip``; see ``ops.backend``."""
         self._mode: Mode | None = None
         # Plain lists: the encoder's modules are not the slicer's to save or to train.
         self._encoder = [encoder]
@@ -152,6 +155,7 @@ class Slicer(nn.Module):
                     for key, conv in self._convs:
                         undo.callback(self._slim(key, conv, mode))
                     if mode == "skip":
+                        undo.callback(BACKEND.reset, BACKEND.set(self.backend))
                         hook = self._encoder[0].register_forward_hook(lambda *call: dense(call[2]))
                         undo.callback(hook.remove)
                         undo.enter_context(dense_for_custom_functions())
