@@ -95,15 +95,24 @@ def cuda_targets(listed: str) -> list[tuple[str, str]]:
 def module_options(version: str, toolkit: Path | None) -> dict[str, Any]:
     """What to compile and how; without a toolkit the C++ part only."""
     import pybind11
+    import torch
+    from torch.utils.cpp_extension import include_paths
 
     options: dict[str, Any] = {
         "sources": sorted(map(str, [*Path("csrc").glob("*.cpp"), *Path("csrc").glob("cpu/*.cpp")])),
-        "depends": sorted(map(str, Path("csrc").rglob("*.h"))),
-        "include_dirs": ["csrc", pybind11.get_include()],
-        "define_macros": [("SACL_VERSION", f'"{version}"')],
-        "extra_compile_args": {"cxx": ["-O3", "-g0", "-fvisibility=hidden"]},
+        "depends": sorted(map(str, [*Path("csrc").rglob("*.h"), *Path("csrc").rglob("*.inl")])),
+        "include_dirs": [str(Path("csrc").resolve()), pybind11.get_include(), *include_paths()],
+        # TORCH_TARGET_VERSION: only what torch keeps stable from 2.10 on
+        "define_macros": [
+            ("SACL_VERSION", f'"{version}"'),
+            ("TORCH_TARGET_VERSION", "0x020a000000000000"),
+        ],
+        "extra_compile_args": {
+            "cxx": ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wno-psabi"]
+        },
         "extra_objects": [],
-        "libraries": [],
+        "libraries": ["torch", "torch_cpu", "c10"],  # loaded by `import torch`, hence no path
+        "library_dirs": [str(Path(torch.__file__).parent / "lib")],
         "extra_link_args": [],
     }
     if toolkit:
@@ -122,7 +131,7 @@ def module_options(version: str, toolkit: Path | None) -> dict[str, Any]:
         # The static runtime, with its symbols kept in: the module loads where there is no toolkit
         # and no driver, and does not meet the shared runtime that torch loads.
         options["extra_objects"] = [f"{cuda_library_folder(toolkit)}/libcudart_static.a"]
-        options["libraries"] = ["rt", "dl", "pthread"]
+        options["libraries"] += ["rt", "dl", "pthread"]
         options["extra_link_args"] = ["-Wl,--exclude-libs,ALL"]
     return options
 

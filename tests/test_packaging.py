@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def compiled() -> ModuleType:
     try:
+        import torch  # noqa: F401  (the module needs its libraries)
+
         from sacl_fast import _C
     except ImportError as error:
         if os.environ.get("SACL_FAST_BUILD_EXT") == "1":

@@ -1,8 +1,7 @@
 """Batch norm over the global batch, on any device.
 
-``torch.nn.SyncBatchNorm`` refuses CPU tensors, and so does DDP for it. This one computes the same
-there with two differentiable sums over the ranks (mean first, then the centred squares, so that
-nothing cancels); on a GPU it calls torch's fused kernels.
+``torch.nn.SyncBatchNorm`` refuses CPU tensors, and so does DDP for it. These take the arithmetic
+of ``ops.batch_norm``, which runs everywhere.
 """
 
 from __future__ import annotations
@@ -10,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-import torch.distributed as dist
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
-from torch.nn.modules._functions import SyncBatchNorm as _FusedSyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sacl_fast.ops.collectives import sum_over_ranks, world_size
+from sacl_fast.ops.batch_norm import global_batch_norm
+from sacl_fast.ops.collectives import world_size
 
 
 class GlobalBatchNorm(_BatchNorm):
@@ -32,19 +29,15 @@ class GlobalBatchNorm(_BatchNorm):
         if not (self.training and self.synchronize and world_size() > 1):
             return super().forward(input)
         momentum = self._count_batch()
-        if input.is_cuda:
-            return _FusedSyncBatchNorm.apply(
-                input,
-                self.weight,
-                self.bias,
-                self.running_mean,
-                self.running_var,
-                self.eps,
-                momentum,
-                dist.group.WORLD,
-                world_size(),
-            )  # type: ignore[return-value]
-        return self._normalize(input, momentum)
+        return global_batch_norm(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            momentum,
+            self.eps,
+        )
 
     def _count_batch(self) -> float:
         """Count this batch; the weight it has in the running statistics."""
@@ -52,23 +45,6 @@ class GlobalBatchNorm(_BatchNorm):
             return 0.0
         self.num_batches_tracked.add_(1)
         return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-
-    def _normalize(self, x: Tensor, momentum: float) -> Tensor:
-        dims = [0, *range(2, x.ndim)]
-        shape = [1, -1, *[1] * (x.ndim - 2)]
-        wide = x if x.dtype == torch.float64 else x.float()
-        count = x.numel() // x.shape[1] * world_size()
-        mean = sum_over_ranks(wide.sum(dims)) / count  # (C,)
-        centered = wide - mean.view(shape)
-        var = sum_over_ranks(centered.square().sum(dims)) / count  # (C,)
-        if self.running_mean is not None and self.running_var is not None:
-            unbiased = var.detach() * (count / max(1, count - 1))
-            self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), momentum)
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
-        out = centered * (var + self.eps).rsqrt().view(shape)
-        if self.affine:
-            out = out * self.weight.view(shape) + self.bias.view(shape)
-        return out.to(x.dtype)
 
 
 class GlobalBatchNormAct(GlobalBatchNorm):

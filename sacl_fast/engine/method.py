@@ -17,7 +17,7 @@ cut the later ones off.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,14 +52,17 @@ class SaclXd(nn.Module):
         *,
         distill: bool = True,
         gather: bool = False,
+        slim_mode: Literal["mask", "skip"] = "mask",
     ) -> None:
-        """``gather``: send every embedding to all ranks while the next pass runs."""
+        """``gather``: send every embedding to all ranks while the next pass runs. ``slim_mode``:
+        how the slim passes run, see ``SlimConfig.mode``."""
         super().__init__()
         self.encoder = encoder
         self.projector = projector
         self.slicer = slicer
         self.distill = distill
         self.gather = gather
+        self.slim_mode: Mode = slim_mode
 
     def embed(self, x: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, D)
         return self.projector(self.encoder(x))
@@ -75,12 +78,12 @@ class SaclXd(nn.Module):
             return z
 
         z1 = run("dense", x_a)
-        z2 = run("mask", x_b)
+        z2 = run(self.slim_mode, x_b)
         if not self.distill:
             return Embeddings(z1, z2, gathers=tuple(gathers))
         with torch.no_grad():
             z1_t = run("dense", x_b)
-            z2_t = run("mask", x_a)
+            z2_t = run(self.slim_mode, x_a)
         return Embeddings(z1, z2, z1_t, z2_t, tuple(gathers))
 
 
@@ -113,4 +116,5 @@ def build_method(config: Config) -> SaclXd:
         slicer,
         distill=config.loss.distillation != "none",
         gather=config.loss.statistics == "global" and world_size() > 1,
+        slim_mode=config.slim.mode,
     ).train()

@@ -42,6 +42,7 @@ class TrainingStep:
         if ranks.world_size > 1:
             synchronized = config.encoder.sync_batch_norm
             self.model = DistributedDataParallel(method, broadcast_buffers=not synchronized)
+        self.method.slicer.backend = self.backends["slim_conv"].backend
         self.criterion = SaclXdLoss(config.loss, backend=self.backends["xcorr_loss"].backend)
         self.optimizer = build_optimizer(method.parameters(), config.optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype is torch.float16)

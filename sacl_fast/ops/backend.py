@@ -44,10 +44,18 @@ def _triton(device: torch.device) -> str | None:
     return None
 
 
+def _compiled_for_cpu(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return "the compiled operators are for the CPU only, as yet"
+    from sacl_fast.ops import compiled
+
+    return compiled.obstacle()
+
+
 # Operator -> its backends besides ``torch``, fastest first.
 OPERATORS: dict[str, dict[str, Check]] = {
     "xcorr_loss": {"triton": _triton},
-    "slim_conv": {},
+    "slim_conv": {"cpu": _compiled_for_cpu},
     "lars": {},
 }
 

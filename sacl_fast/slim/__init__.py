@@ -1,5 +1,9 @@
-"""The slim encoder: which filters it keeps (``slicer``) and how the encoder runs with them."""
+"""The slim encoder: which filters it keeps (``slicer``) and how the encoder runs with them.
 
+``tensor`` is the activation in parts, ``rules`` and ``layers`` are what operations do with it.
+"""
+
+from sacl_fast.slim import layers as _layers  # noqa: F401 - registers the rules
 from sacl_fast.slim.slicer import Slicer
 
 __all__ = ["Slicer"]

@@ -5,8 +5,9 @@ largest L1 norm, ties to the lower index; depthwise convolutions rank their own 
 filter gives an output of exactly 0 (its bias, where it has one, is zeroed with it) and receives
 no gradient from the slim pass (Meng et al., NeurIPS 2023, Section 3).
 
-``mask`` mode multiplies masks into full weights: it saves no work and is the reference for every
-faster way.
+``mask`` mode multiplies masks into full weights: it saves no work and is the reference. ``skip``
+mode computes the same (outputs, gradients, running statistics) from the kept filters alone: the
+convolutions' weights and biases are ``KeptFilters`` there, and activations ``SlimTensor``s.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sacl_fast.config import SlimConfig
 from sacl_fast.errors import UserError, nearest
+from sacl_fast.ops.slim_conv import BACKEND
+from sacl_fast.slim.channels import Channels, channels
+from sacl_fast.slim.tensor import KeptFilters, dense, dense_for_custom_functions
 
-Mode = Literal["dense", "mask"]
+Mode = Literal["dense", "mask", "skip"]
 # timm's, some of which stand under other names than the patterns of SlimConfig.exclude know.
 _SQUEEZE_EXCITE = (EffectiveSEModule, SEModule, SqueezeExcite)
 
@@ -74,8 +78,12 @@ class Slicer(nn.Module):
         self.ratio = ratio
         self.enabled = True
         """Off while slimming has not started (``slim.warmup_epochs``): all filters are kept."""
+        self.backend = "auto"
+        """Of the operators of ``skip``; see ``ops.backend``."""
         self._mode: Mode | None = None
         # Plain lists: the encoder's modules are not the slicer's to save or to train.
+        self._encoder = [encoder]
+        self._kept: dict[str, Channels] = {}
         self._convs: list[tuple[str, nn.Conv2d]] = []
         self._norm_sites: list[tuple[nn.Module, str, str]] = []
         self.slim_norms = nn.ModuleDict()
@@ -95,6 +103,7 @@ class Slicer(nn.Module):
                 parent, _, child = name.rpartition(".")
                 self._norm_sites.append((modules[parent], child, _key(name)))
                 self.slim_norms[_key(name)] = copy.deepcopy(module)
+        self.register_load_state_dict_post_hook(_after_loading)
         self.refresh()
 
     @property
@@ -108,15 +117,30 @@ class Slicer(nn.Module):
         """Convolution name -> mask (Cout,), true where the filter is kept."""
         return {key.replace("/", "."): self.get_buffer(key) for key, _ in self._convs}
 
+    @property
+    def norms(self) -> dict[str, nn.Module]:
+        """Batch-norm name -> the slim encoder's own; empty where both encoders share theirs."""
+        return {key.replace("/", "."): norm for key, norm in self.slim_norms.items()}
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Choose the filters anew from the weights as they are now."""
         for key, conv in self._convs:
             self.get_buffer(key).copy_(strongest_filters(conv.weight, self.ratio))
+        self._read_masks()
+
+    def _read_masks(self) -> None:
+        """Learn on the host which filters are kept: here, so that no step has to ask."""
+        if not self._convs:
+            return
+        masks = torch.cat([self.get_buffer(key) for key, _ in self._convs]).cpu().numpy()
+        for key, conv in self._convs:
+            own, masks = masks[: conv.out_channels], masks[conv.out_channels :]
+            self._kept[key] = channels(own.nonzero()[0])
 
     @contextmanager
     def mode(self, mode: Mode) -> Iterator[None]:
-        """Within it, the encoder is the ``dense`` or (``mask``) the slim network."""
+        """Within it, the encoder is the ``dense`` or (``mask``, ``skip``) the slim network."""
         if mode not in get_args(Mode):
             raise UserError(f"unknown mode {mode!r}; {nearest(mode, get_args(Mode))}")
         if self._mode is not None:
@@ -124,16 +148,33 @@ class Slicer(nn.Module):
         self._mode = mode
         with ExitStack() as undo:
             undo.callback(setattr, self, "_mode", None)
-            if mode == "mask":
+            if mode != "dense":
                 for parent, child, key in self._norm_sites:
                     undo.callback(_swap_module(parent, child, self.slim_norms[key]))
                 if self.enabled and self.ratio < 1:
                     for key, conv in self._convs:
-                        undo.callback(_mask_parameters(conv, self.get_buffer(key)))
+                        undo.callback(self._slim(key, conv, mode))
+                    if mode == "skip":
+                        undo.callback(BACKEND.reset, BACKEND.set(self.backend))
+                        hook = self._encoder[0].register_forward_hook(lambda *call: dense(call[2]))
+                        undo.callback(hook.remove)
+                        undo.enter_context(dense_for_custom_functions())
             yield
+
+    def _slim(self, key: str, conv: nn.Conv2d, mode: Mode) -> Callable[[], None]:
+        """Zero the filters of a convolution that are not kept; returns what undoes it."""
+        mask, kept = self.get_buffer(key), self._kept[key]
+        if mode == "skip":
+            return _replace_parameters(conv, lambda p: KeptFilters(p, mask, kept))
+        return _replace_parameters(conv, lambda p: p * mask.view(-1, *[1] * (p.ndim - 1)))
 
     def extra_repr(self) -> str:
         return f"ratio={self.ratio}, convolutions={len(self._convs)}"
+
+
+def _after_loading(slicer: nn.Module, _: object) -> None:
+    assert isinstance(slicer, Slicer)
+    slicer._read_masks()
 
 
 def _key(name: str) -> str:
@@ -149,13 +190,14 @@ def _swap_module(parent: nn.Module, child: str, module: nn.Module) -> Callable[[
     return lambda: setattr(parent, child, own)
 
 
-def _mask_parameters(conv: nn.Conv2d, mask: Tensor) -> Callable[[], None]:
-    """Multiply the mask into weight and bias, differentiably; returns what undoes it."""
+def _replace_parameters(
+    conv: nn.Conv2d, replace: Callable[[nn.Parameter], Tensor]
+) -> Callable[[], None]:
+    """Put other tensors in the place of weight and bias; returns what undoes it."""
     own = {name: p for name, p in conv._parameters.items() if p is not None}
     for name, parameter in own.items():
         del conv._parameters[name]
-        masked = parameter * mask.view(-1, *[1] * (parameter.ndim - 1))
-        setattr(conv, name, masked)
+        setattr(conv, name, replace(parameter))
 
     def undo() -> None:
         for name, parameter in own.items():

@@ -23,7 +23,7 @@ from sacl_fast.slim import Slicer
 SIZE = 16
 
 
-def build(name: str, batch_norm: str, gather: bool = False) -> SaclXd:
+def build(name: str, batch_norm: str, gather: bool = False, slim_mode: str = "mask") -> SaclXd:
     """The same float64 model in every process; synchronised where there are several."""
     torch.manual_seed(0)
     encoder: nn.Module = build_encoder(name, image_size=SIZE)
@@ -36,7 +36,7 @@ def build(name: str, batch_norm: str, gather: bool = False) -> SaclXd:
     if dist.is_initialized():
         encoder, projector = map(synchronize_batch_norm, (encoder, projector))
     slicer = Slicer(encoder, 0.4, batch_norm=batch_norm)
-    return SaclXd(encoder, projector, slicer, gather=gather).double().train()
+    return SaclXd(encoder, projector, slicer, gather=gather, slim_mode=slim_mode).double().train()
 
 
 def views(n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,11 +58,13 @@ def one_step(model: nn.Module, a: torch.Tensor, b: torch.Tensor, **loss) -> dict
     }
 
 
-def run_rank(rank, world_size, port, n, name, batch_norm, gather, loss, folder):
+def run_rank(rank, world_size, port, n, name, batch_norm, gather, slim_mode, loss, folder):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    model = DistributedDataParallel(build(name, batch_norm, gather), broadcast_buffers=False)
+    model = DistributedDataParallel(
+        build(name, batch_norm, gather, slim_mode), broadcast_buffers=False
+    )
     mine = slice(rank * n, (rank + 1) * n)
     a, b = views(world_size * n)
     torch.save(one_step(model, a[mine], b[mine], **loss), f"{folder}/{rank}.pt")
@@ -76,17 +78,30 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "n", "name", "batch_norm", "gather", "loss"),
+    ("world_size", "n", "name", "batch_norm", "gather", "slim_mode", "loss"),
     [
-        (2, 8, "resnet20", "shared", True, {}),
-        (2, 5, "resnet20", "separate", True, {"pairing": "cross_width", "variance": "unbiased"}),
-        (3, 3, "mobilenetv3_small_050", "shared", False, {"distillation": "log"}),
-        (3, 14, "resnet20", "shared", True, {}),  # N > D = 40
-        (2, 30, "resnet20", "shared", False, {"off_diagonal": "literal"}),
+        (2, 8, "resnet20", "shared", True, "mask", {}),
+        (
+            2,
+            5,
+            "resnet20",
+            "separate",
+            True,
+            "mask",
+            {"pairing": "cross_width", "variance": "unbiased"},
+        ),
+        (3, 3, "mobilenetv3_small_050", "shared", False, "mask", {"distillation": "log"}),
+        (3, 14, "resnet20", "shared", True, "mask", {}),  # N > D = 40
+        (2, 30, "resnet20", "shared", False, "mask", {"off_diagonal": "literal"}),
+        (2, 4, "mobilenetv3_small_050", "shared", False, "skip", {}),
+        (2, 4, "resnet20", "separate", True, "skip", {}),
     ],
 )
-def test_ranks_equal_one_process(tmp_path, world_size, n, name, batch_norm, gather, loss):
-    arguments = (world_size, free_port(), n, name, batch_norm, gather, loss, str(tmp_path))
+def test_ranks_equal_one_process(
+    tmp_path, world_size, n, name, batch_norm, gather, slim_mode, loss
+):
+    options = (n, name, batch_norm, gather, slim_mode, loss)
+    arguments = (world_size, free_port(), *options, str(tmp_path))
     mp.spawn(run_rank, arguments, nprocs=world_size)
     expected = one_step(build(name, batch_norm), *views(world_size * n), **loss)
     largest = max(v.abs().max() for k, v in expected.items() if k.startswith("grad."))

@@ -1,0 +1,160 @@
+// Batch normalisation with the activation after it, on floats in channels-last memory: M = N H W
+// rows of K channels. Statistics take one read, the output one read and one write, the backward
+// pass two reads of both inputs and one write; the activation costs no pass of its own.
+//
+// Sums are in fp32 over 64 rows and in double above, of differences to the first row, so an offset
+// costs no digits; they are added in a fixed order, whatever the number of threads.
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "cpu/common.h"
+
+namespace sacl {
+namespace {
+
+constexpr int64_t kChunk = 1024;  // rows of one task
+
+// Rows of fewer channels than a vector has are taken 16 at a time, as one row of 16 K channels; the
+// rows that are left over are of a narrow kind of their own.
+struct Folded {
+  int64_t M, K, fold, wide_rows;
+  Folded(int64_t M, int64_t K)
+      : M(M), K(K), fold(K < kLanes ? kLanes : 1), wide_rows(M / fold) {}
+
+  int64_t wide() const { return fold * K; }
+  int64_t chunk() const { return std::max<int64_t>(1, kChunk / fold); }
+  int64_t chunks() const { return (wide_rows + chunk() - 1) / chunk(); }
+  int64_t narrow_rows() const { return M - wide_rows * fold; }
+  int64_t narrow_start() const { return wide_rows * wide(); }  // in floats
+
+  std::vector<float> repeated(const float* values) const {
+    std::vector<float> out;
+    for (int64_t i = 0; i < fold; ++i) out.insert(out.end(), values, values + K);
+    return out;
+  }
+
+  // The sums (2 K) over all rows, by `one(offset, rows, channels, scratch, total)`.
+  template <class F>
+  std::vector<double> sums(const F& one) const {
+    std::vector<double> partial(chunks() * 2 * wide(), 0.0), total(2 * K, 0.0);
+    torch::stable::parallel_for(0, chunks(), 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> scratch(2 * round_up(wide(), kLanes));
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t first = i * chunk();
+        one(first * wide(), std::min(chunk(), wide_rows - first), wide(), scratch.data(),
+            &partial[i * 2 * wide()]);
+      }
+    });
+    if (narrow_rows()) {
+      std::vector<float> scratch(2 * kLanes);
+      one(narrow_start(), narrow_rows(), K, scratch.data(), total.data());
+    }
+    for (int64_t i = 0; i < chunks(); ++i)
+      for (int64_t which = 0; which < 2; ++which)
+        for (int64_t c = 0; c < wide(); ++c)
+          total[which * K + c % K] += partial[(i * 2 + which) * wide() + c];
+    return total;
+  }
+
+  // `one(offset, rows, channels)` for all rows.
+  template <class F>
+  void for_rows(const F& one) const {
+    torch::stable::parallel_for(0, chunks(), 1, [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * chunk();
+      one(first * wide(), std::min(end * chunk(), wide_rows) - first, wide());
+    });
+    if (narrow_rows()) one(narrow_start(), narrow_rows(), K);
+  }
+};
+
+// Mean, scale and bias of the channels, repeated for folded rows.
+class Repeated {
+ public:
+  Repeated(const Folded& rows, const Tensor& weight, const Tensor& bias, const Tensor& mean,
+           const Tensor& rstd)
+      : mean_(rows.repeated(floats(mean))), bias_(rows.repeated(floats(bias))) {
+    std::vector<float> scale(floats(weight), floats(weight) + rows.K);
+    for (int64_t c = 0; c < rows.K; ++c) scale[c] *= floats(rstd)[c];
+    scale_ = rows.repeated(scale.data());
+  }
+  Channels view() const { return {mean_.data(), scale_.data(), bias_.data()}; }
+
+ private:
+  std::vector<float> mean_, scale_, bias_;
+};
+
+}  // namespace
+
+// x (N, K, H, W); weight, bias (K) -> y (N, K, H, W), mean (K), 1 / deviation (K)
+std::tuple<Tensor, Tensor, Tensor> batch_norm_act(Tensor x, Tensor weight, Tensor bias, double eps,
+                                                  int64_t act) {
+  const Folded rows(x.size(0) * x.size(2) * x.size(3), x.size(1));
+  const float* in = nhwc(x);
+  Tensor y = new_nhwc(x.size(0), x.size(1), x.size(2), x.size(3));
+  Tensor mean = torch::stable::new_empty(x, {rows.K}), rstd = torch::stable::new_empty(x, {rows.K});
+  const std::vector<float> origin = rows.repeated(in);  // the first row
+  const std::vector<double> total =
+      rows.sums([&](int64_t at, int64_t count, int64_t K, float* part, double* sums) {
+        kernels().sums_forward(in + at, origin.data(), count, K, part, sums);
+      });
+  for (int64_t c = 0; c < rows.K; ++c) {
+    const double rest = total[c] / rows.M, variance = total[rows.K + c] / rows.M - rest * rest;
+    const double positive = variance < 0 ? 0 : variance;  // NaN stays NaN
+    floats_out(mean)[c] = static_cast<float>(in[c] + rest);
+    floats_out(rstd)[c] = static_cast<float>(1 / std::sqrt(positive + eps));
+  }
+  const Repeated channels(rows, weight, bias, mean, rstd);
+  float* out = floats_out(y);
+  rows.for_rows([&](int64_t at, int64_t count, int64_t K) {
+    kernels().apply(act, in + at, out + at, count, K, channels.view());
+  });
+  return {y, mean, rstd};
+}
+
+// -> dx (N, K, H, W), dweight (K), dbias (K)
+std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward(Tensor dy, Tensor x, Tensor weight,
+                                                           Tensor bias, Tensor mean, Tensor rstd,
+                                                           int64_t act) {
+  const Folded rows(x.size(0) * x.size(2) * x.size(3), x.size(1));
+  const float *g = nhwc(dy), *in = nhwc(x), *r = floats(rstd);
+  Tensor dx = new_nhwc(x.size(0), x.size(1), x.size(2), x.size(3));
+  Tensor dweight = torch::stable::new_empty(x, {rows.K});
+  Tensor dbias = torch::stable::new_empty(x, {rows.K});
+  const Repeated channels(rows, weight, bias, mean, rstd);
+  const std::vector<double> total =
+      rows.sums([&](int64_t at, int64_t count, int64_t K, float* part, double* sums) {
+        kernels().sums_backward(act, g + at, in + at, count, K, channels.view(), part, sums);
+      });
+  std::vector<float> constant(rows.K), projection(rows.K);
+  for (int64_t c = 0; c < rows.K; ++c) {
+    const double scale = channels.view().scale[c];
+    floats_out(dbias)[c] = static_cast<float>(total[c]);
+    floats_out(dweight)[c] = static_cast<float>(total[rows.K + c] * r[c]);
+    constant[c] = static_cast<float>(scale * total[c] / rows.M);
+    projection[c] = static_cast<float>(scale * total[rows.K + c] * r[c] * r[c] / rows.M);
+  }
+  constant = rows.repeated(constant.data());
+  projection = rows.repeated(projection.data());
+  float* out = floats_out(dx);
+  rows.for_rows([&](int64_t at, int64_t count, int64_t K) {
+    kernels().gradient(act, g + at, in + at, out + at, count, K, channels.view(), constant.data(),
+                       projection.data());
+  });
+  return {dx, dweight, dbias};
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sacl_fast, m) {
+  m.def("batch_norm_act(Tensor x, Tensor weight, Tensor bias, float eps, int act) -> "
+        "(Tensor, Tensor, Tensor)");
+  m.def("batch_norm_act_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor mean, "
+        "Tensor rstd, int act) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sacl_fast, CPU, m) {
+  m.impl("batch_norm_act", TORCH_BOX(&batch_norm_act));
+  m.impl("batch_norm_act_backward", TORCH_BOX(&batch_norm_act_backward));
+}
+
+}  // namespace sacl

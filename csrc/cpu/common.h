@@ -1,0 +1,49 @@
+// What the CPU operators share: tensors in and out.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+
+#include "cpu/kernels.h"
+
+namespace sacl {
+
+using torch::stable::Tensor;
+
+inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+inline const float* floats(const Tensor& t) {
+  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() &&
+                      t.scalar_type() == torch::headeronly::ScalarType::Float,
+                  "a contiguous float32 tensor on the CPU was expected");
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
+// Of an image batch (N, C, H, W) that lies in memory as (N, H, W, C).
+inline const float* nhwc(const Tensor& t) {
+  bool last = t.is_cpu() && t.dim() == 4 &&
+              t.scalar_type() == torch::headeronly::ScalarType::Float;
+  int64_t expected = 1;
+  for (int64_t dim : {1, 3, 2, 0}) {
+    last = last && (t.size(dim) == 1 || t.stride(dim) == expected);
+    expected *= t.size(dim);
+  }
+  STD_TORCH_CHECK(last, "float32 images in channels-last memory on the CPU were expected");
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
+inline Tensor new_nhwc(int64_t N, int64_t C, int64_t H, int64_t W) {
+  return torch::stable::empty({N, C, H, W}, torch::headeronly::ScalarType::Float, std::nullopt,
+                              std::nullopt, std::nullopt,
+                              torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+inline float* floats_out(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
+}  // namespace sacl

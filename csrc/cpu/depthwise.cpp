@@ -1,0 +1,343 @@
+// Depthwise convolution on floats in channels-last memory, over all channels or over those of an index list: output
+// channel j reads input channel index[j]. Rows of the input are copied into a padded block that
+// stays in the cache (where the index list costs nothing extra) and convolved there.
+//
+// The weight's gradient is summed in fp32 over some 64 pixels and in double above, in a fixed order.
+#include <algorithm>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "cpu/common.h"
+
+namespace sacl {
+namespace {
+
+constexpr int64_t kBlockBytes = 128 * 1024;  // of padded input that is worked on at once
+constexpr int64_t kGroups = 64;              // partial sums of the weight's gradient
+
+// Memory aligned to a cache line, so that no vector crosses two.
+class Scratch {
+ public:
+  float* get(int64_t size) {
+    if (static_cast<int64_t>(memory_.size()) < size + kLanes) memory_.resize(size + kLanes);
+    const auto address = reinterpret_cast<uintptr_t>(memory_.data());
+    return reinterpret_cast<float*>((address + 63) / 64 * 64);
+  }
+
+ private:
+  std::vector<float> memory_;
+};
+
+class Selected {
+ public:
+  Selected(std::vector<int32_t> source, int64_t given)
+      : source_(std::move(source)), given_(given) {
+    const int64_t taken = source_.size();
+    if (given < kLanes || taken < kLanes) return;
+    for (int64_t b = 0; b < (taken + kLanes - 1) / kLanes; ++b) {
+      const int64_t start = std::min(b * kLanes, taken - kLanes);
+      std::vector<bool> done(kLanes);
+      for (;;) {
+        Selection::Part part = {{-1, -1}, {}, {}};
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+          const int32_t wanted = source_[start + lane];
+          if (done[lane] || wanted < 0) continue;
+          for (int32_t side = 0; side < 2; ++side) {
+            if (part.from[side] < 0)
+              part.from[side] = std::min<int32_t>(wanted, static_cast<int32_t>(given - kLanes));
+            const int32_t offset = wanted - part.from[side];
+            if (offset < 0 || offset >= kLanes) continue;
+            part.lane[lane] = side * static_cast<int32_t>(kLanes) + offset;
+            part.keep[lane] = -1;
+            done[lane] = true;
+            break;
+          }
+        }
+        if (part.from[0] < 0) break;
+        if (part.from[1] < 0) part.from[1] = part.from[0];
+        parts_.push_back(part);
+      }
+      ends_.push_back(static_cast<int32_t>(parts_.size()));
+    }
+    if (parts_.empty()) parts_.push_back({{0, 0}, {}, {}});  // nothing is taken
+  }
+
+  // The first `taken` of `given` channels; those beyond are 0.
+  static Selected first(int64_t given, int64_t taken) {
+    std::vector<int32_t> source(taken, -1);
+    for (int64_t c = 0; c < std::min(given, taken); ++c) source[c] = static_cast<int32_t>(c);
+    return Selected(std::move(source), given);
+  }
+
+  // From `channels` channels those that `list` names, of which there are `filters`, and as many
+  // zeros as make them a vector; nothing where that is all of them.
+  static std::optional<Selected> of(const std::optional<Tensor>& list, int64_t channels,
+                                    int64_t filters) {
+    if (!list.has_value()) {
+      STD_TORCH_CHECK(channels == filters,
+                      "without an index there must be a filter for each input channel");
+      if (filters >= kLanes) return std::nullopt;
+      return first(filters, kLanes);
+    }
+    STD_TORCH_CHECK(list->dim() == 1 && list->size(0) == filters && list->is_contiguous() &&
+                        list->scalar_type() == torch::headeronly::ScalarType::Long,
+                    "index must hold one input channel (int64) for each filter");
+    const int64_t* index = static_cast<const int64_t*>(list->const_data_ptr());
+    std::vector<int32_t> source;
+    std::vector<bool> named(channels);
+    for (int64_t j = 0; j < filters; ++j) {
+      STD_TORCH_CHECK(index[j] >= 0 && index[j] < channels, "index is out of range");
+      STD_TORCH_CHECK(!named[index[j]], "index names a channel twice");
+      named[index[j]] = true;
+      source.push_back(static_cast<int32_t>(index[j]));
+    }
+    if (filters < kLanes) source.resize(kLanes, -1);
+    return Selected(std::move(source), channels);
+  }
+
+  // Back to all channels, those that were not taken 0.
+  Selected inverse() const {
+    std::vector<int32_t> back(given_, -1);
+    for (size_t j = 0; j < source_.size(); ++j)
+      if (source_[j] >= 0) back[source_[j]] = static_cast<int32_t>(j);
+    return Selected(std::move(back), static_cast<int64_t>(source_.size()));
+  }
+
+  Selection view() const {
+    return {source_.data(), given_, static_cast<int64_t>(source_.size()),
+            parts_.empty() ? nullptr : parts_.data(), ends_.data()};
+  }
+
+ private:
+  std::vector<int32_t> source_, ends_;
+  std::vector<Selection::Part> parts_;
+  int64_t given_;
+};
+
+// A convolution of (N, H, W) images of K channels, which are selected from C as they are read.
+struct Problem {
+  int64_t N, H, W, C, K, pad_h, pad_w;
+  Window window;
+  const Selected* selected = nullptr;
+  int64_t OH, OW, padded_width, block;  // block: rows of output
+
+  Problem(int64_t N, int64_t H, int64_t W, int64_t C, int64_t K, Window window, int64_t pad_h,
+          int64_t pad_w, const Selected* selected)
+      : N(N), H(H), W(W), C(C), K(K), pad_h(pad_h), pad_w(pad_w), window(window),
+        selected(selected) {
+    OH = (H + 2 * pad_h - window.dilation_h * (window.kh - 1) - 1) / window.stride_h + 1;
+    OW = (W + 2 * pad_w - window.dilation_w * (window.kw - 1) - 1) / window.stride_w + 1;
+    STD_TORCH_CHECK(OH > 0 && OW > 0, "the window is larger than the padded image");
+    padded_width = W + 2 * pad_w;
+    const int64_t fits = kBlockBytes / (padded_width * K * static_cast<int64_t>(sizeof(float)));
+    block = std::clamp((fits - window.dilation_h * (window.kh - 1)) / window.stride_h,
+                       std::min<int64_t>(4, OH), OH);
+  }
+
+  int64_t blocks() const { return (OH + block - 1) / block; }
+
+  // `one(n, first, rows, padded)` for each block of output rows, with the input that they read:
+  // (rows, padded_width, K), padded with zeros.
+  template <class F>
+  void for_blocks(const float* x, int64_t begin, int64_t end, const F& one) const {
+    Scratch scratch;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t n = task / blocks(), first = task % blocks() * block;
+      const int64_t rows = std::min(block, OH - first);
+      const int64_t rows_in = (rows - 1) * window.stride_h + window.dilation_h * (window.kh - 1) + 1;
+      const int64_t top = first * window.stride_h - pad_h, side = pad_w * K;
+      float* padded = scratch.get(rows_in * padded_width * K);
+      for (int64_t r = 0; r < rows_in; ++r) {
+        float* out = padded + r * padded_width * K;
+        if (top + r < 0 || top + r >= H) {
+          std::fill_n(out, padded_width * K, 0.0f);
+          continue;
+        }
+        const float* in = x + (n * H + top + r) * W * C;
+        std::fill_n(out, side, 0.0f);
+        if (selected)
+          kernels().select(in, out + side, W, selected->view());
+        else
+          std::copy_n(in, W * K, out + side);
+        std::fill_n(out + side + W * K, side, 0.0f);
+      }
+      one(n, first, rows, padded);
+    }
+  }
+};
+
+int64_t padded_channels(int64_t K) { return std::max(K, kLanes); }
+
+// (K, kh, kw) to (kh kw, K), the last tap first if `flipped`; K padded.
+std::vector<float> taps_first(const Tensor& weight, bool flipped = false) {
+  const int64_t filters = weight.size(0), taps = weight.size(1) * weight.size(2);
+  const int64_t K = padded_channels(filters);
+  const float* w = floats(weight);
+  std::vector<float> out(taps * K, 0.0f);
+  for (int64_t c = 0; c < filters; ++c)
+    for (int64_t t = 0; t < taps; ++t) out[(flipped ? taps - 1 - t : t) * K + c] = w[c * taps + t];
+  return out;
+}
+
+// The output (N, OH, OW, K) or, with `back`, that with other channels (N, OH, OW, back's).
+void convolve(const Problem& p, const float* x, const std::vector<float>& taps, float* y,
+              const Selected* back) {
+  const int64_t channels = back ? back->view().taken : p.K;
+  torch::stable::parallel_for(0, p.N * p.blocks(), 1, [&](int64_t begin, int64_t end) {
+    Scratch live;
+    p.for_blocks(x, begin, end, [&](int64_t n, int64_t first, int64_t rows, const float* padded) {
+      float* out = y + (n * p.OH + first) * p.OW * channels;
+      float* own = back ? live.get(rows * p.OW * p.K) : out;
+      kernels().depthwise(padded, p.padded_width, taps.data(), own, rows, p.OW, p.K, p.window);
+      if (back) kernels().select(own, out, rows * p.OW, back->view());
+    });
+  });
+}
+
+// For each place of the input, the taps and places of the output that it contributes to.
+void contributions(int64_t size, int64_t out, int64_t k, int64_t stride, int64_t pad,
+                   int64_t dilation, std::vector<Tap>& taps, std::vector<int32_t>& ends) {
+  for (int64_t i = 0; i < size; ++i) {
+    for (int64_t t = 0; t < k; ++t) {
+      const int64_t shifted = i + pad - t * dilation;
+      if (shifted >= 0 && shifted % stride == 0 && shifted / stride < out)
+        taps.push_back({static_cast<int32_t>(t), static_cast<int32_t>(shifted / stride)});
+    }
+    ends.push_back(static_cast<int32_t>(taps.size()));
+  }
+}
+
+Window window_of(int64_t kh, int64_t kw, const std::vector<int64_t>& stride,
+                 const std::vector<int64_t>& dilation) {
+  return {kh, kw, stride[0], stride[1], dilation[0], dilation[1]};
+}
+
+const Selected* pointer(const std::optional<Selected>& s) { return s ? &*s : nullptr; }
+
+}  // namespace
+
+// x (N, C, H, W), weight (K, kh, kw) -> (N, K, OH, OW)
+Tensor depthwise_conv(Tensor x, Tensor weight, std::optional<Tensor> index,
+                      std::vector<int64_t> stride, std::vector<int64_t> padding,
+                      std::vector<int64_t> dilation) {
+  const int64_t C = x.size(1), filters = weight.size(0), K = padded_channels(filters);
+  const auto selected = Selected::of(index, C, filters);
+  const Problem p(x.size(0), x.size(2), x.size(3), C, K,
+                  window_of(weight.size(1), weight.size(2), stride, dilation), padding[0],
+                  padding[1], pointer(selected));
+  std::optional<Selected> back;
+  if (filters < K) back = Selected::first(K, filters);
+  Tensor y = new_nhwc(p.N, filters, p.OH, p.OW);
+  convolve(p, nhwc(x), taps_first(weight), floats_out(y), pointer(back));
+  return y;
+}
+
+// dy (N, K, OH, OW), weight (K, kh, kw) -> dx (N, C, H, W)
+Tensor depthwise_conv_input(Tensor dy, Tensor weight, std::optional<Tensor> index, int64_t H,
+                            int64_t W, int64_t C, std::vector<int64_t> stride,
+                            std::vector<int64_t> padding, std::vector<int64_t> dilation) {
+  const int64_t N = dy.size(0), filters = dy.size(1), OH = dy.size(2), OW = dy.size(3);
+  const int64_t kh = weight.size(1), kw = weight.size(2), K = padded_channels(filters);
+  const auto selected = Selected::of(index, C, filters);
+  std::optional<Selected> back, padded;
+  if (selected) back = selected->inverse();
+  if (filters < K) padded = Selected::first(filters, K);
+  Tensor dx = new_nhwc(N, C, H, W);
+  const float* g = nhwc(dy);
+  float* out = floats_out(dx);
+  const int64_t pad_h = dilation[0] * (kh - 1) - padding[0];
+  const int64_t pad_w = dilation[1] * (kw - 1) - padding[1];
+  if (stride[0] == 1 && stride[1] == 1 && pad_h >= 0 && pad_w >= 0) {
+    // The convolution of dy with the flipped weight.
+    const Problem p(N, OH, OW, filters, K, window_of(kh, kw, stride, dilation), pad_h, pad_w,
+                    pointer(padded));
+    convolve(p, g, taps_first(weight, true), out, pointer(back));
+    return dx;
+  }
+  const std::vector<float> taps = taps_first(weight);
+  std::vector<Tap> rows, columns;
+  std::vector<int32_t> row_ends, column_ends;
+  contributions(H, OH, kh, stride[0], padding[0], dilation[0], rows, row_ends);
+  contributions(W, OW, kw, stride[1], padding[1], dilation[1], columns, column_ends);
+  std::vector<float> wide(padded ? N * OH * OW * K : 0);
+  if (padded) {
+    torch::stable::parallel_for(0, N * OH, 8, [&](int64_t begin, int64_t end) {
+      kernels().select(g + begin * OW * filters, wide.data() + begin * OW * K, (end - begin) * OW,
+                       padded->view());
+    });
+    g = wide.data();
+  }
+  torch::stable::parallel_for(0, N * H, 8, [&](int64_t begin, int64_t end) {
+    Scratch live;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t n = task / H, h = task % H, from = h ? row_ends[h - 1] : 0;
+      float* row = out + task * W * C;
+      float* own = back ? live.get(W * K) : row;
+      kernels().depthwise_input(g + n * OH * OW * K, OW, taps.data(), own, W, K, kw,
+                                rows.data() + from, row_ends[h] - from, columns.data(),
+                                column_ends.data());
+      if (back) kernels().select(own, row, W, back->view());
+    }
+  });
+  return dx;
+}
+
+// x (N, C, H, W), dy (N, K, OH, OW) -> dweight (K, kh, kw)
+Tensor depthwise_conv_weight(Tensor x, Tensor dy, std::optional<Tensor> index, int64_t kh,
+                             int64_t kw, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                             std::vector<int64_t> dilation) {
+  const int64_t filters = dy.size(1), K = padded_channels(filters), taps = kh * kw;
+  const auto selected = Selected::of(index, x.size(1), filters);
+  std::optional<Selected> padded;
+  if (filters < K) padded = Selected::first(filters, K);
+  const Problem p(x.size(0), x.size(2), x.size(3), x.size(1), K,
+                  window_of(kh, kw, stride, dilation), padding[0], padding[1], pointer(selected));
+  const float *in = nhwc(x), *g = nhwc(dy);
+  const int64_t tasks = p.N * p.blocks(), groups = std::min(tasks, kGroups);
+  std::vector<double> partial(groups * taps * K, 0.0);
+  torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+    Scratch wide;
+    for (int64_t group = begin; group < end; ++group) {
+      p.for_blocks(in, group * tasks / groups, (group + 1) * tasks / groups,
+                   [&](int64_t n, int64_t first, int64_t rows, const float* image) {
+                     const float* own = g + (n * p.OH + first) * p.OW * filters;
+                     if (padded) {
+                       float* scratch = wide.get(rows * p.OW * K);
+                       kernels().select(own, scratch, rows * p.OW, padded->view());
+                       own = scratch;
+                     }
+                     kernels().depthwise_weight(image, p.padded_width, own,
+                                                &partial[group * taps * K], rows, p.OW, K,
+                                                p.window);
+                   });
+    }
+  });
+  Tensor dweight = torch::stable::new_empty(x, {filters, kh, kw});
+  float* out = floats_out(dweight);
+  for (int64_t c = 0; c < filters; ++c) {
+    for (int64_t t = 0; t < taps; ++t) {
+      double sum = 0;
+      for (int64_t group = 0; group < groups; ++group) sum += partial[(group * taps + t) * K + c];
+      out[c * taps + t] = static_cast<float>(sum);
+    }
+  }
+  return dweight;
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sacl_fast, m) {
+  m.def("depthwise_conv(Tensor x, Tensor weight, Tensor? index, int[] stride, int[] padding, "
+        "int[] dilation) -> Tensor");
+  m.def("depthwise_conv_input(Tensor dy, Tensor weight, Tensor? index, int H, int W, int C, "
+        "int[] stride, int[] padding, int[] dilation) -> Tensor");
+  m.def("depthwise_conv_weight(Tensor x, Tensor dy, Tensor? index, int kh, int kw, int[] stride, "
+        "int[] padding, int[] dilation) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sacl_fast, CPU, m) {
+  m.impl("depthwise_conv", TORCH_BOX(&depthwise_conv));
+  m.impl("depthwise_conv_input", TORCH_BOX(&depthwise_conv_input));
+  m.impl("depthwise_conv_weight", TORCH_BOX(&depthwise_conv_weight));
+}
+
+}  // namespace sacl

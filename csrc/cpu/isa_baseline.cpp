@@ -1,0 +1,2 @@
+#define SACL_KERNELS kernels_baseline
+#include "cpu/simd.inl"

@@ -1,0 +1,75 @@
+// The inner loops of the CPU operators, built once for each instruction set (isa_*.cpp) and picked
+// when they are first called. All pointers are to contiguous floats.
+#pragma once
+
+#include <cstdint>
+
+namespace sacl {
+
+constexpr int64_t kLanes = 16;  // channels at a time
+
+enum Activation : int64_t { kNone, kRelu, kRelu6, kHardswish, kSilu };
+
+struct Channels {  // (K,) each
+  const float* mean;  // y = act((x - mean) * scale + bias)
+  const float* scale;
+  const float* bias;
+};
+
+struct Window {  // of a convolution, over an image that is padded already
+  int64_t kh, kw, stride_h, stride_w, dilation_h, dilation_w;
+};
+
+struct Tap {  // one term of a sum over a window: which tap it is, and where it reads
+  int32_t tap, at;
+};
+
+// Channel c of the result is channel source[c] of what is given, or 0 where that is -1. As 16
+// channels at a time are put together from vectors of 16: the results of block b are the parts
+// ends[b - 1] .. ends[b], which do not overlap.
+struct Selection {
+  struct Part {
+    int32_t from[2];   // first channels of two vectors
+    int32_t lane[16];  // which of their 32 channels
+    int32_t keep[16];  // all bits set, or 0
+  };
+  const int32_t* source;
+  int64_t given, taken;  // channels
+  const Part* parts;     // null: too few channels for this
+  const int32_t* ends;
+};
+
+struct Kernels {
+  // Batch norm over `rows` rows of K channels (batch_norm_act.cpp). `part` is scratch of 2 K
+  // rounded up to kLanes; `total` (2 K) += sums of x - origin and of its square, or of dz and of
+  // dz (x - mean).
+  void (*sums_forward)(const float* x, const float* origin, int64_t rows, int64_t K, float* part,
+                       double* total);
+  void (*apply)(int64_t act, const float* x, float* y, int64_t rows, int64_t K, Channels k);
+  void (*sums_backward)(int64_t act, const float* dy, const float* x, int64_t rows, int64_t K,
+                        Channels k, float* part, double* total);
+  // dx = scale * dz - constant - (x - mean) * projection
+  void (*gradient)(int64_t act, const float* dy, const float* x, float* dx, int64_t rows, int64_t K,
+                   Channels k, const float* constant, const float* projection);
+
+  // Depthwise convolution (depthwise.cpp). Images are (rows, width, K), weights (kh kw, K); K is
+  // at least kLanes.
+  // A row of pixels with other channels.
+  void (*select)(const float* in, float* out, int64_t width, Selection selection);
+  // `rows` rows of `width` pixels of the output.
+  void (*depthwise)(const float* in, int64_t in_width, const float* weight, float* out,
+                    int64_t rows, int64_t width, int64_t K, Window window);
+  // One row of the input's gradient: the sum over taps of rows of dy, and in them over columns.
+  void (*depthwise_input)(const float* dy, int64_t dy_width, const float* weight, float* dx,
+                          int64_t width, int64_t K, int64_t kw, const Tap* rows, int64_t row_count,
+                          const Tap* columns, const int32_t* column_ends);
+  // total (kh kw, K) += the weight's gradient over `rows` rows of dy.
+  void (*depthwise_weight)(const float* in, int64_t in_width, const float* dy, double* total,
+                           int64_t rows, int64_t width, int64_t K, Window window);
+};
+
+extern const Kernels kernels_avx512, kernels_avx2, kernels_baseline;
+
+const Kernels& kernels();
+
+}  // namespace sacl

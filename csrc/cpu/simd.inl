@@ -1,0 +1,70 @@
+// The kernels in the instruction set that the including file has set, as `SACL_KERNELS`. No header
+// of the standard library with code in it may come in here: the linker keeps one copy of an inline
+// function, and must not keep one that only some processors can run.
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/kernels.h"
+
+#define SACL_INLINE inline __attribute__((always_inline))
+
+namespace sacl {
+namespace {
+
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
+
+SACL_INLINE Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+SACL_INLINE Vec load(const float* p, int64_t lanes) {  // the others 0
+  Vec v = {};
+  std::memcpy(&v, p, lanes * sizeof(float));
+  return v;
+}
+
+SACL_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+SACL_INLINE void store(float* p, Vec v, int64_t lanes) {
+  std::memcpy(p, &v, lanes * sizeof(float));
+}
+
+
+SACL_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+typedef int32_t Bits __attribute__((vector_size(sizeof(Vec))));
+
+// Vectors of 16 channels; where K is no multiple, the last one overlaps the one before it, and
+// where K < 16 the only one is partly filled.
+struct Blocks {
+  int64_t K, count, lanes;
+  explicit Blocks(int64_t channels)
+      : K(channels), count((channels + kLanes - 1) / kLanes), lanes(smaller(channels, kLanes)) {}
+  SACL_INLINE int64_t start(int64_t block) const {
+    return block + 1 < count ? block * kLanes : K - lanes;
+  }
+};
+
+template <bool FULL>
+SACL_INLINE Vec get(const float* p, Blocks blocks) {
+  return FULL ? load(p) : load(p, blocks.lanes);
+}
+
+template <bool FULL>
+SACL_INLINE void put(float* p, Vec v, Blocks blocks) {
+  FULL ? store(p, v) : store(p, v, blocks.lanes);
+}
+
+#include "cpu/batch_norm_act_kernels.inl"
+#include "cpu/depthwise_kernels.inl"
+
+}  // namespace
+
+extern const Kernels SACL_KERNELS = {
+    sums_forward, apply, sums_backward, gradient, select, depthwise, depthwise_input,
+    depthwise_weight,
+};
+
+}  // namespace sacl

@@ -1,0 +1,94 @@
+"""Batch norm over the global batch: statistics of all ranks, each bringing as many samples.
+
+Two differentiable sums over the ranks, mean first, then the centred squares, so that nothing
+cancels. On a GPU the whole activation goes through torch's fused kernels, which compute the same.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.modules._functions import SyncBatchNorm as _FusedSyncBatchNorm
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from sacl_fast.ops.collectives import sum_over_ranks, world_size
+
+
+def global_batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """``F.batch_norm`` of (N, C, ...) in training, with the statistics of all ranks."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            global_batch_norm, (x,), x, running_mean, running_var, weight, bias, momentum, eps
+        )
+    if x.is_cuda:
+        return _FusedSyncBatchNorm.apply(  # type: ignore[return-value]
+            x,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            eps,
+            momentum,
+            dist.group.WORLD,
+            world_size(),
+        )
+    out, mean, var = standardize_channels(x, eps, over_ranks=True)
+    count = x.numel() // x.shape[1] * world_size()
+    update_running(running_mean, running_var, mean, var, count, momentum)
+    return affine(out, weight, bias).to(x.dtype)
+
+
+def standardize_channels(
+    x: Tensor, eps: float, *, over_ranks: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Standardised (N, C, ...) in at least fp32, with the mean (C,) and biased variance (C,)."""
+    dims = [0, *range(2, x.ndim)]
+    shape = [1, -1, *[1] * (x.ndim - 2)]
+    wide = x if x.dtype == torch.float64 else x.float()
+    count = x.numel() // x.shape[1]
+
+    def mean_of(values: Tensor) -> Tensor:
+        total = values.sum(dims)
+        return sum_over_ranks(total) / (count * world_size()) if over_ranks else total / count
+
+    mean = mean_of(wide)
+    centered = wide - mean.view(shape)
+    var = mean_of(centered.square())
+    return centered * (var + eps).rsqrt().view(shape), mean, var
+
+
+def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Scale and shift of each channel of (N, C, ...), each (C,) or None."""
+    shape = [1, -1, *[1] * (x.ndim - 2)]
+    if weight is not None:
+        x = x * weight.view(shape)
+    return x if bias is None else x + bias.view(shape)
+
+
+@torch.no_grad()
+def update_running(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    momentum: float,
+) -> None:
+    """Move running statistics (C,) to a batch's mean and, made unbiased, its variance.
+
+    Like torch's kernels without autograd's notice (``data``): it may have saved the buffers.
+    """
+    if running_mean is not None:
+        running_mean.data.lerp_(mean.to(running_mean.dtype), momentum)
+    if running_var is not None:
+        unbiased = var * (count / max(1, count - 1))
+        running_var.data.lerp_(unbiased.to(running_var.dtype), momentum)

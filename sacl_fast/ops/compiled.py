@@ -1,0 +1,23 @@
+"""The compiled module ``sacl_fast._C``, whose operators are registered with PyTorch's dispatcher.
+
+Importing it registers the implementations. What PyTorch further needs to know of an operator, its
+shapes and gradients, is registered by the operator's file here when it is first used.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+
+@cache
+def obstacle() -> str | None:
+    """Why the compiled operators cannot be used; None if they can."""
+    try:
+        from sacl_fast import _C  # noqa: F401  (after torch, whose libraries it needs)
+    except ImportError as error:
+        return f"sacl_fast._C cannot be imported ({error})"
+    if not hasattr(torch.ops.sacl_fast, "batch_norm_act"):
+        return "sacl_fast._C is of an older build; install again"
+    return None

@@ -1,0 +1,105 @@
+"""Depthwise convolution in which each filter names the channel it reads.
+
+A slim encoder keeps some filters of a depthwise convolution, and they read some of the channels
+that are there. The compiled operator (``csrc/cpu/depthwise.cpp``) picks the channels as it reads
+them, so they are not copied first, and gives the input's gradient back in place.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sacl_fast.ops import compiled
+from sacl_fast.ops.slim_channels import take_channels
+
+
+def depthwise_conv(
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor | None = None,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    backend: str = "auto",
+) -> Tensor:
+    """(N, C, H, W) to (N, K, H', W'): filter j on channel ``index[j]``.
+
+    Args:
+        x: (N, C, H, W).
+        weight: (K, 1, kh, kw).
+        index: (K,) int64, no channel twice; None: K = C, in order.
+        backend: ``cpu`` (compiled: CPU, float32, channels-last memory), ``torch``, or ``auto``.
+    """
+    if backend != "torch" and _suits(x, weight):
+        return torch.ops.sacl_fast.depthwise_conv(
+            x, weight.squeeze(1), index, stride, padding, dilation
+        )
+    if index is not None:
+        x = take_channels(x, index)
+    return F.conv2d(x, weight, None, stride, padding, dilation, groups=len(weight))
+
+
+def _suits(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and x.numel() > 0
+        and is_compiled()
+    )
+
+
+@cache
+def is_compiled() -> bool:
+    """Whether the compiled operator is there; tells PyTorch its shapes and gradients."""
+    if compiled.obstacle() is None:
+        _register()
+    return compiled.obstacle() is None
+
+
+def _images(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape).contiguous(memory_format=torch.channels_last)
+
+
+def _register() -> None:
+    op = torch.ops.sacl_fast
+
+    @torch.library.register_fake("sacl_fast::depthwise_conv")
+    def _(x: Tensor, weight: Tensor, index: Any, stride: Any, padding: Any, dilation: Any) -> Any:
+        sides = zip(x.shape[2:], weight.shape[1:], stride, padding, dilation, strict=True)
+        high, wide = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides)
+        return _images(x, x.shape[0], weight.shape[0], high, wide)
+
+    @torch.library.register_fake("sacl_fast::depthwise_conv_input")
+    def _(dy: Tensor, weight: Tensor, index: Any, H: int, W: int, C: int, *_: Any) -> Any:
+        return _images(dy, dy.shape[0], C, H, W)
+
+    @torch.library.register_fake("sacl_fast::depthwise_conv_weight")
+    def _(x: Tensor, dy: Tensor, index: Any, kh: int, kw: int, *_: Any) -> Any:
+        return x.new_empty(dy.shape[1], kh, kw)
+
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        x, weight, index, *ctx.window = inputs
+        ctx.has_index = index is not None
+        ctx.save_for_backward(x, weight, *([index] if ctx.has_index else []))
+
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight, *rest = ctx.saved_tensors
+        index = rest[0] if ctx.has_index else None
+        dy, dx, dweight = dy.contiguous(memory_format=torch.channels_last), None, None
+        if ctx.needs_input_grad[0]:
+            _, channels, high, wide = x.shape
+            dx = op.depthwise_conv_input(dy, weight, index, high, wide, channels, *ctx.window)
+        if ctx.needs_input_grad[1]:
+            dweight = op.depthwise_conv_weight(x, dy, index, *weight.shape[1:], *ctx.window)
+        return dx, dweight, None, None, None, None
+
+    torch.library.register_autograd(
+        "sacl_fast::depthwise_conv", backward, setup_context=setup_context
+    )

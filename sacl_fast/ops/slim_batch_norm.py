@@ -1,0 +1,75 @@
+"""Batch norm of one part of a slim activation, as the dense batch norm would treat its channels.
+
+A part holds some channels in a form that broadcasts to ``(N, K, H, W)`` (see ``slim_conv``). Every
+value of it stands for equally many of the full activation, so mean and variance are those of the
+part at its own size; only the running variance, which is unbiased, needs the full count
+``n = N * H * W``. A constant channel has variance 0 and comes out as the norm's bias exactly.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from sacl_fast.ops.batch_norm import (
+    affine,
+    global_batch_norm,
+    standardize_channels,
+    update_running,
+)
+from sacl_fast.ops.batch_norm_act import batch_norm_act
+from sacl_fast.ops.collectives import world_size
+from sacl_fast.ops.slim_conv import BACKEND, take
+
+
+def slim_batch_norm(
+    values: Tensor,
+    index: Tensor | None,
+    count: int,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+    over_ranks: bool = False,
+) -> Tensor:
+    """Normalises the channels ``index`` and updates their running statistics.
+
+    Args:
+        values: (1 or N, K, 1 or H, 1 or W).
+        index: (K,), the place of these channels in the full vectors; None: all, in order.
+        count: values of a channel of the full activation, N * H * W.
+        running_mean, running_var, weight, bias: full, (C,) or None; as in ``F.batch_norm``.
+        over_ranks: in training, with the statistics of all ranks. One sample's values are then
+            those of every sample of every rank, so N must be more than 1.
+    """
+    weight, bias, mean, var = (
+        None if v is None else take(v, index) for v in (weight, bias, running_mean, running_var)
+    )
+    if not training or values.numel() == count * values.shape[1]:
+        if training and over_ranks:
+            out = global_batch_norm(values, mean, var, weight, bias, momentum, eps)
+        elif training and weight is not None and bias is not None:
+            out, batch_mean, batch_var = batch_norm_act(
+                values, weight, bias, eps=eps, backend=BACKEND.get()
+            )
+            update_running(mean, var, batch_mean, batch_var, count, momentum)
+        else:
+            out = F.batch_norm(values, mean, var, weight, bias, training, momentum, eps)
+    else:
+        out, batch_mean, batch_var = standardize_channels(
+            values, eps, over_ranks=over_ranks and values.shape[0] > 1
+        )
+        count *= world_size() if over_ranks else 1
+        update_running(mean, var, batch_mean, batch_var, count, momentum)
+        out = affine(out, weight, bias).to(values.dtype)
+    if training and index is not None:
+        for full, own in ((running_mean, mean), (running_var, var)):
+            if full is not None and own is not None:
+                # As torch's own kernel does, without autograd's notice: it has saved the buffers
+                # of the passes before, though their gradient does not depend on them.
+                full.data.index_copy_(0, index, own)
+    return out

@@ -1,0 +1,164 @@
+"""Channels of an activation taken out, and channels of several put into one.
+
+A slim activation consists of parts, each holding some of the channels in a form that broadcasts
+to the full size (see ``slim_conv``). PyTorch's own indexing of dimension 1 loses the
+channels-last format or is slow there (8 x 64 x 56 x 56, half of the channels, one CPU core: 6.9 ms
+against 0.2 ms as the columns of a matrix, 2.0 against 0.4 in the backward), hence these.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def take_channels(x: Tensor, index: Tensor) -> Tensor:
+    """``x[:, index]`` in the memory format of x: (N, C, H, W) -> (N, K, H, W).
+
+    Args:
+        index: (K,); channels may come more than once.
+    """
+    return _Take.apply(x, index)  # type: ignore[no-any-return]
+
+
+def assemble(shape: torch.Size, values: list[Tensor], indices: list[Tensor]) -> Tensor:
+    """The dense tensor (N, C, H, W) whose channels ``indices[i]`` are ``values[i]``.
+
+    Args:
+        values: (1 or N, K_i, 1 or H, 1 or W), of one dtype; the first decides the memory format.
+        indices: (K_i,); together each channel once.
+    """
+    return _Assemble.apply(shape, len(values), *values, *indices)  # type: ignore[no-any-return]
+
+
+def add_channels(base: Tensor, values: list[Tensor], indices: list[Tensor]) -> Tensor:
+    """``base + assemble(...)`` for a dense base (N, C, H, W), without the sum's second operand."""
+    return _AddChannels.apply(base, len(values), *values, *indices)  # type: ignore[no-any-return]
+
+
+def add_map(x: Tensor, values: Tensor) -> Tensor:
+    """``x + values``, into x: (N, C, H, W) and, for all samples, (1, C, H, W).
+
+    The sum over the samples that is the gradient of ``values`` is one over the rows of a matrix:
+    32 x 32 x 56 x 56 in channels-last, one CPU core, 0.6 ms against 4.1 ms.
+    """
+    return _AddMap.apply(x, values)  # type: ignore[no-any-return]
+
+
+class _AddMap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x.add_(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        last = grad.permute(0, 2, 3, 1)
+        ordered = last if last.is_contiguous() else grad.contiguous()
+        total = ordered.reshape(len(grad), -1).sum(0).view(1, *ordered.shape[1:])
+        return grad, total.permute(0, 3, 1, 2) if ordered is last else total
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape, ctx.last = x.shape, _channels_last(x)
+        return _take(x, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        full = _empty(grad, ctx.shape, ctx.last).zero_()
+        _add(full, index, grad)
+        return full, None
+
+
+class _Assemble(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shape: torch.Size, count: int, *tensors: Tensor) -> Tensor:
+        values, indices = _remember(ctx, count, tensors)
+        out = _empty(values[0], shape, _channels_last(values[0]))
+        for v, index in zip(values, indices, strict=True):
+            v = v.expand(shape[0], -1, *shape[2:])
+            if _channels_last(out):
+                rows = _rows(out)
+                rows.scatter_(1, index.expand(len(rows), -1), _rows(v))
+            else:
+                out.index_copy_(1, index, v)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return None, None, *_parts_of(ctx, grad)
+
+
+class _AddChannels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, count: int, *tensors: Tensor) -> Tensor:
+        values, indices = _remember(ctx, count, tensors)
+        out = base.clone()
+        for v, index in zip(values, indices, strict=True):
+            _add(out, index, v.expand(base.shape[0], -1, *base.shape[2:]))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return grad, None, *_parts_of(ctx, grad)
+
+
+def _remember(
+    ctx: Any, count: int, tensors: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    values, indices = tensors[:count], tensors[count:]
+    ctx.save_for_backward(*indices)
+    ctx.shapes = [v.shape for v in values]
+    return values, indices
+
+
+def _parts_of(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+    """The gradients of the parts, and None for their indices."""
+    indices = ctx.saved_tensors
+    needed = ctx.needs_input_grad[2 : 2 + len(indices)]
+    grads = [
+        _take(grad, index).sum_to_size(shape) if need else None
+        for index, shape, need in zip(indices, ctx.shapes, needed, strict=True)
+    ]
+    return [*grads, *[None] * len(indices)]
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    if not _channels_last(x):
+        return x.index_select(1, index)
+    n, _, h, w = x.shape
+    return _rows(x).index_select(1, index).view(n, h, w, -1).permute(0, 3, 1, 2)
+
+
+def _add(full: Tensor, index: Tensor, x: Tensor) -> None:
+    """``full[:, index] += x``."""
+    if _channels_last(full):
+        rows = _rows(full)
+        rows.scatter_add_(1, index.expand(len(rows), -1), _rows(x))
+    else:
+        full.index_add_(1, index, x)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N * H * W, C), a view of channels-last memory."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _empty(like: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)

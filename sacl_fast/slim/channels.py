@@ -1,0 +1,106 @@
+"""Lists of channel numbers, kept on the host and on the device, and what is derived from them.
+
+Which channels two activations share, or which filters read which channels, is worked out on the
+host from the masks that were read there when they were chosen. A training step therefore never
+waits for the device to learn a size, and equal lists are one object: deriving the same list
+again is a look-up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Channels:
+    """Numbers of channels, in the order in which a tensor holds them. Made by ``channels``."""
+
+    def __init__(self, numbers: np.ndarray) -> None:
+        self.numbers = numbers
+        self._on: dict[torch.device, Tensor] = {}
+        self.in_order = bool((numbers == np.arange(len(numbers))).all())
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __repr__(self) -> str:
+        return f"Channels({self.numbers.tolist()})"
+
+    def index(self, device: torch.device, of: int) -> Tensor | None:
+        """As an index (K,) into ``of`` channels; None where it is all of them in order."""
+        if self.in_order and len(self) == of:
+            return None
+        return self.on(device)
+
+    def on(self, device: torch.device) -> Tensor:
+        if device not in self._on:
+            with torch.inference_mode(False):  # whatever is running: training may use it later
+                self._on[device] = torch.from_numpy(self.numbers.copy()).to(device)
+        return self._on[device]
+
+
+def channels(numbers: Iterable[int] | np.ndarray) -> Channels:
+    array = numbers if isinstance(numbers, np.ndarray) else np.fromiter(numbers, np.int64)
+    return _interned(np.ascontiguousarray(array, np.int64).tobytes())
+
+
+@lru_cache(maxsize=16384)
+def _interned(raw: bytes) -> Channels:
+    return Channels(np.frombuffer(raw, np.int64))
+
+
+@lru_cache(maxsize=4096)
+def all_channels(count: int) -> Channels:
+    return channels(np.arange(count))
+
+
+@lru_cache(maxsize=16384)
+def complement(kept: Channels, count: int) -> Channels:
+    """Those of ``count`` channels that are not kept."""
+    return channels(np.setdiff1d(np.arange(count), kept.numbers))
+
+
+@lru_cache(maxsize=16384)
+def common(a: Channels, b: Channels) -> tuple[Channels, Channels, Channels]:
+    """The channels in both lists, and their positions in ``a`` and in ``b``."""
+    shared, in_a, in_b = np.intersect1d(
+        a.numbers, b.numbers, assume_unique=True, return_indices=True
+    )
+    order = np.argsort(in_a)  # as ``a`` has them, so that its own tensor needs no shuffling
+    return channels(shared[order]), channels(in_a[order]), channels(in_b[order])
+
+
+@lru_cache(maxsize=16384)
+def readers(read: Channels, kept: Channels, multiplier: int) -> tuple[Channels, Channels]:
+    """The kept depthwise filters that read one of some channels, and the positions they read.
+
+    Filter ``o`` reads channel ``o // multiplier``.
+    """
+    position = {int(c): i for i, c in enumerate(read.numbers)}
+    pairs = [
+        (int(o), position[int(o) // multiplier])
+        for o in kept.numbers
+        if int(o) // multiplier in position
+    ]
+    return channels(o for o, _ in pairs), channels(p for _, p in pairs)
+
+
+@lru_cache(maxsize=16384)
+def shifted(a: Channels, by: int) -> Channels:
+    return channels(a.numbers + by)
+
+
+@lru_cache(maxsize=16384)
+def joined(*lists: Channels) -> Channels:
+    return channels(np.concatenate([a.numbers for a in lists]))
+
+
+@lru_cache(maxsize=16384)
+def window(a: Channels, start: int, stop: int) -> tuple[Channels, Channels]:
+    """Those numbered ``start`` to ``stop - 1``, counted from ``start``; and their positions."""
+    positions = np.flatnonzero((a.numbers >= start) & (a.numbers < stop))
+    return channels(a.numbers[positions] - start), channels(positions)

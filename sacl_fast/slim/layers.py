@@ -1,0 +1,189 @@
+"""The rules of a slim activation for convolutions and batch norms; see ``slim.rules``.
+
+An ungrouped convolution sums over the parts of its input, each at its own size, and gives live
+channels for the kept filters and the constant 0 for the others. A depthwise filter reads one
+channel: what is kept and reads a live one is live, and what reads another part stays as small as
+that, or becomes a map where it is padded. Grouped convolutions between the two run dense on
+masked filters (a group's live inputs are not equally many), and their result is slim again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.utils import _pair
+
+from sacl_fast.ops.batch_norm import global_batch_norm
+from sacl_fast.ops.slim_batch_norm import slim_batch_norm
+from sacl_fast.ops.slim_conv import (
+    Geometry,
+    constant_response,
+    output_size,
+    slim_conv2d,
+    slim_depthwise,
+    slim_pointwise,
+    take,
+    take_filters,
+)
+from sacl_fast.slim.channels import Channels, all_channels, complement, readers
+from sacl_fast.slim.rules import as_image, by_part, rule_for
+from sacl_fast.slim.tensor import RULES, KeptFilters, Part, SlimTensor, at, dense, make
+
+
+@rule_for("conv2d")
+def _conv2d(
+    func: Any,
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    if input.ndim != 4 or isinstance(weight, SlimTensor) or isinstance(bias, SlimTensor):
+        return NotImplemented
+    padding = padding if isinstance(padding, str) else _pair(padding)
+    geometry = Geometry(_pair(stride), padding, _pair(dilation))
+    count = weight.shape[0]
+    kept = weight.kept if isinstance(weight, KeptFilters) else all_channels(count)
+    if isinstance(bias, KeptFilters) and bias.kept is not kept:
+        return NotImplemented
+    full_weight, full_bias = (
+        t.parameter if isinstance(t, KeptFilters) else t for t in (weight, bias)
+    )
+    if bias is not None and not isinstance(bias, KeptFilters) and kept.numbers.size < count:
+        return NotImplemented  # a bias that zeroed filters keep
+    parts = input.parts if isinstance(input, SlimTensor) else ()
+    parts = parts or (Part(all_channels(input.shape[1]), input),)
+    if groups == 1:
+        live = _sum_over_parts(parts, input, full_weight, full_bias, kept, geometry)
+        outputs = [Part(kept, live)]
+    elif groups == input.shape[1]:
+        outputs = _depthwise(parts, input, full_weight, full_bias, kept, geometry)
+    else:
+        y = F.conv2d(dense(input), dense(weight), dense(bias), *geometry, groups=groups)
+        outputs = [Part(kept, at(y, kept))]
+    zeroed = complement(kept, count)
+    y = outputs[0].values
+    outputs.append(Part(zeroed, y.new_zeros(1, len(zeroed), 1, 1)))
+    size = output_size(_size(input), _size(weight), geometry)
+    return make(outputs, torch.Size((input.shape[0], count, *size)))
+
+
+def _size(x: Tensor) -> tuple[int, int]:
+    return x.shape[2], x.shape[3]
+
+
+def _sum_over_parts(
+    parts: tuple[Part, ...],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kept: Channels,
+    geometry: Geometry,
+) -> Tensor:
+    """The kept outputs (N, K, H', W') of an ungrouped convolution."""
+    device, (out_channels, in_channels) = weight.device, weight.shape[:2]
+    out = kept.index(device, out_channels)
+    offset = None if bias is None else take(bias, out).view(1, -1, 1, 1)
+    for p in parts[1:]:
+        index = p.channels.index(device, in_channels)
+        if p.is_constant:
+            filters = take_filters(weight, out, index)
+            response = constant_response(p.values, filters, _size(x), geometry)
+        else:
+            response = slim_conv2d(as_image(p, x), weight, index, out, None, geometry)
+        offset = response if offset is None else offset + response
+    live, index = parts[0].values, parts[0].channels.index(device, in_channels)
+    if weight.shape[2:] == (1, 1) and geometry == _POINTWISE:
+        return slim_pointwise(live, weight, index, out, offset)
+    return slim_conv2d(live, weight, index, out, offset, geometry)
+
+
+_POINTWISE = Geometry((1, 1), (0, 0), (1, 1))
+
+
+def _depthwise(
+    parts: tuple[Part, ...],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kept: Channels,
+    geometry: Geometry,
+) -> list[Part]:
+    """The kept outputs, by the parts that they read."""
+    device, count = weight.device, weight.shape[0]
+    multiplier = count // x.shape[1]
+    outputs = []
+    for p in parts:
+        own, positions = readers(p.channels, kept, multiplier)
+        if not len(own):
+            continue
+        out, read = own.index(device, count), positions.index(device, len(p.channels))
+        if p.is_constant and x.shape[2:] != (1, 1):
+            values, filters = at(p.values, positions), take(weight, out)
+            response = constant_response(values, filters, _size(x), geometry, depthwise=True)
+            if bias is not None:
+                response = response + take(bias, out).view(1, -1, 1, 1)
+        else:
+            values = as_image(p, x)
+            response = slim_depthwise(values, weight, read, out, bias, geometry, multiplier)
+        outputs.append(Part(own, response))
+    live, first = parts[0], outputs[0]
+    if not len(readers(live.channels, kept, multiplier)[0]):
+        # No filter reads the live channels. Their gradient is 0, but not missing: a sum over none
+        # of them says so (without it DDP waits for parameters that only the slim pass uses).
+        outputs[0] = first._replace(values=first.values + live.values[:, :0].sum())
+    return outputs
+
+
+@rule_for("batch_norm")
+def _batch_norm(
+    func: Any,
+    input: Any,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *_: Any,
+    **over_ranks: bool,
+) -> Any:
+    if not isinstance(input, SlimTensor):
+        return NotImplemented
+    count = input.numel() // input.shape[1]
+
+    def normalize(part: Part) -> Tensor:
+        return slim_batch_norm(
+            part.values,
+            part.channels.index(input.device, input.shape[1]),
+            count,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            **over_ranks,
+        )
+
+    return by_part(input, normalize)
+
+
+def _global_batch_norm(func: Any, input: Any, *args: Any) -> Any:
+    if input.shape[0] == 1:  # a rank's own value cannot be told from one that all ranks have
+        return NotImplemented
+    running_mean, running_var, weight, bias, momentum, eps = args
+    return _batch_norm(
+        func, input, running_mean, running_var, weight, bias, True, momentum, eps, over_ranks=True
+    )
+
+
+RULES[global_batch_norm] = _global_batch_norm

@@ -1,0 +1,89 @@
+"""The compiled depthwise convolution against PyTorch in float64: values and gradients."""
+
+import pytest
+import torch
+
+from sacl_fast.ops import compiled
+from sacl_fast.ops.depthwise_conv import depthwise_conv, is_compiled
+
+pytestmark = pytest.mark.skipif(not is_compiled(), reason=str(compiled.obstacle()))
+
+# (shape of x, filters, kernel, stride, padding, dilation): all channels and some, fewer than a
+# vector and more, odd sizes, windows as large as the image, an even and an oblong window.
+CASES = [
+    ((2, 20, 9, 11), 20, (3, 3), (1, 1), (1, 1), (1, 1)),
+    ((2, 20, 9, 11), 13, (3, 3), (2, 2), (1, 1), (1, 1)),
+    ((3, 40, 12, 7), 33, (5, 5), (2, 2), (2, 2), (1, 1)),
+    ((3, 90, 12, 7), 17, (5, 5), (1, 1), (2, 2), (1, 1)),
+    ((1, 17, 15, 15), 17, (7, 7), (1, 1), (3, 3), (1, 1)),
+    ((2, 50, 10, 10), 21, (3, 3), (1, 1), (2, 2), (2, 2)),
+    ((2, 24, 9, 9), 24, (3, 3), (2, 2), (0, 0), (1, 1)),
+    ((2, 35, 8, 9), 20, (2, 4), (2, 1), (1, 3), (1, 1)),
+    ((1, 5, 3, 3), 5, (3, 3), (1, 1), (1, 1), (1, 1)),
+    ((1, 33, 1, 1), 4, (3, 3), (1, 1), (1, 1), (1, 1)),
+    ((2, 18, 6, 6), 18, (3, 3), (1, 1), (4, 4), (1, 1)),  # padding beyond the window
+    ((9, 32, 70, 70), 24, (3, 3), (1, 1), (1, 1), (1, 1)),  # several blocks and sums
+    ((1, 16, 8, 8), 16, (1, 1), (3, 3), (0, 0), (1, 1)),
+]
+
+
+def inputs(shape, filters, kernel):
+    generator = torch.Generator().manual_seed(sum(shape) + filters)
+    x = torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(filters, 1, *kernel, generator=generator)
+    index = None
+    if filters < shape[1]:
+        index = torch.randperm(shape[1], generator=generator)[:filters]
+    return x, weight, index
+
+
+def run(x, weight, index, dy=None, **options):
+    x, weight = (t.detach().clone().requires_grad_() for t in (x, weight))
+    y = depthwise_conv(x, weight, index, **options)
+    generator = torch.Generator().manual_seed(1)
+    y.backward(torch.randn(y.shape, generator=generator, dtype=torch.float32).to(y.dtype))
+    return y.detach(), x.grad, weight.grad
+
+
+@pytest.mark.parametrize(("shape", "filters", "kernel", "stride", "padding", "dilation"), CASES)
+def test_equals_pytorch(shape, filters, kernel, stride, padding, dilation):
+    x, weight, index = inputs(shape, filters, kernel)
+    window = {"stride": stride, "padding": padding, "dilation": dilation}
+    ours = run(x, weight, index, backend="cpu", **window)
+    exact = run(x.double(), weight.double(), index, backend="torch", **window)
+    for got, expected in zip(ours, exact, strict=True):
+        scale = expected.abs().max()
+        torch.testing.assert_close(got.double() / scale, expected / scale, rtol=0, atol=5e-6)
+
+
+def test_the_number_of_threads_changes_nothing():
+    given, threads = inputs((5, 40, 30, 30), 24, (3, 3)), torch.get_num_threads()
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(run(*given, padding=(1, 1), backend="cpu"))
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def test_the_operator_keeps_the_rules_of_torch_library():
+    for shape, filters, kernel, *window in CASES[:2]:
+        x, weight, index = inputs(shape, filters, kernel)
+        arguments = (
+            x.requires_grad_(),
+            weight.squeeze(1).clone().requires_grad_(),
+            index,
+            *map(list, window),
+        )
+        torch.library.opcheck(torch.ops.sacl_fast.depthwise_conv, arguments)
+
+
+def test_a_wrong_index_is_an_error():
+    x, weight, _ = inputs((1, 20, 5, 5), 3, (3, 3))
+    with pytest.raises(RuntimeError, match="out of range"):
+        depthwise_conv(x, weight, torch.tensor([0, 1, 20]), backend="cpu")
+    with pytest.raises(RuntimeError, match="twice"):
+        depthwise_conv(x, weight, torch.tensor([0, 1, 0]), backend="cpu")
+    with pytest.raises(RuntimeError, match="larger than the padded image"):
+        depthwise_conv(x, torch.zeros(20, 1, 7, 7), backend="cpu")
