@@ -281,7 +281,7 @@ class SlimConfig:
     mode: Literal["mask", "skip"] = "mask"
     """How the slim passes run, with equal results: 'mask' multiplies masks into the full weights
     and saves no work; 'skip' computes the kept filters only. 'mask' stays the default until 'skip'
-    has operators of its own: in plain PyTorch it is not always the faster one."""
+    has operators of its own on GPUs too: in plain PyTorch it is not always the faster one."""
 
     def __post_init__(self) -> None:
         _require(

@@ -8,11 +8,13 @@ them, so they are not copied first, and gives the input's gradient back in place
 from __future__ import annotations
 
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from sacl_fast.ops import compiled
 from sacl_fast.ops.slim_channels import take_channels
@@ -83,6 +85,18 @@ def _register() -> None:
     @torch.library.register_fake("sacl_fast::depthwise_conv_weight")
     def _(x: Tensor, dy: Tensor, index: Any, kh: int, kw: int, *_: Any) -> Any:
         return x.new_empty(dy.shape[1], kh, kw)
+
+    @register_flop_formula(op.depthwise_conv)
+    def _(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+        return 2 * prod(out_shape) * prod(weight[1:])
+
+    @register_flop_formula(op.depthwise_conv_input)
+    def _(dy: Any, weight: Any, *_: Any, **__: Any) -> int:
+        return 2 * prod(dy) * prod(weight[1:])
+
+    @register_flop_formula(op.depthwise_conv_weight)
+    def _(x: Any, dy: Any, index: Any, kh: int, kw: int, *_: Any, **__: Any) -> int:
+        return 2 * prod(dy) * kh * kw
 
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
         x, weight, index, *ctx.window = inputs

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from sacl_fast.ops import compiled
 from sacl_fast.ops.depthwise_conv import depthwise_conv, is_compiled
@@ -87,3 +88,11 @@ def test_a_wrong_index_is_an_error():
         depthwise_conv(x, weight, torch.tensor([0, 1, 0]), backend="cpu")
     with pytest.raises(RuntimeError, match="larger than the padded image"):
         depthwise_conv(x, torch.zeros(20, 1, 7, 7), backend="cpu")
+
+
+def test_flops_are_counted():
+    x, weight, index = inputs((2, 20, 6, 6), 9, (3, 3))
+    leaves = [t.requires_grad_() for t in (x, weight)]
+    with FlopCounterMode(display=False) as counter:
+        depthwise_conv(*leaves, index, padding=(1, 1), backend="cpu").sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * (2 * 9 * 6 * 6) * 9
