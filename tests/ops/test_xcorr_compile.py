@@ -108,3 +108,9 @@ def test_kernels_compile_without_spills(monkeypatch, tmp_path, dtype, arch):
                 spilling.append((name, shape))
     assert names == KERNELS
     assert not spilling
+
+
+@pytest.mark.parametrize("d", [512, 2048, 8192])
+def test_five_launches_forward_and_backward(monkeypatch, d):
+    noted = launches(monkeypatch, (256, d, 4, 256), torch.bfloat16, (9, 0))
+    assert len(noted) == 5, [kernel.__name__ for kernel, *_ in noted]
