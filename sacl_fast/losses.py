@@ -24,6 +24,7 @@ class SaclXdLoss(nn.Module):
         super().__init__()
         self.config = config or LossConfig(**settings)  # type: ignore[arg-type]
         self.backend = backend
+        self._settings = dict(vars(self.config))  # torch.compile cannot see through a dataclass
 
     def forward(
         self,
@@ -34,8 +35,9 @@ class SaclXdLoss(nn.Module):
         gathers: Sequence[RowGather | None] = (),
     ) -> tuple[Tensor, LossParts]:
         """Four embeddings (N, D) to the loss () and its parts; see ``sacl_xd_loss``."""
-        settings = vars(self.config)
-        return sacl_xd_loss(z1, z2, z1_t, z2_t, gathers=gathers, backend=self.backend, **settings)
+        return sacl_xd_loss(
+            z1, z2, z1_t, z2_t, gathers=gathers, backend=self.backend, **self._settings
+        )
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value!r}" for key, value in vars(self.config).items())

@@ -117,17 +117,18 @@ def test_the_operator_keeps_the_rules_of_torch_library(algorithm):
             torch.library.opcheck(_xcorr_loss, arguments)
 
 
-def test_it_compiles_into_one_graph():
+@pytest.mark.parametrize("loss", [sacl_xd_loss, SaclXdLoss(alpha=0.8)], ids=["function", "module"])
+def test_it_compiles_into_one_graph(loss):
     def loss_of(*zs):
-        return sacl_xd_loss(*[2 * z for z in zs])[0]
+        return loss(*[2 * z for z in zs])[0]
 
     compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
     for shape in [(6, 9), (9, 6)]:
         ours, theirs = embeddings(*shape), embeddings(*shape)
-        loss, expected = compiled(*ours), loss_of(*theirs)
-        loss.backward()
+        value, expected = compiled(*ours), loss_of(*theirs)
+        value.backward()
         expected.backward()
-        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(value, expected)
         torch.testing.assert_close(ours[0].grad, theirs[0].grad)
 
 
