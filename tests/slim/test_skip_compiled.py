@@ -1,0 +1,65 @@
+"""Mode ``skip`` on the compiled operators, which take float32: as exact as ``mask`` in float32."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sacl_fast.encoders import build_encoder
+from sacl_fast.ops import batch_norm_act, depthwise_conv
+from sacl_fast.slim import Slicer
+
+pytestmark = pytest.mark.skipif(
+    not depthwise_conv.is_compiled(), reason="the compiled module is not built"
+)
+
+
+def observe(encoder: nn.Module, mode: str, backend: str, x: torch.Tensor) -> list[torch.Tensor]:
+    """Output, gradients and running statistics, in float64."""
+    encoder = copy.deepcopy(encoder).to(x.dtype)
+    slicer = Slicer(encoder, 0.5)
+    slicer.backend = backend
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    with slicer.mode(mode):
+        out = encoder(x)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    (out.square() + weights * out).sum().backward()
+    gradients = torch.cat([x.grad.flatten(), *(p.grad.flatten() for p in encoder.parameters())])
+    buffers = torch.cat([b.double().flatten() for b in encoder.buffers()])
+    return [out.detach().double(), gradients.double(), buffers]
+
+
+@pytest.mark.parametrize("name", ["mobilenetv1_100", "mobilenetv3_large_100", "efficientnet_b0"])
+def test_compiled_operators_are_as_exact_as_the_masked_encoder(name, monkeypatch):
+    torch.manual_seed(0)
+    encoder = build_encoder(name, width=0.5, image_size=64).train()
+    for norm in encoder.modules():
+        if isinstance(norm, _BatchNorm):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias, std=0.5)
+    encoder = encoder.to(memory_format=torch.channels_last)
+    x = torch.randn(6, 3, 64, 64)
+    calls = {"norm": 0, "depthwise": 0}
+
+    def count(module, which):
+        original = module._suits
+
+        def suits(*arguments):
+            calls[which] += original(*arguments)
+            return original(*arguments)
+
+        monkeypatch.setattr(module, "_suits", suits)
+
+    exact = observe(encoder, "mask", "torch", x.double())
+    masked = observe(encoder, "mask", "torch", x)
+    count(batch_norm_act, "norm")
+    count(depthwise_conv, "depthwise")
+    plain = observe(encoder, "skip", "torch", x)
+    assert not any(calls.values())
+    skipped = observe(encoder, "skip", "cpu", x)
+    assert calls["norm"] > 20 and calls["depthwise"] > 10
+    for truth, *others in zip(exact, masked, plain, skipped, strict=True):
+        errors = [((other - truth).norm() / truth.norm()).item() for other in others]
+        assert errors[2] < 3 * max(errors[0], 1e-6), errors
