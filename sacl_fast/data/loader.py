@@ -120,7 +120,7 @@ class ViewLoader:
         iterator, self._stream, self._next_step = self._loader._iterator, iter(()), -1
         self._loader._iterator = None
         if isinstance(iterator, _MultiProcessingDataLoaderIter):
-            iterator._shutdown_workers()  # now, whoever else still refers to it
+            _end_workers(iterator)  # now, whoever else still refers to it
 
 
 class EvalLoader:
@@ -265,13 +265,28 @@ def worker_count(given: int) -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
+def _end_workers(iterator: _MultiProcessingDataLoaderIter) -> None:
+    try:
+        iterator._shutdown_workers()
+    except RuntimeError as error:
+        # torch's signal handler tells of a worker that was killed, wherever the process then is.
+        if _DIED not in str(error):
+            raise
+        for worker in iterator._workers:
+            worker.terminate()
+            worker.join()
+
+
+_DIED = "DataLoader worker (pid"
+
+
 def next_of(stream: Iterator[_T]) -> _T:
     """The next batch of a ``data_loader``; clear words where a worker died."""
     try:
         return next(stream)
     except (RuntimeError, ConnectionError, EOFError) as error:
         # All but the first of these: it died while it handed over a batch.
-        signs = ("DataLoader worker (pid", "ancdata")
+        signs = (_DIED, "ancdata")
         if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in signs):
             raise
         reason = str(error).strip().rstrip(".") or type(error).__name__

@@ -39,11 +39,14 @@ class Cost(NamedTuple):
 
 
 def cost(module: nn.Module, image_size: int, in_chans: int = 3) -> Cost:
-    """Parameters of a module and the FLOPs of its convolutions and matrix products."""
+    """Parameters of a module and, in eval mode, the FLOPs of its convolutions and matrix products.
+
+    The module is left as it is, its running statistics and its mode too.
+    """
     first = next(module.parameters())
     image = torch.zeros(1, in_chans, image_size, image_size, dtype=first.dtype, device=first.device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(image)
+        copy.deepcopy(module).eval()(image)
     return Cost(sum(p.numel() for p in module.parameters()), counter.get_total_flops())
 
 

@@ -136,3 +136,11 @@ torch.testing.assert_close(module(x), expected)
     twin = copy.deepcopy(module)
     state.seek(0)
     twin.load_state_dict(torch.load(state))
+
+
+def test_stating_the_cost_changes_nothing():
+    encoder = encoder_of("mobilenetv2_100", 0.5).train()
+    before = copy.deepcopy(encoder.state_dict())
+    cost(encoder, 32)
+    assert encoder.training
+    assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
