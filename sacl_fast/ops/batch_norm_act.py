@@ -61,13 +61,7 @@ def batch_norm_act(
 
 
 def _suits(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == bias.dtype == torch.float32
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and x.numel() > 0
-        and is_compiled()
-    )
+    return compiled.takes(x, weight, bias) and is_compiled()
 
 
 @cache

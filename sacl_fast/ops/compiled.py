@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+from torch import Tensor
 
 
 @cache
@@ -21,3 +22,14 @@ def obstacle() -> str | None:
     if not hasattr(torch.ops.sacl_fast, "batch_norm_act"):
         return "sacl_fast._C is of an older build; install again"
     return None
+
+
+def takes(x: Tensor, *vectors: Tensor) -> bool:
+    """Whether the compiled operators are for images ``x`` (N, C, H, W) and these parameters: on the
+    CPU, in float32, x in channels-last memory and not empty."""
+    return (
+        x.device.type == "cpu"
+        and all(t.dtype == torch.float32 for t in (x, *vectors))
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and x.numel() > 0
+    )

@@ -48,13 +48,7 @@ def depthwise_conv(
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
-    return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and x.numel() > 0
-        and is_compiled()
-    )
+    return compiled.takes(x, weight) and is_compiled()
 
 
 @cache
