@@ -325,15 +325,6 @@ Tensor depthwise_conv_weight(Tensor x, Tensor dy, std::optional<Tensor> index, i
   return dweight;
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(sacl_fast, m) {
-  m.def("depthwise_conv(Tensor x, Tensor weight, Tensor? index, int[] stride, int[] padding, "
-        "int[] dilation) -> Tensor");
-  m.def("depthwise_conv_input(Tensor dy, Tensor weight, Tensor? index, int H, int W, int C, "
-        "int[] stride, int[] padding, int[] dilation) -> Tensor");
-  m.def("depthwise_conv_weight(Tensor x, Tensor dy, Tensor? index, int kh, int kw, int[] stride, "
-        "int[] padding, int[] dilation) -> Tensor");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(sacl_fast, CPU, m) {
   m.impl("depthwise_conv", TORCH_BOX(&depthwise_conv));
   m.impl("depthwise_conv_input", TORCH_BOX(&depthwise_conv_input));

@@ -1,0 +1,45 @@
+// The operators' schemas. Their CPU implementations are in cpu/, their CUDA ones in cuda/; shapes
+// of outputs and gradients for autograd are registered in Python (sacl_fast/ops).
+//
+// Images are (N, C, H, W) in channels-last memory. K channels of an activation are live, R are the
+// rest; index lists (int64) hold their places among the C channels of the full one, and null is all
+// of them in order. Weights, biases, running statistics and their gradients are full.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sacl_fast, m) {
+  // act(batch norm in training). x (N, K, H, W); weight, bias, running_mean, running_var (C); kept
+  // (K); zeroed (R) or null: channels of value 0.
+  // -> y (N, K, H, W); rest (1, R, 1, 1), of the zeroed channels; mean (K); 1 / deviation (K).
+  // Running statistics, of the kept and the zeroed, are updated; count: values of a channel of the
+  // full activation, for the unbiased variance.
+  m.def("slim_batch_norm_act(Tensor x, Tensor weight, Tensor bias, Tensor? kept, Tensor? zeroed, "
+        "Tensor(a!)? running_mean, Tensor(b!)? running_var, int count, float momentum, float eps, "
+        "int act) -> (Tensor, Tensor, Tensor, Tensor)");
+  // -> dx (N, K, H, W), dweight (C), dbias (C)
+  m.def("slim_batch_norm_act_backward(Tensor dy, Tensor? drest, Tensor x, Tensor weight, Tensor bias, "
+        "Tensor? kept, Tensor? zeroed, Tensor mean, Tensor rstd, int act) -> "
+        "(Tensor, Tensor, Tensor)");
+
+  // Depthwise convolution: output j reads channel index[j] of x (N, C, H, W) with weight[j].
+  // weight (K, kh, kw) -> (N, K, OH, OW)
+  m.def("depthwise_conv(Tensor x, Tensor weight, Tensor? index, int[] stride, int[] padding, "
+        "int[] dilation) -> Tensor");
+  // dy (N, K, OH, OW) -> (N, C, H, W)
+  m.def("depthwise_conv_input(Tensor dy, Tensor weight, Tensor? index, int H, int W, int C, "
+        "int[] stride, int[] padding, int[] dilation) -> Tensor");
+  // -> (K, kh, kw)
+  m.def("depthwise_conv_weight(Tensor x, Tensor dy, Tensor? index, int kh, int kw, int[] stride, "
+        "int[] padding, int[] dilation) -> Tensor");
+
+  // 1x1 convolution of stride 1 from live inputs to kept filters: x (N, K, H, W); weight (Cout,
+  // Cin); in_index (K), out_index (O); rest (1 or N, R), constants over the image that the inputs
+  // rest_index (R) hold, or null; offset (1 or N, O, 1 or H, 1 or W), added, or null.
+  // -> (N, O, H, W)
+  m.def("slim_pointwise(Tensor x, Tensor weight, Tensor? in_index, Tensor? out_index, "
+        "Tensor? rest, Tensor? rest_index, Tensor? offset) -> Tensor");
+  // offset_shape: of the forward pass, empty without one.
+  // -> dx, dweight (Cout, Cin), drest, doffset; empty (0) tensors for what there was none of
+  m.def("slim_pointwise_backward(Tensor dy, Tensor x, Tensor weight, Tensor? in_index, "
+        "Tensor? out_index, Tensor? rest, Tensor? rest_index, int[] offset_shape) -> "
+        "(Tensor, Tensor, Tensor, Tensor)");
+}
