@@ -58,13 +58,14 @@ SACL_INLINE void put(float* p, Vec v, Blocks blocks) {
 }
 
 #include "cpu/batch_norm_act_kernels.inl"
+#include "cpu/combine_kernels.inl"
 #include "cpu/depthwise_kernels.inl"
 
 }  // namespace
 
 extern const Kernels SACL_KERNELS = {
-    sums_forward, apply, sums_backward, gradient, select, depthwise, depthwise_input,
-    depthwise_weight,
+    sums_forward, apply, sums_backward, gradient, add, scale, products, select, depthwise,
+    depthwise_input, depthwise_weight,
 };
 
 }  // namespace sacl

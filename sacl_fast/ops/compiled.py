@@ -19,7 +19,7 @@ def obstacle() -> str | None:
         from sacl_fast import _C  # noqa: F401  (after torch, whose libraries it needs)
     except ImportError as error:
         return f"sacl_fast._C cannot be imported ({error})"
-    if not hasattr(torch.ops.sacl_fast, "batch_norm_act"):
+    if not hasattr(torch.ops.sacl_fast, "slim_pointwise"):
         return "sacl_fast._C is of an older build; install again"
     return None
 
@@ -33,3 +33,8 @@ def takes(x: Tensor, *vectors: Tensor) -> bool:
         and x.is_contiguous(memory_format=torch.channels_last)
         and x.numel() > 0
     )
+
+
+def images(like: Tensor, *shape: int) -> Tensor:
+    """An empty (N, C, H, W) in channels-last memory."""
+    return like.new_empty(shape).contiguous(memory_format=torch.channels_last)

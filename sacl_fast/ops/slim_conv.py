@@ -42,6 +42,9 @@ class Geometry(NamedTuple):
     dilation: tuple[int, int]
 
 
+POINTWISE = Geometry((1, 1), (0, 0), (1, 1))
+
+
 def output_size(
     size: tuple[int, int], kernel: tuple[int, int], geometry: Geometry
 ) -> tuple[int, int]:
@@ -72,23 +75,6 @@ def take_filters(weight: Tensor, out_index: Tensor | None, in_index: Tensor | No
         else:
             weight = weight.index_select(0, out_index)
     return weight if in_index is None else take_channels(weight, in_index)
-
-
-def slim_pointwise(
-    live: Tensor,
-    weight: Tensor,
-    in_index: Tensor | None,
-    out_index: Tensor | None,
-    offset: Tensor | None = None,
-) -> Tensor:
-    """1x1 convolution, stride 1: (N, K_in, H, W) -> (N, K_out, H, W).
-
-    Args:
-        live: the input channels ``in_index`` of the full activation.
-        weight: full, (Cout, Cin, 1, 1).
-        offset: (1 or N, K_out, 1 or H, 1 or W), added: bias and the part of constant channels.
-    """
-    return slim_conv2d(live, weight, in_index, out_index, offset, Geometry((1, 1), (0, 0), (1, 1)))
 
 
 def slim_conv2d(

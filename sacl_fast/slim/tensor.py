@@ -22,6 +22,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from sacl_fast.ops.batch_norm_act import Activation
 from sacl_fast.ops.slim_channels import assemble, take_channels
 from sacl_fast.slim.channels import Channels, all_channels, channels, joined
 
@@ -50,6 +52,7 @@ _METADATA: set[Callable[..., Any]] = {
     *(Tensor.is_floating_point, Tensor.is_complex, Tensor.get_device, Tensor.element_size),
     *(torch.is_floating_point, torch.is_complex, torch.numel, Tensor.__hash__),
 }
+_UNFINISHED: ContextVar[Any] = ContextVar("_UNFINISHED", default=None)
 _already_logged: set[str] = set()
 
 
@@ -63,6 +66,9 @@ class Part(NamedTuple):
     def is_constant(self) -> bool:
         """Over the image; it may differ by sample."""
         return self.values.shape[2:] == (1, 1)
+
+
+Finish = Callable[[Activation], tuple[Part, ...]]
 
 
 class _Wrapper(Tensor):
@@ -79,6 +85,7 @@ class _Wrapper(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        _finish_other_than(args[0] if args else None)
         if func == Tensor.requires_grad.__get__:  # type: ignore[attr-defined]
             return args[0].requires_gradient
         if rule := RULES.get(func):
@@ -98,17 +105,49 @@ class _Wrapper(Tensor):
 class SlimTensor(_Wrapper):
     """An activation (N, C, H, W) in parts; the first is full-size and has at least one channel.
 
-    Made by ``make``.
+    Made by ``make``, ``with_zeros`` and ``later``. The last two leave something undone until the
+    parts are asked for: what comes next can often do it along with its own work.
     """
 
-    parts: tuple[Part, ...]
+    zeroed: Channels | None = None
+    """channels of value 0 that are not among the parts yet"""
+    finish: Finish | None = None
+    """gives the parts, after an activation"""
+
+    _parts: tuple[Part, ...]
 
     @staticmethod
-    def __new__(cls, parts: tuple[Part, ...], shape: torch.Size) -> SlimTensor:
-        live = parts[0].values
-        made = Tensor._make_wrapper_subclass(cls, shape, dtype=live.dtype, device=live.device)
-        made.parts = parts
+    def __new__(
+        cls, parts: tuple[Part, ...], shape: torch.Size, like: Tensor | None = None
+    ) -> SlimTensor:
+        like = parts[0].values if like is None else like
+        made = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+        made._parts = parts
         return made  # type: ignore[no-any-return]
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        if self.finish is not None:
+            finish, self.finish = self.finish, None
+            self._parts = finish("none")
+        if self.zeroed is not None:
+            zeroed, self.zeroed = self.zeroed, None
+            self._parts = arranged((*self._parts, _zeros(zeroed, self._parts)), self.shape)
+        return self._parts
+
+    @property
+    def nonzero_parts(self) -> tuple[Part, ...]:
+        """The parts but for the channels ``zeroed``."""
+        return self._parts if self.finish is None else self.parts
+
+    def activated(self, act: Activation, *, in_place: bool) -> SlimTensor:
+        """What ``finish`` gives with an activation."""
+        assert self.finish is not None
+        parts = self.finish(act)
+        if not in_place:
+            return SlimTensor(parts, self.shape)
+        self.finish, self._parts = None, parts
+        return self
 
     def dense(self) -> Tensor:
         (first, *rest) = self.parts
@@ -120,10 +159,11 @@ class SlimTensor(_Wrapper):
 
     def become(self, other: Tensor) -> SlimTensor:
         """Take another tensor's values: what an in-place operation does."""
+        self.zeroed = self.finish = None
         if isinstance(other, SlimTensor):
-            self.parts = other.parts
+            self._parts = other.parts
         else:
-            self.parts = (Part(all_channels(other.shape[1]), other),)
+            self._parts = (Part(all_channels(other.shape[1]), other),)
         return self
 
     @property
@@ -197,9 +237,53 @@ def dense_for_custom_functions() -> Iterator[None]:
 def make(parts: Sequence[Part], shape: torch.Size) -> Tensor:
     """The tensor (N, C, H, W) of these parts, which together hold each channel once.
 
-    Parts of one form are joined. Where nothing is left to save, because all channels are
-    full-size or a channel is a single value, the tensor is an ordinary one.
+    Where nothing is left to save, because all channels are full-size or a channel is a single
+    value, the tensor is an ordinary one.
     """
+    parts = arranged(parts, shape)
+    made = SlimTensor(parts, shape)
+    return made if len(parts) > 1 and shape[2:] != (1, 1) else made.dense()
+
+
+def with_zeros(parts: Sequence[Part], zeroed: Channels, shape: torch.Size) -> Tensor:
+    """The tensor of these parts and of channels of value 0. The first part is full-size, or not
+    there to be read."""
+    if not len(zeroed) or shape[2:] == (1, 1) or not _is_live(parts[0], shape):
+        return make([*parts, _zeros(zeroed, parts)], shape)
+    made = SlimTensor(arranged(parts, shape), shape)
+    made.zeroed = zeroed
+    return made
+
+
+def later(finish: Finish, shape: torch.Size, like: Tensor) -> SlimTensor:
+    """The tensor whose parts ``finish`` gives: with the activation that is done next, or with none
+    before anything else is done to any slim tensor."""
+    made = SlimTensor((), shape, like)
+    made.finish = finish
+    _UNFINISHED.set(made)
+    return made
+
+
+@contextmanager
+def finishing() -> Iterator[None]:
+    """At its end, what ``later`` has left undone is done."""
+    try:
+        yield
+        _finish_other_than(None)
+    finally:
+        _UNFINISHED.set(None)
+
+
+def _finish_other_than(x: Any) -> None:
+    unfinished = _UNFINISHED.get()
+    if unfinished is not None:
+        _UNFINISHED.set(None)
+        if unfinished is not x:
+            unfinished.parts  # noqa: B018
+
+
+def arranged(parts: Sequence[Part], shape: torch.Size) -> tuple[Part, ...]:
+    """The parts that are not empty, those of one form joined, a full-size one first."""
     by_form: dict[tuple[int, ...], list[Part]] = {}
     for part in parts:
         if len(part.channels):
@@ -212,8 +296,15 @@ def make(parts: Sequence[Part], shape: torch.Size) -> Tensor:
         one, others = _split_first(rest[0])
         live = [one._replace(values=one.values.expand(full[0], 1, *full[1:]).contiguous())]
         rest = [p for p in (others, *rest[1:]) if len(p.channels)]
-    made = SlimTensor((_join(live), *rest), shape)
-    return made if rest and full[1:] != (1, 1) else made.dense()
+    return (_join(live), *rest)
+
+
+def _is_live(part: Part, shape: torch.Size) -> bool:
+    return part.values.shape[::2] == shape[::2] and part.values.shape[3] == shape[3]
+
+
+def _zeros(zeroed: Channels, parts: Sequence[Part]) -> Part:
+    return Part(zeroed, parts[0].values.new_zeros(1, len(zeroed), 1, 1))
 
 
 def _join(parts: list[Part]) -> Part:
