@@ -25,12 +25,7 @@ struct Operand {
       : live(live), constants(constants),
         source(index, index.has_value() ? index->numel() : live, live + constants) {}
 
-  bool is_whole() const {  // all its live channels in order
-    if (source.size() != live) return false;
-    for (int64_t u = 0; u < live; ++u)
-      if (source[u] != u) return false;
-    return true;
-  }
+  bool is_whole() const { return source.all(); }
 
   // For each channel of the result the live one, or -1.
   Selected taken() const {
@@ -96,6 +91,8 @@ Tensor slim_add(Tensor a, std::optional<Tensor> a_rest, std::optional<Tensor> a_
   std::vector<float> constant(channels, 0.0f);
   left.add_constants(a_rest, constant);
   right.add_constants(b_rest, constant);
+  const int64_t fold = channels < kLanes ? kLanes : 1;
+  for (int64_t i = channels; i < fold * channels; ++i) constant.push_back(constant[i - channels]);
   std::optional<Selected> from_a, from_b;
   if (!left.is_whole()) from_a = left.taken();
   if (!right.is_whole()) from_b = right.taken();
@@ -112,9 +109,14 @@ Tensor slim_add(Tensor a, std::optional<Tensor> a_rest, std::optional<Tensor> a_
         kernels().select(x + row * live, taken, rows, from->view());
         return static_cast<const float*>(taken);
       };
-      kernels().add(own(x_a, left.live, pointer(from_a), scratch_a),
-                    own(x_b, right.live, pointer(from_b), scratch_b), constant.data(),
-                    out + row * channels, rows, channels);
+      const float* of_a = own(x_a, left.live, pointer(from_a), scratch_a);
+      const float* of_b = own(x_b, right.live, pointer(from_b), scratch_b);
+      // `fold` rows of a few channels are as one row of more, which fills vectors.
+      const int64_t wide = rows / fold * fold;
+      kernels().add(of_a, of_b, constant.data(), out + row * channels, wide / fold,
+                    fold * channels);
+      kernels().add(of_a + wide * channels, of_b + wide * channels, constant.data(),
+                    out + (row + wide) * channels, rows - wide, channels);
     }
   });
   return y;

@@ -71,6 +71,7 @@ class Places {
   }
 
   int64_t size() const { return size_; }
+  bool all() const { return !places_; }
   int64_t operator[](int64_t i) const { return places_ ? places_[i] : i; }
 
   std::vector<float> of(const float* values) const {  // those at the places

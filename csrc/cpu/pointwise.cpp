@@ -19,6 +19,7 @@ using torch::stable::new_empty;
 using torch::stable::new_zeros;
 using torch::stable::transpose;
 
+constexpr int64_t kRowsAtOnce = 16;  // of a weight, in one task
 const std::array<int64_t, 2> kOne = {1, 1}, kNone = {0, 0};
 
 // weight[out][:, in], (O, K, 1, 1)
@@ -26,19 +27,32 @@ Tensor gathered(const Tensor& weight, const Places& out, const Places& in) {
   Tensor chosen = new_empty(weight, {out.size(), in.size(), 1, 1});
   const float* from = floats(weight);
   float* to = floats_out(chosen);
-  for (int64_t o = 0; o < out.size(); ++o) {
-    const float* row = from + out[o] * weight.size(1);
-    for (int64_t i = 0; i < in.size(); ++i) *to++ = row[in[i]];
-  }
+  const int64_t columns = weight.size(1), K = in.size();
+  torch::stable::parallel_for(0, out.size(), kRowsAtOnce, [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o) {
+      const float* row = from + out[o] * columns;
+      if (in.all())
+        std::copy_n(row, K, to + o * K);
+      else
+        for (int64_t i = 0; i < K; ++i) to[o * K + i] = row[in[i]];
+    }
+  });
   return chosen;
 }
 
+// full[out][:, in] = chosen
 void scatter(const Tensor& chosen, const Places& out, const Places& in, const Tensor& full) {
   const float* from = floats(chosen);
-  for (int64_t o = 0; o < out.size(); ++o) {
-    float* row = floats_out(full) + out[o] * full.size(1);
-    for (int64_t i = 0; i < in.size(); ++i) row[in[i]] = *from++;
-  }
+  const int64_t columns = full.size(1), K = in.size();
+  torch::stable::parallel_for(0, out.size(), kRowsAtOnce, [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o) {
+      float* row = floats_out(full) + out[o] * columns;
+      if (in.all())
+        std::copy_n(from + o * K, K, row);
+      else
+        for (int64_t i = 0; i < K; ++i) row[in[i]] = from[o * K + i];
+    }
+  });
 }
 
 // (b, C, 1, 1) as (b, C)

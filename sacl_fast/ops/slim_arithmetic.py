@@ -157,3 +157,21 @@ def _register() -> None:
     def _(x: Tensor, shared: Tensor | None, *_: Any) -> Tensor:
         channels = x.shape[1] + (0 if shared is None else shared.shape[1])
         return compiled.images(x, x.shape[0], channels, *x.shape[2:])
+
+    @torch.library.register_fake("sacl_fast::slim_add_backward")
+    def _(
+        dy: Tensor, a_live: int, a_rest: int, a_source: Any, b_live: int, b_rest: int, b_source: Any
+    ) -> Any:
+        def gradient(live: int, source: Any) -> Tensor:
+            whole = source is None
+            return dy.new_empty(0) if whole else compiled.images(dy, len(dy), live, *dy.shape[2:])
+
+        return (
+            *(gradient(a_live, a_source), dy.new_empty(a_rest)),
+            *(gradient(b_live, b_source), dy.new_empty(b_rest)),
+        )
+
+    @torch.library.register_fake("sacl_fast::slim_gate_backward")
+    def _(dy: Tensor, x: Tensor, shared: Tensor | None, gate: Tensor, *_: Any) -> Any:
+        dshared = dy.new_empty(0) if shared is None else torch.empty_like(shared)
+        return torch.empty_like(x), dshared, torch.empty_like(gate)

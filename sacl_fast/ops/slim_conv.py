@@ -119,12 +119,12 @@ def slim_depthwise(
         bias: full, (Cout,).
         multiplier: filters that read one channel of the full activation.
     """
-    filters = take(weight, out_index)
     bias = None if bias is None else take(bias, out_index)
     if multiplier == 1 and not isinstance(geometry.padding, str):
         window = geometry._asdict()
-        y = depthwise_conv(values, filters, in_positions, **window, backend=BACKEND.get())
+        y = depthwise_conv(values, weight, in_positions, out_index, **window, backend=BACKEND.get())
         return y if bias is None else y + bias.view(1, -1, 1, 1)
+    filters = take(weight, out_index)
     read = values if in_positions is None else take_channels(values, in_positions)
     return F.conv2d(read, filters, bias, *geometry, groups=filters.shape[0])
 

@@ -199,7 +199,7 @@ def _batch_norm(
     if not isinstance(input, SlimTensor):
         return NotImplemented
     shape, count = input.shape, input.numel() // input.shape[1]
-    options = {"momentum": momentum, "eps": eps}
+    options: dict[str, Any] = {"momentum": momentum, "eps": eps}
 
     def index(channels: Channels) -> Tensor | None:
         return channels.index(input.device, shape[1])

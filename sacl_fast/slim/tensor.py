@@ -74,6 +74,32 @@ Finish = Callable[[Activation], tuple[Part, ...]]
 class _Wrapper(Tensor):
     """A tensor that exists in pieces; what has no rule is done on its dense form."""
 
+    # What rules and modules ask for all the time is answered without going through torch.
+    full_shape: torch.Size
+    _type: tuple[torch.dtype, torch.device]
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self.full_shape
+
+    @property
+    def ndim(self) -> int:  # type: ignore[override]
+        return len(self.full_shape)
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self._type[0]
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self._type[1]
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.full_shape if dim is None else self.full_shape[dim]
+
+    def dim(self) -> int:
+        return len(self.full_shape)
+
     def dense(self) -> Tensor:
         raise NotImplementedError
 
@@ -122,7 +148,7 @@ class SlimTensor(_Wrapper):
     ) -> SlimTensor:
         like = parts[0].values if like is None else like
         made = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
-        made._parts = parts
+        made.full_shape, made._type, made._parts = shape, (like.dtype, like.device), parts
         return made  # type: ignore[no-any-return]
 
     @property
@@ -193,6 +219,7 @@ class KeptFilters(_Wrapper):
         made = Tensor._make_wrapper_subclass(
             cls, parameter.shape, dtype=parameter.dtype, device=parameter.device
         )
+        made.full_shape, made._type = parameter.shape, (parameter.dtype, parameter.device)
         made.parameter, made.mask, made.kept = parameter, mask, kept
         return made  # type: ignore[no-any-return]
 
