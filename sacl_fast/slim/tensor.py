@@ -20,6 +20,7 @@ so nothing is dropped: outputs, gradients and running statistics are those of th
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -52,7 +53,7 @@ _METADATA: set[Callable[..., Any]] = {
     *(Tensor.is_floating_point, Tensor.is_complex, Tensor.get_device, Tensor.element_size),
     *(torch.is_floating_point, torch.is_complex, torch.numel, Tensor.__hash__),
 }
-_UNFINISHED: ContextVar[Any] = ContextVar("_UNFINISHED", default=None)
+_UNFINISHED: ContextVar[Callable[[], Any] | None] = ContextVar("_UNFINISHED", default=None)
 _already_logged: set[str] = set()
 
 
@@ -170,10 +171,11 @@ class SlimTensor(_Wrapper):
         """What ``finish`` gives with an activation."""
         assert self.finish is not None
         parts = self.finish(act)
-        if not in_place:
-            return SlimTensor(parts, self.shape)
-        self.finish, self._parts = None, parts
-        return self
+        if in_place:
+            self.finish, self._parts = None, parts
+            return self
+        _UNFINISHED.set(weakref.ref(self))  # to be finished for whoever still has it
+        return SlimTensor(parts, self.shape)
 
     def dense(self) -> Tensor:
         (first, *rest) = self.parts
@@ -287,7 +289,7 @@ def later(finish: Finish, shape: torch.Size, like: Tensor) -> SlimTensor:
     before anything else is done to any slim tensor."""
     made = SlimTensor((), shape, like)
     made.finish = finish
-    _UNFINISHED.set(made)
+    _UNFINISHED.set(lambda: made)
     return made
 
 
@@ -305,8 +307,9 @@ def _finish_other_than(x: Any) -> None:
     unfinished = _UNFINISHED.get()
     if unfinished is not None:
         _UNFINISHED.set(None)
-        if unfinished is not x:
-            unfinished.parts  # noqa: B018
+        tensor = unfinished()
+        if tensor is not None and tensor is not x:
+            tensor.parts  # noqa: B018
 
 
 def arranged(parts: Sequence[Part], shape: torch.Size) -> tuple[Part, ...]:
