@@ -23,7 +23,8 @@ struct Operand {
 
   Operand(int64_t live, int64_t constants, const std::optional<Tensor>& index)
       : live(live), constants(constants),
-        source(index, index.has_value() ? index->numel() : live, live + constants) {}
+        source(index, index.has_value() ? index->numel() : live,
+               index.has_value() ? live + constants : live) {}
 
   bool is_whole() const { return source.all(); }
 

@@ -116,5 +116,5 @@ def build_method(config: Config) -> SaclXd:
         slicer,
         distill=config.loss.distillation != "none",
         gather=config.loss.statistics == "global" and world_size() > 1,
-        slim_mode=config.slim.mode,
+        slim_mode="mask" if config.slim.mode == "auto" else config.slim.mode,
     ).train()

@@ -14,6 +14,7 @@ from sacl_fast.losses import SaclXdLoss
 from sacl_fast.ops.backend import resolve_all
 from sacl_fast.ops.xcorr_loss import LossParts
 from sacl_fast.optim import build_optimizer, learning_rate
+from sacl_fast.slim.slicer import Mode
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
@@ -43,12 +44,22 @@ class TrainingStep:
             synchronized = config.encoder.sync_batch_norm
             self.model = DistributedDataParallel(method, broadcast_buffers=not synchronized)
         self.method.slicer.backend = self.backends["slim_conv"].backend
+        self.method.slim_mode, self.slim_mode_reason = self._slim_mode()
         self.criterion = SaclXdLoss(config.loss, backend=self.backends["xcorr_loss"].backend)
         self.optimizer = build_optimizer(method.parameters(), config.optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype is torch.float16)
         self.steps_per_epoch = steps_per_epoch
         self.first_nonfinite = torch.tensor(-1, device=device)
         """The first step whose loss was not finite, -1 while there is none."""
+
+    def _slim_mode(self) -> tuple[Mode, str]:
+        """How the slim passes run, and why."""
+        config, backend = self.config, self.backends["slim_conv"].backend
+        if config.slim.mode != "auto":
+            return config.slim.mode, "as requested"
+        if backend != "cpu" or self.amp_dtype is not None or not config.channels_last:
+            return "mask", "skip is the faster one on the compiled CPU operators, in float32 only"
+        return "skip", "the faster one on the compiled CPU operators"
 
     def __call__(
         self, view_a: Tensor, view_b: Tensor, step: int

@@ -343,6 +343,7 @@ class Run:
         )
         for op, resolution in self.step.backends.items():
             yield f"{op}: {resolution.backend} ({resolution.reason})"
+        yield f"slim passes: {self.method.slim_mode} ({self.step.slim_mode_reason})"
 
     def _result(self, *, finished: bool) -> RunResult:
         return RunResult(self.folder, self.steps_done, finished, self.knn, self.knn_before)

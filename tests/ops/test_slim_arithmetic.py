@@ -18,7 +18,8 @@ def gradients(function, tensors):
     leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
     y = function(*leaves)
     (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum().backward()
-    return [y.detach(), *(t.grad for t in leaves if t is not None)]
+    grads = (torch.zeros_like(t) if t.grad is None else t.grad for t in leaves if t is not None)
+    return [y.detach(), *grads]
 
 
 def assert_equal(function, tensors):
@@ -33,7 +34,15 @@ def assert_equal(function, tensors):
 
 # Channels; live ones of a, of b (the others are constants); of the sum.
 @pytest.mark.parametrize(
-    "sizes", [(5, 2, 3, 4), (40, 17, 20, 30), (32, 32, 16, 32), (19, 19, 19, 19), (64, 1, 40, 50)]
+    "sizes",
+    [
+        (5, 2, 3, 4),
+        (40, 17, 20, 30),
+        (32, 32, 16, 32),
+        (19, 19, 19, 19),
+        (64, 1, 40, 50),
+        (24, 17, 5, 17),
+    ],
 )
 @pytest.mark.parametrize("side", [(1, 1), (9, 15)])
 def test_sum(sizes, side):
@@ -43,7 +52,9 @@ def test_sum(sizes, side):
     for live in (live_a, live_b):
         given.append(images(N, live, *side, g=g))
         given.append(torch.randn(1, C - live, 1, 1, generator=g) if live < C else None)
-        sources.append(torch.randperm(C, generator=g)[:U] if live < C else None)
+        # None also where there are constants, but none of them is in the sum
+        chosen = torch.randperm(C, generator=g)[:U]
+        sources.append(None if live == U else chosen)
     a_source, b_source = sources
 
     def add(backend, a, a_rest, b, b_rest):

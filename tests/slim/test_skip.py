@@ -287,7 +287,7 @@ def test_a_custom_autograd_function_keeps_its_gradient():
 
 
 class Reuses(nn.Module):
-    """Takes a norm's output with and without activation, and changes the norm's input in between."""
+    """Takes a norm's output with and without activation, and changes its input in between."""
 
     def __init__(self) -> None:
         super().__init__()
