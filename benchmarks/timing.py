@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -30,22 +31,43 @@ def time_ms(
     function()
     if device.type != "cuda":
         return percentiles(_repeat(lambda: _wall_ms(function), seconds))
-    flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
     if graph:
         function = captured(function)
     for _ in range(3):
         function()
+    return percentiles(_repeat(lambda: _timed_on_gpu(function), seconds))
 
-    def once() -> float:
-        flush.zero_()
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+
+def _timed_on_gpu(function: Callable[[], Any]) -> float:
+    _flush().zero_()
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop)
+
+
+@cache
+def _flush() -> torch.Tensor:
+    """As large as no L2 cache is."""
+    return torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+
+
+def time_in_turns(
+    functions: dict[str, Callable[[], Any]], device: torch.device, *, seconds: float
+) -> dict[str, dict[str, float]]:
+    """``time_ms`` of several, one run of each after another, so that what slows the machine down
+    for a while slows all of them."""
+    values: dict[str, list[float]] = {name: [] for name in functions}
+    once = _timed_on_gpu if device.type == "cuda" else _wall_ms
+    for function in functions.values():
         function()
-        stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop)
-
-    return percentiles(_repeat(once, seconds))
+    stop = time.perf_counter() + seconds
+    while time.perf_counter() < stop or len(next(iter(values.values()))) < 5:
+        for name, function in functions.items():
+            values[name].append(once(function))
+    return {name: percentiles(v) for name, v in values.items()}
 
 
 def captured(function: Callable[[], Any]) -> Callable[[], None]:
