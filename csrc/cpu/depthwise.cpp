@@ -16,7 +16,7 @@ namespace sacl {
 namespace {
 
 constexpr int64_t kBlockBytes = 128 * 1024;  // of padded input that is worked on at once
-constexpr int64_t kGroups = 64;              // partial sums of the weight's gradient
+constexpr int64_t kGroups = 32;              // partial sums of the weight's gradient
 
 // A convolution of (N, H, W) images of K channels, which are selected from C as they are read.
 struct Problem {
@@ -214,15 +214,12 @@ Tensor depthwise_conv_weight(Tensor x, Tensor dy, std::optional<Tensor> index, i
                    });
     }
   });
+  for (int64_t group = 1; group < groups; ++group)
+    for (int64_t i = 0; i < taps * K; ++i) partial[i] += partial[group * taps * K + i];
   Tensor dweight = torch::stable::new_empty(x, {filters, kh, kw});
   float* out = floats_out(dweight);
-  for (int64_t c = 0; c < filters; ++c) {
-    for (int64_t t = 0; t < taps; ++t) {
-      double sum = 0;
-      for (int64_t group = 0; group < groups; ++group) sum += partial[(group * taps + t) * K + c];
-      out[c * taps + t] = static_cast<float>(sum);
-    }
-  }
+  for (int64_t c = 0; c < filters; ++c)
+    for (int64_t t = 0; t < taps; ++t) out[c * taps + t] = static_cast<float>(partial[t * K + c]);
   return dweight;
 }
 
