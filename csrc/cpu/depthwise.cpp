@@ -111,6 +111,30 @@ void contributions(int64_t size, int64_t out, int64_t k, int64_t stride, int64_t
   }
 }
 
+// Runs of places whose taps, of which i has those before ends[i], are the same ones.
+std::vector<Run> runs_of(const std::vector<Tap>& taps, const std::vector<int32_t>& ends,
+                         int64_t stride) {
+  std::vector<Run> runs;
+  std::vector<int64_t> last(stride, -1);  // the run of the place before, `stride` back
+  for (int64_t i = 0; i < static_cast<int64_t>(ends.size()); ++i) {
+    const int32_t first = i ? ends[i - 1] : 0, count = ends[i] - first;
+    int64_t& current = last[i % stride];
+    bool same = current >= 0 && runs[current].tap_count == count;
+    for (int32_t t = 0; same && t < count; ++t) {
+      const Tap& before = taps[runs[current].taps + t];
+      same = before.tap == taps[first + t].tap &&
+             before.at + runs[current].count == taps[first + t].at;
+    }
+    if (same) {
+      ++runs[current].count;
+    } else {
+      current = static_cast<int64_t>(runs.size());
+      runs.push_back({static_cast<int32_t>(i), static_cast<int32_t>(stride), 1, first, count});
+    }
+  }
+  return runs;
+}
+
 Window window_of(int64_t kh, int64_t kw, const std::vector<int64_t>& stride,
                  const std::vector<int64_t>& dilation) {
   return {kh, kw, stride[0], stride[1], dilation[0], dilation[1]};
@@ -161,6 +185,7 @@ Tensor depthwise_conv_input(Tensor dy, Tensor weight, std::optional<Tensor> inde
   std::vector<int32_t> row_ends, column_ends;
   contributions(H, OH, kh, stride[0], padding[0], dilation[0], rows, row_ends);
   contributions(W, OW, kw, stride[1], padding[1], dilation[1], columns, column_ends);
+  const std::vector<Run> runs = runs_of(columns, column_ends, stride[1]);
   std::vector<float> wide(padded ? N * OH * OW * K : 0);
   if (padded) {
     torch::stable::parallel_for(0, N * OH, 8, [&](int64_t begin, int64_t end) {
@@ -175,9 +200,9 @@ Tensor depthwise_conv_input(Tensor dy, Tensor weight, std::optional<Tensor> inde
       const int64_t n = task / H, h = task % H, from = h ? row_ends[h - 1] : 0;
       float* row = out + task * W * C;
       float* own = back ? live.get(W * K) : row;
-      kernels().depthwise_input(g + n * OH * OW * K, OW, taps.data(), own, W, K, kw,
-                                rows.data() + from, row_ends[h] - from, columns.data(),
-                                column_ends.data());
+      kernels().depthwise_input(g + n * OH * OW * K, OW, taps.data(), own, K, kw,
+                                rows.data() + from, row_ends[h] - from, runs.data(),
+                                static_cast<int64_t>(runs.size()), columns.data());
       if (back) kernels().select(own, row, W, back->view());
     }
   });

@@ -115,24 +115,56 @@ void depthwise_weight(const float* in, int64_t in_width, const float* dy, double
     depthwise_weight_blocks<0>(in, in_width, dy, total, rows, width, Blocks(K), window);
 }
 
-void depthwise_input(const float* dy, int64_t dy_width, const float* weight, float* dx,
-                     int64_t width, int64_t K, int64_t kw, const Tap* rows, int64_t row_count,
-                     const Tap* columns, const int32_t* column_ends) {
+// ROWS x COLUMNS taps, known to the compiler so that weights stay in registers; 0: any number.
+template <int ROWS, int COLUMNS>
+SACL_INLINE void input_run(const float* dy, int64_t dy_width, const float* weight, float* dx,
+                           int64_t K, int64_t kw, const Tap* rows, int64_t row_count, Run run,
+                           const Tap* columns) {
+  const int64_t height = ROWS ? ROWS : row_count, width = COLUMNS ? COLUMNS : run.tap_count;
+  Vec own[ROWS ? ROWS * COLUMNS : 1];
+  for (int64_t t = 0; t < ROWS * COLUMNS; ++t)
+    own[t] = load(weight + (rows[t / width].tap * kw + columns[t % width].tap) * K);
+  for (int64_t x = 0; x < run.count; ++x) {
+    Vec sum = {};
+    for (int64_t i = 0; i < height; ++i) {
+      for (int64_t j = 0; j < width; ++j) {
+        const Vec g = load(dy + (rows[i].at * dy_width + columns[j].at + x) * K);
+        sum += g * (ROWS ? own[ROWS ? i * width + j : 0]
+                         : load(weight + (rows[i].tap * kw + columns[j].tap) * K));
+      }
+    }
+    store(dx + (run.first + x * run.step) * K, sum);
+  }
+}
+
+void depthwise_input(const float* dy, int64_t dy_width, const float* weight, float* dx, int64_t K,
+                     int64_t kw, const Tap* rows, int64_t row_count, const Run* runs,
+                     int64_t run_count, const Tap* columns) {
   const Blocks blocks(K);
   for (int64_t b = 0; b < blocks.count; ++b) {
     const int64_t c = blocks.start(b);
-    const Tap* column = columns;
-    for (int64_t x = 0; x < width; ++x) {
-      const Tap* end = columns + column_ends[x];
-      Vec sum = {};
-      for (int64_t i = 0; i < row_count; ++i) {
-        const float* row = dy + rows[i].at * dy_width * K + c;
-        const float* taps = weight + rows[i].tap * kw * K + c;
-        for (const Tap* j = column; j != end; ++j)
-          sum += load(row + j->at * K) * load(taps + j->tap * K);
+    for (int64_t r = 0; r < run_count; ++r) {
+      const Run run = runs[r];
+      const Tap* taps = columns + run.taps;
+#define CALL(ROWS, COLUMNS)                                                                   \
+  case ROWS * 4 + COLUMNS:                                                                    \
+    input_run<ROWS, COLUMNS>(dy + c, dy_width, weight + c, dx + c, K, kw, rows, row_count, run, \
+                             taps);                                                           \
+    break
+      switch (row_count <= 3 && run.tap_count <= 3 ? row_count * 4 + run.tap_count : 0) {
+        CALL(1, 1);
+        CALL(1, 2);
+        CALL(1, 3);
+        CALL(2, 1);
+        CALL(2, 2);
+        CALL(2, 3);
+        CALL(3, 1);
+        CALL(3, 2);
+        CALL(3, 3);
+        default:
+          input_run<0, 0>(dy + c, dy_width, weight + c, dx + c, K, kw, rows, row_count, run, taps);
       }
-      store(dx + x * K + c, sum);
-      column = end;
+#undef CALL
     }
   }
 }

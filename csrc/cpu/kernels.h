@@ -24,6 +24,13 @@ struct Tap {  // one term of a sum over a window: which tap it is, and where it 
   int32_t tap, at;
 };
 
+// Places first, first + step, ... that read with the same taps, each one place further than the one
+// before.
+struct Run {
+  int32_t first, step, count;
+  int32_t taps, tap_count;  // which of a list
+};
+
 // Channel c of the result is channel source[c] of what is given, or 0 where that is -1. As 16
 // channels at a time are put together from vectors of 16: the results of block b are the parts
 // ends[b - 1] .. ends[b], which do not overlap.
@@ -72,8 +79,8 @@ struct Kernels {
                     int64_t rows, int64_t width, int64_t K, Window window);
   // One row of the input's gradient: the sum over taps of rows of dy, and in them over columns.
   void (*depthwise_input)(const float* dy, int64_t dy_width, const float* weight, float* dx,
-                          int64_t width, int64_t K, int64_t kw, const Tap* rows, int64_t row_count,
-                          const Tap* columns, const int32_t* column_ends);
+                          int64_t K, int64_t kw, const Tap* rows, int64_t row_count,
+                          const Run* runs, int64_t run_count, const Tap* columns);
   // total (kh kw, K) += the weight's gradient over `rows` rows of dy.
   void (*depthwise_weight)(const float* in, int64_t in_width, const float* dy, double* total,
                            int64_t rows, int64_t width, int64_t K, Window window);
