@@ -42,4 +42,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sacl_fast, m) {
   m.def("slim_pointwise_backward(Tensor dy, Tensor x, Tensor weight, Tensor? in_index, "
         "Tensor? out_index, Tensor? rest, Tensor? rest_index, int[] offset_shape) -> "
         "(Tensor, Tensor, Tensor, Tensor)");
+
+  // Views of images (H, W, 3) uint8, normalised: (x - mean) / std in 0..255. draws (V, n, 16)
+  // float64, a row for each view and image: top, left, height and width of the crop; whether it is
+  // flipped; four operations (0 none, 1 brightness, 2 contrast, 3 saturation, 4 hue), their factors;
+  // whether it is gray; sigma of the blur (0: none); the value from which on it is solarised (256:
+  // not at all). window: of the blur, odd. Work is shared among `threads` threads of its own.
+  // -> (V n, 3, size, size) float32
+  m.def("augment(Tensor[] images, Tensor draws, int size, int window, Tensor mean, Tensor std, "
+        "int threads) -> Tensor");
 }
