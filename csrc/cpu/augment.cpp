@@ -13,7 +13,6 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <numbers>
 #include <thread>
 #include <vector>
 
@@ -273,10 +272,10 @@ Tensor augment(std::vector<Tensor> images, Tensor draws, int64_t size, int64_t w
       augmentation(given[image], drawn[at], to + at * 3 * size * size);
     }
   };
-  std::vector<std::jthread> helpers;
+  std::vector<std::thread> helpers;
   for (int64_t i = 1; i < threads; ++i) helpers.emplace_back(work);
   work();
-  helpers.clear();
+  for (std::thread& helper : helpers) helper.join();
   return out;
 }
 

@@ -9,18 +9,29 @@ SACL_INLINE uint8_t clipped(int32_t x) {
 
 // --- crop ----------------------------------------------------------------------------------------
 
+// Every byte of the lower halves of two rows in turn, or of the upper ones.
+SACL_INLINE Bytes interleaved(Bytes a, Bytes b, bool upper) {
+#if defined(__clang__)
+  return upper ? __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14,
+                                         30, 15, 31)
+               : __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7,
+                                         23);
+#else
+  const Bytes lower = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+  return upper ? __builtin_shuffle(a, b, lower + 8) : __builtin_shuffle(a, b, lower);
+#endif
+}
+
 // Interleaving rows i and i + 8 turns the index of an element by one bit, the highest of the row's
 // becoming the lowest of the column's; four times over, row and column have changed places.
 SACL_INLINE void transpose_tile(const uint8_t* in, int64_t in_stride, uint8_t* out,
                                 int64_t out_stride) {
-  const Bytes first = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-  const Bytes second = first + 8;
   Bytes rows[kLanes], turned[kLanes];
   for (int64_t i = 0; i < kLanes; ++i) std::memcpy(&rows[i], in + i * in_stride, sizeof(Bytes));
   for (int64_t bit = 0; bit < 4; ++bit) {
     for (int64_t i = 0; i < kLanes / 2; ++i) {
-      turned[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], first);
-      turned[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], second);
+      turned[2 * i] = interleaved(rows[i], rows[i + kLanes / 2], false);
+      turned[2 * i + 1] = interleaved(rows[i], rows[i + kLanes / 2], true);
     }
     for (int64_t i = 0; i < kLanes; ++i) rows[i] = turned[i];
   }
