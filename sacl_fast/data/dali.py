@@ -57,7 +57,7 @@ class DaliError(RuntimeError):
     """DALI failed at a batch; the pipeline is of no more use."""
 
 
-class _Pipeline:
+class FedPipeline:
     """A graph that is fed by a function; its outputs are owned by whoever takes them."""
 
     def __init__(self, feed: Callable[[], Any]) -> None:
@@ -84,12 +84,12 @@ class _Pipeline:
             raise DaliError(_reason(error)) from error
 
 
-class ImagePipeline(_Pipeline):
+class ImagePipeline(FedPipeline):
     """Decoded images on the CPU, batch after batch of up to ``batch``, of which one is decoded in
     the background. ``feed`` is called for the encoded images of each batch in turn."""
 
     def __init__(
-        self, feed: Callable[[], Sequence[np.ndarray]], *, batch: int, threads: int
+        self, feed: Callable[[], np.ndarray | Sequence[np.ndarray]], *, batch: int, threads: int
     ) -> None:
         super().__init__(feed)
         self._build(
@@ -103,7 +103,7 @@ class ImagePipeline(_Pipeline):
         return [torch.from_dlpack(image) for image in images]
 
 
-class ViewPipeline(_Pipeline):
+class ViewPipeline(FedPipeline):
     """Batches of both views of ``batch`` images, ``ahead`` of them prepared in the background.
 
     ``feed`` is called for each batch in turn; ``encoded`` says which kind of images it gives.
@@ -214,7 +214,7 @@ def _graph(
 
 
 @pipeline_def
-def _images(feed: Callable[[], Sequence[np.ndarray]]):
+def _images(feed: Callable[[], Any]):
     return _decoded(fn.external_source(feed, batch=True), "cpu", 0.65)
 
 
