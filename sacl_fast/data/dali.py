@@ -98,9 +98,12 @@ class ImagePipeline(FedPipeline):
         )  # fmt: skip
 
     def run(self) -> list[Tensor]:
-        """The next batch: (H, W, 3) uint8 each. Raises DaliError, or what ``feed`` raises."""
-        (images,) = self._outputs()
-        return [torch.from_dlpack(image) for image in images]
+        """The next batch: (H, W, 3) uint8 each, in memory that is theirs until the batch after it.
+
+        Raises DaliError, or what ``feed`` raises.
+        """
+        (self._held,) = self._outputs()
+        return [torch.from_dlpack(image) for image in self._held]
 
 
 class ViewPipeline(FedPipeline):
