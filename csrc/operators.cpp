@@ -43,6 +43,25 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sacl_fast, m) {
         "Tensor? out_index, Tensor? rest, Tensor? rest_index, int[] offset_shape) -> "
         "(Tensor, Tensor, Tensor, Tensor)");
 
+  // The sum of two activations of which each channel may be live or constant over samples and
+  // image: a (N, Ka, H, W), a_rest (Ra) or null, b and b_rest likewise. Channel u of the result is
+  // a's a_source[u] (U) of live channels and then constants (null: all live ones in order), plus
+  // b's.
+  // -> (N, U, H, W)
+  m.def("slim_add(Tensor a, Tensor? a_rest, Tensor? a_source, Tensor b, Tensor? b_rest, "
+        "Tensor? b_source) -> Tensor");
+  // -> da, da_rest (Ra), db, db_rest (Rb); da or db is empty (0) where it is dy itself.
+  m.def("slim_add_backward(Tensor dy, int a_live, int a_rest, Tensor? a_source, int b_live, "
+        "int b_rest, Tensor? b_source) -> (Tensor, Tensor, Tensor, Tensor)");
+
+  // Channels times a gate for each sample: x (N, K, H, W), map (1, R, H, W) or null, gate (N, C),
+  // index (K) or null, map_index (R).
+  // -> (N, K + R, H, W)
+  m.def("slim_gate(Tensor x, Tensor? map, Tensor gate, Tensor? index, Tensor? map_index) -> Tensor");
+  // -> dx, dmap (1, R, H, W) or empty (0), dgate (N, C)
+  m.def("slim_gate_backward(Tensor dy, Tensor x, Tensor? map, Tensor gate, Tensor? index, "
+        "Tensor? map_index) -> (Tensor, Tensor, Tensor)");
+
   // Views of images (H, W, 3) uint8, normalised: (x - mean) / std in 0..255. draws (V, n, 16)
   // float64, a row for each view and image: top, left, height and width of the crop; whether it is
   // flipped; four operations (0 none, 1 brightness, 2 contrast, 3 saturation, 4 hue), their factors;

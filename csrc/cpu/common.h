@@ -7,6 +7,8 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <optional>
+#include <vector>
 
 #include "cpu/kernels.h"
 
@@ -45,5 +47,42 @@ inline Tensor new_nhwc(int64_t N, int64_t C, int64_t H, int64_t W) {
 }
 
 inline float* floats_out(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
+// The places of some channels among `of`: an index list, or 0, 1, ... where there is none.
+class Places {
+ public:
+  Places(const std::optional<Tensor>& index, int64_t count, int64_t of) : size_(count) {
+    if (!index.has_value()) {
+      STD_TORCH_CHECK(count == of, "without an index list there must be ", of, " channels, not ",
+                      count);
+      return;
+    }
+    STD_TORCH_CHECK(index->dim() == 1 && index->size(0) == count && index->is_contiguous() &&
+                        index->scalar_type() == torch::headeronly::ScalarType::Long,
+                    "an index list must hold one place (int64) for each of ", count, " channels");
+    places_ = static_cast<const int64_t*>(index->const_data_ptr());
+    for (int64_t i = 0; i < count; ++i)
+      STD_TORCH_CHECK(places_[i] >= 0 && places_[i] < of, "an index is out of range");
+  }
+
+  // Those that the list names; none without one.
+  static Places listed(const std::optional<Tensor>& index, int64_t of) {
+    return index.has_value() ? Places(index, index->numel(), of) : Places(std::nullopt, 0, 0);
+  }
+
+  int64_t size() const { return size_; }
+  bool all() const { return !places_; }
+  int64_t operator[](int64_t i) const { return places_ ? places_[i] : i; }
+
+  std::vector<float> of(const float* values) const {  // those at the places
+    std::vector<float> chosen(size_);
+    for (int64_t i = 0; i < size_; ++i) chosen[i] = values[(*this)[i]];
+    return chosen;
+  }
+
+ private:
+  const int64_t* places_ = nullptr;
+  int64_t size_;
+};
 
 }  // namespace sacl

@@ -53,6 +53,17 @@ struct Kernels {
   void (*gradient)(int64_t act, const float* dy, const float* x, float* dx, int64_t rows, int64_t K,
                    Channels k, const float* constant, const float* projection);
 
+  // Sums and products of activations (combine.cpp); rows of K channels, `stride` apart.
+  // out = a + b + constant
+  void (*add)(const float* a, const float* b, const float* constant, float* out, int64_t rows,
+              int64_t K);
+  // out = in * factor, or out += that
+  void (*scale)(const float* in, int64_t in_stride, const float* factor, float* out,
+                int64_t out_stride, int64_t rows, int64_t K, bool accumulate);
+  // total (K) = the column sums of a * b
+  void (*products)(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows,
+                   int64_t K, float* total);
+
   // Depthwise convolution (depthwise.cpp). Images are (rows, width, K), weights (kh kw, K); K is
   // at least kLanes.
   // A row of pixels with other channels.

@@ -33,3 +33,8 @@ def takes(x: Tensor, *vectors: Tensor) -> bool:
         and x.is_contiguous(memory_format=torch.channels_last)
         and x.numel() > 0
     )
+
+
+def images(like: Tensor, *shape: int) -> Tensor:
+    """An empty (N, C, H, W) in channels-last memory."""
+    return like.new_empty(shape).contiguous(memory_format=torch.channels_last)

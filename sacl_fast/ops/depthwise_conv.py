@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from sacl_fast.ops import compiled
@@ -24,24 +25,28 @@ def depthwise_conv(
     x: Tensor,
     weight: Tensor,
     index: Tensor | None = None,
+    filters: Tensor | None = None,
     *,
     stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
     backend: str = "auto",
 ) -> Tensor:
-    """(N, C, H, W) to (N, K, H', W'): filter j on channel ``index[j]``.
+    """(N, C, H, W) to (N, K, H', W'): output j is filter ``filters[j]`` on channel ``index[j]``.
 
     Args:
         x: (N, C, H, W).
-        weight: (K, 1, kh, kw).
+        weight: (Cout, 1, kh, kw).
         index: (K,) int64, no channel twice; None: K = C, in order.
+        filters: (K,) int64; None: K = Cout, in order.
         backend: ``cpu`` (compiled: CPU, float32, channels-last memory), ``torch``, or ``auto``.
     """
     if backend != "torch" and _suits(x, weight):
-        return torch.ops.sacl_fast.depthwise_conv(
-            x, weight.squeeze(1), index, stride, padding, dilation
+        return _DepthwiseConv.apply(  # type: ignore[no-any-return]
+            x, weight, index, filters, stride, padding, dilation
         )
+    if filters is not None:
+        weight = weight.index_select(0, filters)
     if index is not None:
         x = take_channels(x, index)
     return F.conv2d(x, weight, None, stride, padding, dilation, groups=len(weight))
@@ -51,16 +56,49 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
     return compiled.takes(x, weight) and is_compiled()
 
 
+class _DepthwiseConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        index: Tensor | None,
+        filters: Tensor | None,
+        *window: tuple[int, int],
+    ) -> Tensor:
+        chosen = weight.squeeze(1)
+        chosen = chosen.contiguous() if filters is None else chosen.index_select(0, filters)
+        ctx.save_for_backward(x, chosen)
+        ctx.index, ctx.filters, ctx.window, ctx.full = index, filters, window, weight.shape
+        return torch.ops.sacl_fast.depthwise_conv(  # type: ignore[no-any-return]
+            x, chosen, index, *window
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        op = torch.ops.sacl_fast
+        x, weight = ctx.saved_tensors
+        dy, dx, dweight = dy.contiguous(memory_format=torch.channels_last), None, None
+        if ctx.needs_input_grad[0]:
+            _, channels, high, wide = x.shape
+            size = high, wide, channels
+            dx = op.depthwise_conv_input(dy, weight, ctx.index, *size, *ctx.window)
+        if ctx.needs_input_grad[1]:
+            dweight = op.depthwise_conv_weight(x, dy, ctx.index, *weight.shape[1:], *ctx.window)
+            if ctx.filters is not None:
+                full = dweight.new_zeros(ctx.full[0], *dweight.shape[1:])
+                dweight = full.index_copy_(0, ctx.filters, dweight)
+            dweight = dweight.unsqueeze(1)
+        return dx, dweight, *[None] * 5
+
+
 @cache
 def is_compiled() -> bool:
-    """Whether the compiled operator is there; tells PyTorch its shapes and gradients."""
+    """Whether the compiled operator is there; tells PyTorch its shapes and FLOPs."""
     if compiled.obstacle() is None:
         _register()
     return compiled.obstacle() is None
-
-
-def _images(like: Tensor, *shape: int) -> Tensor:
-    return like.new_empty(shape).contiguous(memory_format=torch.channels_last)
 
 
 def _register() -> None:
@@ -70,11 +108,11 @@ def _register() -> None:
     def _(x: Tensor, weight: Tensor, index: Any, stride: Any, padding: Any, dilation: Any) -> Any:
         sides = zip(x.shape[2:], weight.shape[1:], stride, padding, dilation, strict=True)
         high, wide = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides)
-        return _images(x, x.shape[0], weight.shape[0], high, wide)
+        return compiled.images(x, x.shape[0], weight.shape[0], high, wide)
 
     @torch.library.register_fake("sacl_fast::depthwise_conv_input")
     def _(dy: Tensor, weight: Tensor, index: Any, H: int, W: int, C: int, *_: Any) -> Any:
-        return _images(dy, dy.shape[0], C, H, W)
+        return compiled.images(dy, dy.shape[0], C, H, W)
 
     @torch.library.register_fake("sacl_fast::depthwise_conv_weight")
     def _(x: Tensor, dy: Tensor, index: Any, kh: int, kw: int, *_: Any) -> Any:
@@ -91,23 +129,3 @@ def _register() -> None:
     @register_flop_formula(op.depthwise_conv_weight)
     def _(x: Any, dy: Any, index: Any, kh: int, kw: int, *_: Any, **__: Any) -> int:
         return 2 * prod(dy) * kh * kw
-
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        x, weight, index, *ctx.window = inputs
-        ctx.has_index = index is not None
-        ctx.save_for_backward(x, weight, *([index] if ctx.has_index else []))
-
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, *rest = ctx.saved_tensors
-        index = rest[0] if ctx.has_index else None
-        dy, dx, dweight = dy.contiguous(memory_format=torch.channels_last), None, None
-        if ctx.needs_input_grad[0]:
-            _, channels, high, wide = x.shape
-            dx = op.depthwise_conv_input(dy, weight, index, high, wide, channels, *ctx.window)
-        if ctx.needs_input_grad[1]:
-            dweight = op.depthwise_conv_weight(x, dy, index, *weight.shape[1:], *ctx.window)
-        return dx, dweight, None, None, None, None
-
-    torch.library.register_autograd(
-        "sacl_fast::depthwise_conv", backward, setup_context=setup_context
-    )

@@ -17,9 +17,8 @@ from sacl_fast.ops.batch_norm import (
     standardize_channels,
     update_running,
 )
-from sacl_fast.ops.batch_norm_act import batch_norm_act
 from sacl_fast.ops.collectives import world_size
-from sacl_fast.ops.slim_conv import BACKEND, take
+from sacl_fast.ops.slim_conv import take
 
 
 def slim_batch_norm(
@@ -52,11 +51,6 @@ def slim_batch_norm(
     if not training or values.numel() == count * values.shape[1]:
         if training and over_ranks:
             out = global_batch_norm(values, mean, var, weight, bias, momentum, eps)
-        elif training and weight is not None and bias is not None:
-            out, batch_mean, batch_var = batch_norm_act(
-                values, weight, bias, eps=eps, backend=BACKEND.get()
-            )
-            update_running(mean, var, batch_mean, batch_var, count, momentum)
         else:
             out = F.batch_norm(values, mean, var, weight, bias, training, momentum, eps)
     else:

@@ -34,11 +34,6 @@ def assemble(shape: torch.Size, values: list[Tensor], indices: list[Tensor]) -> 
     return _Assemble.apply(shape, len(values), *values, *indices)  # type: ignore[no-any-return]
 
 
-def add_channels(base: Tensor, values: list[Tensor], indices: list[Tensor]) -> Tensor:
-    """``base + assemble(...)`` for a dense base (N, C, H, W), without the sum's second operand."""
-    return _AddChannels.apply(base, len(values), *values, *indices)  # type: ignore[no-any-return]
-
-
 def add_map(x: Tensor, values: Tensor) -> Tensor:
     """``x + values``, into x: (N, C, H, W) and, for all samples, (1, C, H, W).
 
@@ -97,21 +92,6 @@ class _Assemble(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return None, None, *_parts_of(ctx, grad)
-
-
-class _AddChannels(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, base: Tensor, count: int, *tensors: Tensor) -> Tensor:
-        values, indices = _remember(ctx, count, tensors)
-        out = base.clone()
-        for v, index in zip(values, indices, strict=True):
-            _add(out, index, v.expand(base.shape[0], -1, *base.shape[2:]))
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return grad, None, *_parts_of(ctx, grad)
 
 
 def _remember(

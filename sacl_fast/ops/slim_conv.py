@@ -42,6 +42,9 @@ class Geometry(NamedTuple):
     dilation: tuple[int, int]
 
 
+POINTWISE = Geometry((1, 1), (0, 0), (1, 1))
+
+
 def output_size(
     size: tuple[int, int], kernel: tuple[int, int], geometry: Geometry
 ) -> tuple[int, int]:
@@ -72,23 +75,6 @@ def take_filters(weight: Tensor, out_index: Tensor | None, in_index: Tensor | No
         else:
             weight = weight.index_select(0, out_index)
     return weight if in_index is None else take_channels(weight, in_index)
-
-
-def slim_pointwise(
-    live: Tensor,
-    weight: Tensor,
-    in_index: Tensor | None,
-    out_index: Tensor | None,
-    offset: Tensor | None = None,
-) -> Tensor:
-    """1x1 convolution, stride 1: (N, K_in, H, W) -> (N, K_out, H, W).
-
-    Args:
-        live: the input channels ``in_index`` of the full activation.
-        weight: full, (Cout, Cin, 1, 1).
-        offset: (1 or N, K_out, 1 or H, 1 or W), added: bias and the part of constant channels.
-    """
-    return slim_conv2d(live, weight, in_index, out_index, offset, Geometry((1, 1), (0, 0), (1, 1)))
 
 
 def slim_conv2d(
@@ -133,12 +119,12 @@ def slim_depthwise(
         bias: full, (Cout,).
         multiplier: filters that read one channel of the full activation.
     """
-    filters = take(weight, out_index)
     bias = None if bias is None else take(bias, out_index)
     if multiplier == 1 and not isinstance(geometry.padding, str):
         window = geometry._asdict()
-        y = depthwise_conv(values, filters, in_positions, **window, backend=BACKEND.get())
+        y = depthwise_conv(values, weight, in_positions, out_index, **window, backend=BACKEND.get())
         return y if bias is None else y + bias.view(1, -1, 1, 1)
+    filters = take(weight, out_index)
     read = values if in_positions is None else take_channels(values, in_positions)
     return F.conv2d(read, filters, bias, *geometry, groups=filters.shape[0])
 

@@ -104,3 +104,15 @@ def window(a: Channels, start: int, stop: int) -> tuple[Channels, Channels]:
     """Those numbered ``start`` to ``stop - 1``, counted from ``start``; and their positions."""
     positions = np.flatnonzero((a.numbers >= start) & (a.numbers < stop))
     return channels(a.numbers[positions] - start), channels(positions)
+
+
+@lru_cache(maxsize=16384)
+def sources(
+    live_a: Channels, rest_a: Channels, live_b: Channels, rest_b: Channels
+) -> tuple[Channels, Channels, Channels]:
+    """For the sum of two activations of the same channels: those that are live in either, and
+    which of a's, and of b's, live channels and then constants they are."""
+    both_a, both_b = joined(live_a, rest_a), joined(live_b, rest_b)
+    either = joined(live_a, channels(np.setdiff1d(live_b.numbers, live_a.numbers)))
+    in_a, in_b = (channels(np.argsort(both.numbers)[either.numbers]) for both in (both_a, both_b))
+    return either, in_a, in_b

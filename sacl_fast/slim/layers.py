@@ -17,20 +17,33 @@ from torch import Tensor
 from torch.nn.modules.utils import _pair
 
 from sacl_fast.ops.batch_norm import global_batch_norm
+from sacl_fast.ops.batch_norm_act import Activation, batch_norm_act
 from sacl_fast.ops.slim_batch_norm import slim_batch_norm
 from sacl_fast.ops.slim_conv import (
+    BACKEND,
+    POINTWISE,
     Geometry,
     constant_response,
     output_size,
     slim_conv2d,
     slim_depthwise,
-    slim_pointwise,
     take,
     take_filters,
 )
+from sacl_fast.ops.slim_pointwise import slim_pointwise
 from sacl_fast.slim.channels import Channels, all_channels, complement, readers
 from sacl_fast.slim.rules import as_image, by_part, rule_for
-from sacl_fast.slim.tensor import RULES, KeptFilters, Part, SlimTensor, at, dense, make
+from sacl_fast.slim.tensor import (
+    RULES,
+    KeptFilters,
+    Part,
+    SlimTensor,
+    arranged,
+    at,
+    dense,
+    later,
+    with_zeros,
+)
 
 
 @rule_for("conv2d")
@@ -67,11 +80,9 @@ def _conv2d(
     else:
         y = F.conv2d(dense(input), dense(weight), dense(bias), *geometry, groups=groups)
         outputs = [Part(kept, at(y, kept))]
-    zeroed = complement(kept, count)
-    y = outputs[0].values
-    outputs.append(Part(zeroed, y.new_zeros(1, len(zeroed), 1, 1)))
     size = output_size(_size(input), _size(weight), geometry)
-    return make(outputs, torch.Size((input.shape[0], count, *size)))
+    shape = torch.Size((input.shape[0], count, *size))
+    return with_zeros(outputs, complement(kept, count), shape)
 
 
 def _size(x: Tensor) -> tuple[int, int]:
@@ -90,6 +101,8 @@ def _sum_over_parts(
     device, (out_channels, in_channels) = weight.device, weight.shape[:2]
     out = kept.index(device, out_channels)
     offset = None if bias is None else take(bias, out).view(1, -1, 1, 1)
+    if weight.shape[2:] == (1, 1) and geometry == POINTWISE:
+        return _sum_of_pointwise(parts, x, weight, out, offset)
     for p in parts[1:]:
         index = p.channels.index(device, in_channels)
         if p.is_constant:
@@ -98,13 +111,39 @@ def _sum_over_parts(
         else:
             response = slim_conv2d(as_image(p, x), weight, index, out, None, geometry)
         offset = response if offset is None else offset + response
-    live, index = parts[0].values, parts[0].channels.index(device, in_channels)
-    if weight.shape[2:] == (1, 1) and geometry == _POINTWISE:
-        return slim_pointwise(live, weight, index, out, offset)
-    return slim_conv2d(live, weight, index, out, offset, geometry)
+    live = parts[0]
+    index = live.channels.index(device, in_channels)
+    return slim_conv2d(live.values, weight, index, out, offset, geometry)
 
 
-_POINTWISE = Geometry((1, 1), (0, 0), (1, 1))
+def _sum_of_pointwise(
+    parts: tuple[Part, ...],
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor | None,
+    offset: Tensor | None,
+) -> Tensor:
+    """A constant is taken in along with a larger part, and so is what a map comes to."""
+    live, *others = parts
+    constant = [p for p in others if p.is_constant]
+    shared = next((p for p in constant if len(p.values) == 1), None)
+    own = next((p for p in constant if len(p.values) > 1), None)  # for each sample
+
+    def index(p: Part | None) -> Tensor | None:
+        return None if p is None else p.channels.index(weight.device, weight.shape[1])
+
+    def add(values: Tensor, p: Part, rest: Part | None) -> Tensor:
+        constants = None if rest is None else rest.values
+        return slim_pointwise(
+            *(values, weight, index(p), out, constants, index(rest), offset), backend=BACKEND.get()
+        )
+
+    for p in others:
+        if not p.is_constant:
+            offset, shared = add(as_image(p, x), p, shared), None
+    if own and shared:
+        offset, shared = add(shared.values, shared, None), None
+    return add(live.values, live, own or shared)
 
 
 def _depthwise(
@@ -118,19 +157,21 @@ def _depthwise(
     """The kept outputs, by the parts that they read."""
     device, count = weight.device, weight.shape[0]
     multiplier = count // x.shape[1]
+    last = parts[0].values.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if last else torch.contiguous_format
     outputs = []
     for p in parts:
         own, positions = readers(p.channels, kept, multiplier)
         if not len(own):
             continue
         out, read = own.index(device, count), positions.index(device, len(p.channels))
-        if p.is_constant and x.shape[2:] != (1, 1):
+        if p.is_constant and p.values.shape[0] > 1:
             values, filters = at(p.values, positions), take(weight, out)
             response = constant_response(values, filters, _size(x), geometry, depthwise=True)
             if bias is not None:
                 response = response + take(bias, out).view(1, -1, 1, 1)
         else:
-            values = as_image(p, x)
+            values = as_image(p, x).contiguous(memory_format=memory_format)
             response = slim_depthwise(values, weight, read, out, bias, geometry, multiplier)
         outputs.append(Part(own, response))
     live, first = parts[0], outputs[0]
@@ -157,24 +198,42 @@ def _batch_norm(
 ) -> Any:
     if not isinstance(input, SlimTensor):
         return NotImplemented
-    count = input.numel() // input.shape[1]
+    shape, count = input.shape, input.numel() // input.shape[1]
+    options: dict[str, Any] = {"momentum": momentum, "eps": eps}
 
-    def normalize(part: Part) -> Tensor:
-        return slim_batch_norm(
-            part.values,
-            part.channels.index(input.device, input.shape[1]),
-            count,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training=training,
-            momentum=momentum,
-            eps=eps,
-            **over_ranks,
+    def index(channels: Channels) -> Tensor | None:
+        return channels.index(input.device, shape[1])
+
+    if not training or over_ranks or weight is None or bias is None:
+        norm = running_mean, running_var, weight, bias
+        options |= {"training": training, **over_ranks}
+        return by_part(
+            input, lambda p: slim_batch_norm(p.values, index(p.channels), count, *norm, **options)
         )
+    parts, zeroed = input.nonzero_parts, input.zeroed
+    places = None if zeroed is None else zeroed.on(input.device)
+    running: tuple[Tensor | None, Tensor | None] = running_mean, running_var
 
-    return by_part(input, normalize)
+    def finish(act: Activation) -> tuple[Part, ...]:
+        nonlocal running
+        outputs = []
+        for i, p in enumerate(parts):
+            y, rest = batch_norm_act(
+                *(p.values, weight, bias, *running),
+                kept=index(p.channels),
+                zeroed=None if i else places,
+                count=count,
+                act=act,
+                backend=BACKEND.get(),
+                **options,
+            )
+            outputs.append(p._replace(values=y))
+            if zeroed is not None and not i:
+                outputs.append(Part(zeroed, rest))
+        running = None, None  # whoever asks again has the same batch
+        return arranged(outputs, shape)
+
+    return later(finish, shape, parts[0].values)
 
 
 def _global_batch_norm(func: Any, input: Any, *args: Any) -> Any:

@@ -10,14 +10,24 @@ operations follow.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sacl_fast.ops.slim_channels import add_channels
-from sacl_fast.slim.channels import all_channels, common, shifted, window
+from sacl_fast.ops.batch_norm_act import ACTIVATIONS, Activation
+from sacl_fast.ops.slim_arithmetic import slim_add, slim_gate
+from sacl_fast.ops.slim_conv import BACKEND
+from sacl_fast.slim.channels import (
+    all_channels,
+    channels,
+    common,
+    joined,
+    shifted,
+    sources,
+    window,
+)
 from sacl_fast.slim.tensor import RULES, KeptFilters, Part, SlimTensor, at, dense, make, select
 
 Rule = Callable[..., Any]
@@ -58,6 +68,19 @@ def _elementwise(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     if all(v is p.values for v, p in zip(values, x.parts, strict=True)):  # in place, or no change
         return x
     return make([p._replace(values=v) for p, v in zip(x.parts, values, strict=True)], x.shape)
+
+
+_AFTER_NORM = [name for name in ACTIVATIONS if name != "none"]
+
+
+@rule_for(*_AFTER_NORM, *(f"{name}_" for name in _AFTER_NORM))
+def _activation(func: Any, x: Any, *inplace: bool, **named: bool) -> Any:
+    """One that a norm may have waited for; its only other argument is ``inplace``."""
+    if not isinstance(x, SlimTensor) or x.finish is None:
+        return _elementwise(func, x, *inplace, **named)
+    name = func.__name__
+    in_place = name.endswith("_") or any(inplace) or any(named.values())
+    return x.activated(cast(Activation, name.removesuffix("_")), in_place=in_place)
 
 
 def _has_channels(argument: Any) -> bool:
@@ -107,6 +130,10 @@ def _arithmetic(func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
     x, y = (a, b) if isinstance(a, SlimTensor) else (b, a)
     if not isinstance(x, SlimTensor) or isinstance(y, KeptFilters) or "out" in kwargs:
         return NotImplemented
+    if isinstance(y, Tensor) and y.shape == x.shape and func in _SUMS and not kwargs:
+        total = _sum(x, y)
+        if total is not None:
+            return total
     if isinstance(y, SlimTensor):
         return _two_slim(func, a, b, kwargs) if x.shape == y.shape else NotImplemented
     if not _has_channels(y):
@@ -116,13 +143,52 @@ def _arithmetic(func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
     y = y.reshape(*[1] * (4 - y.ndim), *y.shape)
     if y.stride()[2:] == (0, 0):  # a gate that was expanded over the image
         y = y[:, :, :1, :1]
-    if y.shape == x.shape and func in _SUMS and not kwargs and y.dtype == x.dtype:
-        values = [p.values.to(y.dtype) for p in x.parts]
-        return add_channels(y, values, [p.channels.on(y.device) for p in x.parts])
+    if y.shape == (*x.shape[:2], 1, 1) and func in _PRODUCTS and not kwargs:
+        return _gated(x, y)
     return by_part(x, lambda p: _ordered(func, a is x, p.values, _at(y, p), kwargs))
 
 
 _SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
+_PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
+_NO_PART = Part(channels(()), torch.empty(1, 0, 1, 1))
+
+
+def _sum(x: SlimTensor, y: Tensor) -> Tensor | None:
+    """Of activations that are live or constant for all samples; None for others."""
+    operands = []
+    for operand in (x, y):
+        slim = isinstance(operand, SlimTensor)
+        live, *rest = operand.parts if slim else [Part(all_channels(y.shape[1]), operand)]
+        if len(rest) > 1 or any(p.values.shape[::2] != (1, 1) or not p.is_constant for p in rest):
+            return None
+        operands.append((live, rest[0] if rest else _NO_PART))
+    (live_a, rest_a), (live_b, rest_b) = operands
+    if live_a.values.dtype != live_b.values.dtype:
+        return None
+    either, *places = sources(*(p.channels for operand in operands for p in operand))
+    given = []
+    for (live, rest), source in zip(operands, places, strict=True):
+        constants = rest.values if len(rest.channels) else None
+        given += [live.values, constants, source.index(x.device, len(live.channels))]
+    both, in_a, in_b = common(rest_a.channels, rest_b.channels)
+    parts = [Part(either, slim_add(*given, backend=BACKEND.get()))]
+    if len(both):
+        constants = select(rest_a, in_a, both).values + select(rest_b, in_b, both).values
+        parts.append(Part(both, constants))
+    return make(parts, x.shape)
+
+
+def _gated(x: SlimTensor, gate: Tensor) -> Tensor:
+    """Times (N, C, 1, 1): what was the same for all samples is so no more."""
+    live, *rest = x.parts
+    shared = next((p for p in rest if p.values.shape == (1, len(p.channels), *x.shape[2:])), None)
+    index = [None if p is None else p.channels.index(x.device, x.shape[1]) for p in (live, shared)]
+    values = slim_gate(
+        *(live.values, shared.values if shared else None, gate, *index), backend=BACKEND.get()
+    )
+    own = joined(live.channels, shared.channels) if shared else live.channels
+    others = [p._replace(values=p.values * _at(gate, p)) for p in rest if p is not shared]
+    return make([Part(own, values), *others], x.shape)
 
 
 def _ordered(func: Any, first: bool, x: Tensor, y: Any, kwargs: dict[str, Any]) -> Tensor:

@@ -20,8 +20,10 @@ so nothing is dropped: outputs, gradients and running statistics are those of th
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -29,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from sacl_fast.ops.batch_norm_act import Activation
 from sacl_fast.ops.slim_channels import assemble, take_channels
 from sacl_fast.slim.channels import Channels, all_channels, channels, joined
 
@@ -50,6 +53,7 @@ _METADATA: set[Callable[..., Any]] = {
     *(Tensor.is_floating_point, Tensor.is_complex, Tensor.get_device, Tensor.element_size),
     *(torch.is_floating_point, torch.is_complex, torch.numel, Tensor.__hash__),
 }
+_UNFINISHED: ContextVar[Callable[[], Any] | None] = ContextVar("_UNFINISHED", default=None)
 _already_logged: set[str] = set()
 
 
@@ -65,8 +69,37 @@ class Part(NamedTuple):
         return self.values.shape[2:] == (1, 1)
 
 
+Finish = Callable[[Activation], tuple[Part, ...]]
+
+
 class _Wrapper(Tensor):
     """A tensor that exists in pieces; what has no rule is done on its dense form."""
+
+    # What rules and modules ask for all the time is answered without going through torch.
+    full_shape: torch.Size
+    _type: tuple[torch.dtype, torch.device]
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self.full_shape
+
+    @property
+    def ndim(self) -> int:  # type: ignore[override]
+        return len(self.full_shape)
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self._type[0]
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self._type[1]
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.full_shape if dim is None else self.full_shape[dim]
+
+    def dim(self) -> int:
+        return len(self.full_shape)
 
     def dense(self) -> Tensor:
         raise NotImplementedError
@@ -79,6 +112,7 @@ class _Wrapper(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        _finish_other_than(args[0] if args else None)
         if func == Tensor.requires_grad.__get__:  # type: ignore[attr-defined]
             return args[0].requires_gradient
         if rule := RULES.get(func):
@@ -98,17 +132,50 @@ class _Wrapper(Tensor):
 class SlimTensor(_Wrapper):
     """An activation (N, C, H, W) in parts; the first is full-size and has at least one channel.
 
-    Made by ``make``.
+    Made by ``make``, ``with_zeros`` and ``later``. The last two leave something undone until the
+    parts are asked for: what comes next can often do it along with its own work.
     """
 
-    parts: tuple[Part, ...]
+    zeroed: Channels | None = None
+    """channels of value 0 that are not among the parts yet"""
+    finish: Finish | None = None
+    """gives the parts, after an activation"""
+
+    _parts: tuple[Part, ...]
 
     @staticmethod
-    def __new__(cls, parts: tuple[Part, ...], shape: torch.Size) -> SlimTensor:
-        live = parts[0].values
-        made = Tensor._make_wrapper_subclass(cls, shape, dtype=live.dtype, device=live.device)
-        made.parts = parts
+    def __new__(
+        cls, parts: tuple[Part, ...], shape: torch.Size, like: Tensor | None = None
+    ) -> SlimTensor:
+        like = parts[0].values if like is None else like
+        made = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+        made.full_shape, made._type, made._parts = shape, (like.dtype, like.device), parts
         return made  # type: ignore[no-any-return]
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        if self.finish is not None:
+            finish, self.finish = self.finish, None
+            self._parts = finish("none")
+        if self.zeroed is not None:
+            zeroed, self.zeroed = self.zeroed, None
+            self._parts = arranged((*self._parts, _zeros(zeroed, self._parts)), self.shape)
+        return self._parts
+
+    @property
+    def nonzero_parts(self) -> tuple[Part, ...]:
+        """The parts but for the channels ``zeroed``."""
+        return self._parts if self.finish is None else self.parts
+
+    def activated(self, act: Activation, *, in_place: bool) -> SlimTensor:
+        """What ``finish`` gives with an activation."""
+        assert self.finish is not None
+        parts = self.finish(act)
+        if in_place:
+            self.finish, self._parts = None, parts
+            return self
+        _UNFINISHED.set(weakref.ref(self))  # to be finished for whoever still has it
+        return SlimTensor(parts, self.shape)
 
     def dense(self) -> Tensor:
         (first, *rest) = self.parts
@@ -120,10 +187,11 @@ class SlimTensor(_Wrapper):
 
     def become(self, other: Tensor) -> SlimTensor:
         """Take another tensor's values: what an in-place operation does."""
+        self.zeroed = self.finish = None
         if isinstance(other, SlimTensor):
-            self.parts = other.parts
+            self._parts = other.parts
         else:
-            self.parts = (Part(all_channels(other.shape[1]), other),)
+            self._parts = (Part(all_channels(other.shape[1]), other),)
         return self
 
     @property
@@ -153,6 +221,7 @@ class KeptFilters(_Wrapper):
         made = Tensor._make_wrapper_subclass(
             cls, parameter.shape, dtype=parameter.dtype, device=parameter.device
         )
+        made.full_shape, made._type = parameter.shape, (parameter.dtype, parameter.device)
         made.parameter, made.mask, made.kept = parameter, mask, kept
         return made  # type: ignore[no-any-return]
 
@@ -197,9 +266,54 @@ def dense_for_custom_functions() -> Iterator[None]:
 def make(parts: Sequence[Part], shape: torch.Size) -> Tensor:
     """The tensor (N, C, H, W) of these parts, which together hold each channel once.
 
-    Parts of one form are joined. Where nothing is left to save, because all channels are
-    full-size or a channel is a single value, the tensor is an ordinary one.
+    Where nothing is left to save, because all channels are full-size or a channel is a single
+    value, the tensor is an ordinary one.
     """
+    parts = arranged(parts, shape)
+    made = SlimTensor(parts, shape)
+    return made if len(parts) > 1 and shape[2:] != (1, 1) else made.dense()
+
+
+def with_zeros(parts: Sequence[Part], zeroed: Channels, shape: torch.Size) -> Tensor:
+    """The tensor of these parts and of channels of value 0. The first part is full-size, or not
+    there to be read."""
+    if not len(zeroed) or shape[2:] == (1, 1) or not _is_live(parts[0], shape):
+        return make([*parts, _zeros(zeroed, parts)], shape)
+    made = SlimTensor(arranged(parts, shape), shape)
+    made.zeroed = zeroed
+    return made
+
+
+def later(finish: Finish, shape: torch.Size, like: Tensor) -> SlimTensor:
+    """The tensor whose parts ``finish`` gives: with the activation that is done next, or with none
+    before anything else is done to any slim tensor."""
+    made = SlimTensor((), shape, like)
+    made.finish = finish
+    _UNFINISHED.set(lambda: made)
+    return made
+
+
+@contextmanager
+def finishing() -> Iterator[None]:
+    """At its end, what ``later`` has left undone is done."""
+    try:
+        yield
+        _finish_other_than(None)
+    finally:
+        _UNFINISHED.set(None)
+
+
+def _finish_other_than(x: Any) -> None:
+    unfinished = _UNFINISHED.get()
+    if unfinished is not None:
+        _UNFINISHED.set(None)
+        tensor = unfinished()
+        if tensor is not None and tensor is not x:
+            tensor.parts  # noqa: B018
+
+
+def arranged(parts: Sequence[Part], shape: torch.Size) -> tuple[Part, ...]:
+    """The parts that are not empty, those of one form joined, a full-size one first."""
     by_form: dict[tuple[int, ...], list[Part]] = {}
     for part in parts:
         if len(part.channels):
@@ -212,8 +326,15 @@ def make(parts: Sequence[Part], shape: torch.Size) -> Tensor:
         one, others = _split_first(rest[0])
         live = [one._replace(values=one.values.expand(full[0], 1, *full[1:]).contiguous())]
         rest = [p for p in (others, *rest[1:]) if len(p.channels)]
-    made = SlimTensor((_join(live), *rest), shape)
-    return made if rest and full[1:] != (1, 1) else made.dense()
+    return (_join(live), *rest)
+
+
+def _is_live(part: Part, shape: torch.Size) -> bool:
+    return part.values.shape[::2] == shape[::2] and part.values.shape[3] == shape[3]
+
+
+def _zeros(zeroed: Channels, parts: Sequence[Part]) -> Part:
+    return Part(zeroed, parts[0].values.new_zeros(1, len(zeroed), 1, 1))
 
 
 def _join(parts: list[Part]) -> Part:

@@ -71,13 +71,21 @@ def test_the_number_of_threads_changes_nothing():
 def test_the_operator_keeps_the_rules_of_torch_library():
     for shape, filters, kernel, *window in CASES[:2]:
         x, weight, index = inputs(shape, filters, kernel)
-        arguments = (
-            x.requires_grad_(),
-            weight.squeeze(1).clone().requires_grad_(),
-            index,
-            *map(list, window),
-        )
+        arguments = (x, weight.squeeze(1).clone(), index, *map(list, window))
         torch.library.opcheck(torch.ops.sacl_fast.depthwise_conv, arguments)
+
+
+def test_some_filters_of_the_full_weight():
+    x, full = inputs((3, 20, 6, 6), 11, (3, 3))[0], torch.randn(30, 1, 3, 3)
+    index, filters = torch.randperm(20)[:11], torch.randperm(30)[:11]
+    grads = []
+    for backend, values, weight in (("cpu", x, full), ("torch", x.double(), full.double())):
+        leaves = [t.clone().requires_grad_() for t in (values, weight)]
+        y = depthwise_conv(*leaves, index, filters, padding=(1, 1), backend=backend)
+        y.square().sum().backward()
+        grads.append([y.detach().double(), *(t.grad.double() for t in leaves)])
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_a_wrong_index_is_an_error():

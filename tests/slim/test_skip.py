@@ -284,3 +284,34 @@ def test_a_custom_autograd_function_keeps_its_gradient():
     ]
     assert_equal(*results)
     assert torch.autograd.Function.__dict__["apply"] is apply
+
+
+class Reuses(nn.Module):
+    """Takes a norm's output with and without activation, and changes the norm's input in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+        self.norm, self.last = nn.BatchNorm2d(8), nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        normed = self.norm(x)
+        active = torch.nn.functional.relu(normed)
+        with torch.no_grad():
+            x.mul_(3).add_(1)
+        self.last(self.second(active))  # its statistics count, though nobody takes the result
+        return torch.cat([active, normed, active * normed], 1)
+
+
+def test_what_a_norm_leaves_undone_is_done_in_time():
+    torch.manual_seed(0)
+    model, results = Reuses().double(), []
+    x = torch.randn(3, 3, 5, 5, dtype=torch.float64)
+    for mode in ("mask", "skip"):
+        copied = copy.deepcopy(model)
+        with torch.no_grad(), Slicer(copied, 0.5).mode(mode):
+            out = copied(x)
+        results.append([out, *copied.buffers()])
+    for masked, skipped in zip(*results, strict=True):
+        torch.testing.assert_close(skipped, masked)

@@ -1,0 +1,213 @@
+// 1x1 convolution from live inputs to kept filters on the full weight: oneDNN's convolution of the
+// live activation with the weights that the index lists name, and what constants and offsets add.
+// The weight's gradient is written to its place in the full one.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/common.h"
+
+namespace sacl {
+namespace {
+
+using torch::stable::matmul;
+using torch::stable::new_empty;
+using torch::stable::new_zeros;
+using torch::stable::transpose;
+
+constexpr int64_t kRowsAtOnce = 16;  // of a weight, in one task
+const std::array<int64_t, 2> kOne = {1, 1}, kNone = {0, 0};
+
+// weight[out][:, in], (O, K, 1, 1)
+Tensor gathered(const Tensor& weight, const Places& out, const Places& in) {
+  Tensor chosen = new_empty(weight, {out.size(), in.size(), 1, 1});
+  const float* from = floats(weight);
+  float* to = floats_out(chosen);
+  const int64_t columns = weight.size(1), K = in.size();
+  torch::stable::parallel_for(0, out.size(), kRowsAtOnce, [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o) {
+      const float* row = from + out[o] * columns;
+      if (in.all())
+        std::copy_n(row, K, to + o * K);
+      else
+        for (int64_t i = 0; i < K; ++i) to[o * K + i] = row[in[i]];
+    }
+  });
+  return chosen;
+}
+
+// full[out][:, in] = chosen
+void scatter(const Tensor& chosen, const Places& out, const Places& in, const Tensor& full) {
+  const float* from = floats(chosen);
+  const int64_t columns = full.size(1), K = in.size();
+  torch::stable::parallel_for(0, out.size(), kRowsAtOnce, [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o) {
+      float* row = floats_out(full) + out[o] * columns;
+      if (in.all())
+        std::copy_n(from + o * K, K, row);
+      else
+        for (int64_t i = 0; i < K; ++i) row[in[i]] = from[o * K + i];
+    }
+  });
+}
+
+// (b, C, 1, 1) as (b, C)
+Tensor matrix(const Tensor& t) { return torch::stable::view(t, {t.size(0), t.size(1)}); }
+
+Places all_or_listed(const std::optional<Tensor>& index, int64_t of) {
+  return index.has_value() ? Places::listed(index, of) : Places(index, of, of);
+}
+
+// Of two vectors
+Tensor sum_of(const Tensor& a, const Tensor& b) {
+  Tensor total = new_empty(a, {a.numel()});
+  for (int64_t i = 0; i < a.numel(); ++i) floats_out(total)[i] = floats(a)[i] + floats(b)[i];
+  return total;
+}
+
+Tensor convolved(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  AtenTensorHandle result = nullptr, bias_handle = bias.has_value() ? bias->get() : nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution(
+      x.get(), weight.get(), bias.has_value() ? &bias_handle : nullptr, kOne.data(), 2,
+      kNone.data(), 2, kOne.data(), 2, false, kNone.data(), 2, 1, &result));
+  return Tensor(result);
+}
+
+// dx, dweight (O, K, 1, 1), and if wanted the sums of dy over all but its channels (O), which cost
+// as much again
+std::array<Tensor, 3> gradients(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                bool with_sums) {
+  const int64_t filters = weight.size(0), *sizes = &filters;
+  const std::array<int32_t, 3> wanted = {1, 1, with_sums};
+  AtenTensorHandle dx = nullptr, dweight = nullptr, sums = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution_backward(
+      dy.get(), x.get(), weight.get(), &sizes, 1, kOne.data(), 2, kNone.data(), 2, kOne.data(), 2,
+      false, kNone.data(), 2, 1, wanted.data(), 3, &dx, &dweight, &sums));
+  return {Tensor(dx), Tensor(dweight), Tensor(sums)};
+}
+
+// What is added to y (N, O, H, W): of its own for each sample, for each place, for both or neither.
+struct Offset {
+  bool by_sample, by_place;
+  int64_t N, H, W, O;
+
+  Offset(const Tensor& y, int64_t samples, int64_t height, int64_t width)
+      : by_sample(samples > 1), by_place(height > 1 || width > 1), N(y.size(0)), H(y.size(2)),
+        W(y.size(3)), O(y.size(1)) {
+    STD_TORCH_CHECK((samples == 1 || samples == N) &&
+                        ((height == 1 && width == 1) || (height == H && width == W)),
+                    "an offset has one value for each channel, or one for each sample, each place "
+                    "or both");
+  }
+
+  bool is_bias() const { return !by_sample && !by_place; }
+
+  // `one(row of y, row of the offset)`, O channels each. Rows of an offset are met in the same
+  // order whatever the number of threads.
+  template <class F>
+  void for_rows(float* y, float* offset, const F& one) const {
+    const int64_t size = by_place ? H * W * O : O;  // of one sample's
+    torch::stable::parallel_for(0, by_sample ? N : H, 1, [&](int64_t begin, int64_t end) {
+      const int64_t first = by_sample ? begin : 0, last = by_sample ? end : N;
+      const int64_t top = by_sample ? 0 : begin, bottom = by_sample ? H : end;
+      for (int64_t n = first; n < last; ++n)
+        for (int64_t place = top * W; place < bottom * W; ++place)
+          one(y + (n * H * W + place) * O,
+              offset + (by_sample ? n * size : 0) + (by_place ? place * O : 0));
+    });
+  }
+};
+
+void add(const Tensor& y, const Tensor& values) {
+  const Offset offset(y, values.size(0), values.size(2), values.size(3));
+  offset.for_rows(floats_out(y), const_cast<float*>(nhwc(values)), [&](float* out, float* row) {
+    for (int64_t o = 0; o < offset.O; ++o) out[o] += row[o];
+  });
+}
+
+// dy (N, O, H, W) summed to the shape of an offset that is no bias
+Tensor sum_to(const Tensor& dy, int64_t samples, int64_t height, int64_t width) {
+  const Offset offset(dy, samples, height, width);
+  Tensor sums = new_nhwc(samples, offset.O, height, width);
+  torch::stable::zero_(sums);
+  offset.for_rows(const_cast<float*>(nhwc(dy)), floats_out(sums), [&](float* row, float* sum) {
+    for (int64_t o = 0; o < offset.O; ++o) sum[o] += row[o];
+  });
+  return sums;
+}
+
+// (1 or N, O) as an offset
+Tensor by_channel(const Tensor& values) {
+  return torch::stable::view(values, {values.size(0), values.size(1), 1, 1});
+}
+
+}  // namespace
+
+Tensor slim_pointwise(Tensor x, Tensor weight, std::optional<Tensor> in_index,
+                      std::optional<Tensor> out_index, std::optional<Tensor> rest,
+                      std::optional<Tensor> rest_index, std::optional<Tensor> offset) {
+  const Places in(in_index, x.size(1), weight.size(1));
+  const Places out = all_or_listed(out_index, weight.size(0));
+  nhwc(x);  // checks
+  std::optional<Tensor> bias;
+  std::vector<Tensor> added;
+  const auto take = [&](const Tensor& values) {
+    if (values.numel() != out.size())
+      added.push_back(values);
+    else if (!bias.has_value())
+      bias = torch::stable::view(values, {out.size()});
+    else
+      bias = sum_of(*bias, values);
+  };
+  if (offset.has_value()) take(*offset);
+  if (rest.has_value()) {
+    const Tensor chosen = matrix(gathered(weight, out, Places::listed(rest_index, weight.size(1))));
+    take(by_channel(matmul(*rest, transpose(chosen, 0, 1))));
+  }
+  Tensor y = convolved(x, gathered(weight, out, in), bias);
+  for (const Tensor& values : added) add(y, values);
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> slim_pointwise_backward(
+    Tensor dy, Tensor x, Tensor weight, std::optional<Tensor> in_index,
+    std::optional<Tensor> out_index, std::optional<Tensor> rest, std::optional<Tensor> rest_index,
+    std::vector<int64_t> offset_shape) {
+  const Places in(in_index, x.size(1), weight.size(1));
+  const Places out = all_or_listed(out_index, weight.size(0));
+  nhwc(dy), nhwc(x);
+  const auto is_bias = [&](int64_t samples, int64_t height, int64_t width) {
+    return Offset(dy, samples, height, width).is_bias();
+  };
+  const bool with_sums =
+      (!offset_shape.empty() && is_bias(offset_shape[0], offset_shape[2], offset_shape[3])) ||
+      (rest.has_value() && is_bias(rest->size(0), 1, 1));
+  auto [dx, chosen, sums] = gradients(dy, x, gathered(weight, out, in), with_sums);
+  Tensor dweight = new_zeros(weight, {weight.size(0), weight.size(1)});
+  scatter(chosen, out, in, dweight);
+  const auto summed = [&](int64_t samples, int64_t height, int64_t width) {
+    return is_bias(samples, height, width) ? torch::stable::view(sums, {1, sums.numel(), 1, 1})
+                                                        : sum_to(dy, samples, height, width);
+  };
+  Tensor drest = new_empty(x, {0}), doffset = new_empty(x, {0});
+  if (!offset_shape.empty()) doffset = summed(offset_shape[0], offset_shape[2], offset_shape[3]);
+  if (rest.has_value()) {
+    const Places constant = Places::listed(rest_index, weight.size(1));
+    const Tensor response = matrix(summed(rest->size(0), 1, 1));  // (1 or N, O)
+    drest = matmul(response, matrix(gathered(weight, out, constant)));
+    const Tensor outer = torch::stable::contiguous(matmul(transpose(response, 0, 1), *rest));
+    scatter(outer, out, constant, dweight);
+  }
+  return {dx, dweight, drest, doffset};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sacl_fast, CPU, m) {
+  m.impl("slim_pointwise", TORCH_BOX(&slim_pointwise));
+  m.impl("slim_pointwise_backward", TORCH_BOX(&slim_pointwise_backward));
+}
+
+}  // namespace sacl

@@ -1,0 +1,130 @@
+"""1x1 convolution of a slim activation: from live inputs to kept filters, on the full weight.
+
+What other channels hold, if it is constant over the image, is added as what it comes to: a number
+for each filter (and sample). The compiled operator (``csrc/cpu/pointwise.cpp``) does all that in
+one call, and writes the weight's gradient to its place in the full one.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from sacl_fast.ops import compiled
+from sacl_fast.ops.slim_conv import POINTWISE, slim_conv2d
+
+
+def slim_pointwise(
+    x: Tensor,
+    weight: Tensor,
+    in_index: Tensor | None = None,
+    out_index: Tensor | None = None,
+    rest: Tensor | None = None,
+    rest_index: Tensor | None = None,
+    offset: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """(N, K, H, W) to (N, O, H, W).
+
+    Args:
+        x: the channels ``in_index`` of the full activation.
+        weight: full, (Cout, Cin, 1, 1).
+        in_index, out_index: (K,) and (O,) int64; None: all, in order.
+        rest: (1 or N, R, 1, 1), the channels ``rest_index`` (R,) of the full activation.
+        offset: (1 or N, O, 1 or H, 1 or W), added.
+        backend: ``cpu`` (compiled: CPU, float32, channels-last memory), ``torch``, or ``auto``.
+    """
+    if backend != "torch" and _suits(x, weight, rest, offset):
+        return _SlimPointwise.apply(  # type: ignore[no-any-return]
+            x, weight, rest, offset, in_index, out_index, rest_index
+        )
+    if rest is not None:
+        response = slim_conv2d(rest, weight, rest_index, out_index, None, POINTWISE)
+        offset = response if offset is None else offset + response
+    return slim_conv2d(x, weight, in_index, out_index, offset, POINTWISE)
+
+
+def _suits(x: Tensor, *others: Tensor | None) -> bool:
+    autocast = torch.is_autocast_enabled(x.device.type)  # which would make a convolution bf16
+    given = (t for t in others if t is not None)
+    return not autocast and compiled.takes(x, *given) and is_compiled()
+
+
+class _SlimPointwise(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        rest: Tensor | None,
+        offset: Tensor | None,
+        in_index: Tensor | None,
+        out_index: Tensor | None,
+        rest_index: Tensor | None,
+    ) -> Tensor:
+        matrix = weight.flatten(1)
+        constants = None if rest is None else rest.flatten(1).contiguous()
+        if offset is not None:
+            offset = offset.contiguous(memory_format=torch.channels_last)
+        ctx.save_for_backward(x, matrix, constants)
+        ctx.indices = in_index, out_index, rest_index
+        ctx.offset_shape = () if offset is None else offset.shape
+        ctx.shapes = weight.shape, None if rest is None else rest.shape
+        return torch.ops.sacl_fast.slim_pointwise(  # type: ignore[no-any-return]
+            x, matrix, in_index, out_index, constants, rest_index, offset
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, matrix, constants = ctx.saved_tensors
+        in_index, out_index, rest_index = ctx.indices
+        dx, dweight, drest, doffset = torch.ops.sacl_fast.slim_pointwise_backward(
+            dy.contiguous(memory_format=torch.channels_last),
+            *(x, matrix, in_index, out_index, constants, rest_index, ctx.offset_shape),
+        )
+        weight_shape, rest_shape = ctx.shapes
+        drest = None if constants is None else drest.view(rest_shape)
+        doffset = doffset if ctx.offset_shape else None
+        return dx, dweight.view(weight_shape), drest, doffset, None, None, None
+
+
+@cache
+def is_compiled() -> bool:
+    """Whether the compiled operator is there; tells PyTorch its shapes."""
+    if compiled.obstacle() is None:
+        _register()
+    return compiled.obstacle() is None
+
+
+def _register() -> None:
+    op = torch.ops.sacl_fast
+
+    @torch.library.register_fake("sacl_fast::slim_pointwise")
+    def _(x: Tensor, weight: Tensor, in_index: Any, out_index: Tensor | None, *_: Any) -> Tensor:
+        filters = weight.shape[0] if out_index is None else len(out_index)
+        return compiled.images(x, x.shape[0], filters, *x.shape[2:])
+
+    @torch.library.register_fake("sacl_fast::slim_pointwise_backward")
+    def _(
+        dy: Tensor, x: Tensor, weight: Tensor, in_index: Any, out_index: Any,
+        rest: Tensor | None, rest_index: Any, offset_shape: Any,
+    ) -> Any:  # fmt: skip
+        drest = x.new_empty(0 if rest is None else rest.shape)
+        doffset = compiled.images(x, *offset_shape) if offset_shape else x.new_empty(0)
+        return torch.empty_like(x), torch.empty_like(weight), drest, doffset
+
+    @register_flop_formula(op.slim_pointwise)
+    def _(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+        return 2 * prod(out_shape) * x[1]
+
+    @register_flop_formula(op.slim_pointwise_backward)
+    def _(dy: Any, x: Any, *_: Any, **__: Any) -> int:
+        return 4 * prod(dy) * x[1]

@@ -1,0 +1,89 @@
+"""The compiled 1x1 convolution of slim activations against PyTorch in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sacl_fast.ops import compiled
+from sacl_fast.ops.slim_pointwise import is_compiled, slim_pointwise
+
+pytestmark = pytest.mark.skipif(not is_compiled(), reason=str(compiled.obstacle()))
+N, H, W = 3, 4, 5
+# Input channels, filters; live inputs, kept filters, constant inputs (the rest is not given).
+SIZES = [(7, 5, 3, 2, 4), (24, 40, 24, 40, 0), (48, 33, 17, 16, 20), (1, 1, 1, 1, 0)]
+OFFSETS = {
+    "none": None,
+    "bias": (1, 1, 1),
+    "sample": (N, 1, 1),
+    "place": (1, H, W),
+    "all": (N, H, W),
+}
+
+
+def inputs(sizes, samples, offset, batch=N, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    C, filters, live, kept, constants = sizes
+    order, out = torch.randperm(C, generator=g), torch.randperm(filters, generator=g)[:kept]
+    x = torch.randn(batch, live, H, W, generator=g).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(filters, C, 1, 1, generator=g)
+    rest = torch.randn(samples, constants, 1, 1, generator=g) if constants else None
+    if offset is not None:
+        offset = torch.randn(offset[0], kept, *offset[1:], generator=g)
+    indices = (
+        None if live == C else order[:live],
+        None if kept == filters else out,
+        order[live : live + constants] if constants else None,
+    )
+    return [x, weight, rest, offset], indices
+
+
+def run(tensors, indices, backend):
+    x, weight, rest, offset = [None if t is None else t.clone().requires_grad_() for t in tensors]
+    in_index, out_index, rest_index = indices
+    y = slim_pointwise(x, weight, in_index, out_index, rest, rest_index, offset, backend=backend)
+    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum().backward()
+    return [y.detach(), *(t.grad for t in (x, weight, rest, offset) if t is not None)]
+
+
+@pytest.mark.parametrize("samples", [1, N])
+@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_equals_pytorch(sizes, offset, samples):
+    tensors, indices = inputs(sizes, samples, OFFSETS[offset])
+    exact = run([None if t is None else t.double() for t in tensors], indices, "torch")
+    for got, expected in zip(run(tensors, indices, "cpu"), exact, strict=True):
+        assert got.shape == expected.shape
+        scale = expected.abs().max().clamp(min=1e-3)
+        torch.testing.assert_close(got.double() / scale, expected / scale, rtol=0, atol=2e-6)
+
+
+def test_the_reference_is_a_convolution_of_all_channels():
+    (x, weight, rest, _), (in_index, out_index, rest_index) = inputs(SIZES[2], N, None)
+    full = torch.zeros(N, 48, H, W)
+    full[:, in_index], full[:, rest_index] = x, rest.expand(-1, -1, H, W)
+    y = slim_pointwise(x, weight, in_index, out_index, rest, rest_index, backend="torch")
+    torch.testing.assert_close(y, F.conv2d(full, weight)[:, out_index], rtol=1e-4, atol=1e-5)
+
+
+def test_one_sample_and_one_place():
+    for batch in (1, 2):
+        tensors, indices = inputs((6, 8, 4, 5, 2), 1, (1, 1, 1), batch)
+        tensors[0] = tensors[0][:, :, :1, :1].contiguous(memory_format=torch.channels_last)
+        exact = run([t.double() for t in tensors], indices, "torch")
+        for got, expected in zip(run(tensors, indices, "cpu"), exact, strict=True):
+            torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_wrong_offset_is_refused():
+    tensors, indices = inputs(SIZES[0], 1, (1, 1, W))
+    with pytest.raises(RuntimeError, match="offset"):
+        run(tensors, indices, "cpu")
+
+
+def test_the_operators_keep_the_rules_of_torch_library():
+    (x, weight, rest, offset), (in_index, out_index, rest_index) = inputs(SIZES[2], N, (1, H, W))
+    op, lists = torch.ops.sacl_fast, (in_index, out_index, rest.flatten(1), rest_index)
+    weight, offset = weight.flatten(1), offset.contiguous(memory_format=torch.channels_last)
+    torch.library.opcheck(op.slim_pointwise, (x, weight, *lists, offset))
+    y = op.slim_pointwise(x, weight, *lists, offset)
+    torch.library.opcheck(op.slim_pointwise_backward, (y, x, weight, *lists, list(offset.shape)))
