@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import permutations
@@ -146,6 +147,19 @@ def test_each_operation_on_many_colours(changes: dict[str, Any]) -> None:
     draw = untouched(image, **changes)
     (found,) = pixels([image], [draw], 500)
     assert np.array_equal(found, by_torchvision(image, draw, 500))
+
+
+def test_every_hue_saturation_and_value() -> None:
+    """All that 8 bits of HSV can be: every pair of a highest and a lowest value, every shift."""
+    high, low = np.tril_indices(256)
+    colours = np.stack([high, low, low], axis=-1).astype(np.uint8)
+    size = math.ceil(math.sqrt(len(colours)))
+    image = np.zeros((size, size, 3), np.uint8)
+    image.reshape(-1, 3)[: len(colours)] = colours
+    for shift in range(-127, 128):
+        draw = untouched(image, jitter=(("hue", (shift + 0.5 * np.sign(shift)) / 255),))
+        (found,) = pixels([image], [draw], size)
+        assert np.array_equal(found, by_torchvision(image, draw, size)), shift
 
 
 @pytest.mark.parametrize("size", [1, 5, 16, 31, 48])
