@@ -93,8 +93,7 @@ class Augmentation {
       : size_(size), pitch_(round_up(size, kLanes)), window_(std::min(window, 2 * size - 1)),
         mean_(mean), std_(std), pixels_(size * 3 * pitch_), other_(size * 3 * pitch_),
         side_(3 * pitch_ * kStrip), sums_(std::max(3 * pitch_, kStrip)), column_(3 * pitch_),
-        blurred_(pitch_),
-        weight_(window_ / 2 + 1), rows_(window_), line_(window_ + pitch_) {}
+        line_(window_ + pitch_), blurred_(pitch_), weight_(window_ / 2 + 1), rows_(window_) {}
 
   // One view, to `out` (size, size, 3).
   void operator()(const Image& image, const Draw& draw, float* out) {
@@ -212,9 +211,8 @@ class Augmentation {
   const float *mean_, *std_;
   std::vector<uint8_t> pixels_, other_, turned_, side_, narrowed_;
   std::vector<int32_t> sums_;
-  std::vector<float> column_, blurred_, weight_;
+  std::vector<float> column_, line_, blurred_, weight_;
   std::vector<const uint8_t*> rows_;
-  std::vector<float> line_;
   Resampling across_, down_;
 };
 

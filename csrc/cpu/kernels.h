@@ -1,5 +1,5 @@
 // The inner loops of the CPU operators, built once for each instruction set (isa_*.cpp) and picked
-// when they are first called. All pointers are to contiguous floats.
+// when they are first called. Floats and bytes are contiguous.
 #pragma once
 
 #include <cstdint>

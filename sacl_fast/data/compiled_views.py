@@ -94,6 +94,8 @@ class CompiledViews:
     def close(self) -> None:
         """End the work in the background."""
         self._executor.shutdown(cancel_futures=True)
+        if self._decoder is not None:
+            self._decoder.close()
 
     def _make(self) -> Tensor:
         from sacl_fast.ops.augment import augment

@@ -20,6 +20,7 @@ This is the only module that imports DALI.
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -63,6 +64,7 @@ class FedPipeline:
     def __init__(self, feed: Callable[[], Any]) -> None:
         self._feed = feed
         self._feed_failed = False
+        self._pipeline: Any = None
 
     def _build(self, graph: Any, *arguments: Any, batch: int, **options: Any) -> None:
         self._pipeline = graph(*arguments, batch_size=batch, exec_dynamic=True, **options)
@@ -74,8 +76,15 @@ class FedPipeline:
         self._feed_failed = False
         return fed
 
+    def close(self) -> None:
+        """End it now. It lies in a cycle of references, and a process that is forked meanwhile would
+        hang if it collected it: the threads that it waits for are not there."""
+        self._pipeline = None
+        gc.collect()
+
     def _outputs(self, *stream: Any) -> tuple[Any, ...]:
         """DaliError, or what ``feed`` raises."""
+        assert self._pipeline is not None
         try:
             return self._pipeline.run(*stream)
         except RuntimeError as error:
@@ -151,9 +160,6 @@ class ViewPipeline(FedPipeline):
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         a, b = self._outputs(stream)
         return _to_torch(a), _to_torch(b)
-
-    def close(self) -> None:
-        """Nothing goes on in Python when batches are no longer asked for."""
 
     def _flat(self) -> list[Any]:
         """What ``feed`` gives as one list, as the graph takes it apart."""

@@ -10,7 +10,6 @@ the next.
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -57,9 +56,8 @@ class DaliViewLoader(ViewLoader):
 
     def _drop_pipeline(self) -> None:
         if self._pipeline is not None:
-            self._pipeline.close()
+            self._pipeline.close()  # before workers are forked
             self._pipeline = None
-            gc.collect()  # it lies in a cycle, and must be gone before workers are forked
         self._fed.clear()
 
     def _make_loader(self, source: Source, config: Config, device: torch.device) -> DataLoader:
@@ -174,8 +172,10 @@ def dali_views(source: Source, config: Config, epoch: int, indices: np.ndarray) 
         batch=len(indices),
         device=cpu,
     )
-    a, b = (_pixels(view, config.views) for view in pipeline.run())
-    pipeline.close()
+    try:
+        a, b = (_pixels(view, config.views) for view in pipeline.run())
+    finally:
+        pipeline.close()
     return Views(a, b, feed.index, feed.bad)
 
 
