@@ -77,8 +77,8 @@ class FedPipeline:
         return fed
 
     def close(self) -> None:
-        """End it now. It lies in a cycle of references, and a process that is forked meanwhile would
-        hang if it collected it: the threads that it waits for are not there."""
+        """End it now. It lies in a cycle of references, and a process that is forked before it is
+        collected would hang if it did so: the threads that it waits for are not there."""
         self._pipeline = None
         gc.collect()
 
