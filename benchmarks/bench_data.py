@@ -3,7 +3,8 @@
     python benchmarks/bench_data.py --preset imagenet1k --data.root imagenet-sample.tar \
         --json benchmarks/results/data_imagenet_cpu.json --plot docs/data.png
 
-torchvision with worker processes, DALI on the CPU with as many threads, and, where there is a GPU,
+torchvision with worker processes; DALI on the CPU with as many threads, which decodes, while the
+compiled operator augments (with --backend torch, DALI does all of it); and, where there is a GPU,
 DALI on it. One image is one sample of the batch: decoded once, two views. The stages add up: decode
 alone, with both crops, with flip, jitter and grayscale, with blur, and all (solarise).
 

@@ -61,4 +61,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sacl_fast, m) {
   // -> dx, dmap (1, R, H, W) or empty (0), dgate (N, C)
   m.def("slim_gate_backward(Tensor dy, Tensor x, Tensor? map, Tensor gate, Tensor? index, "
         "Tensor? map_index) -> (Tensor, Tensor, Tensor)");
+
+  // Views of images (H, W, 3) uint8, normalised: (x - mean) / std in 0..255. draws (V, n, 16)
+  // float64, a row for each view and image: top, left, height and width of the crop; whether it is
+  // flipped; four operations (0 none, 1 brightness, 2 contrast, 3 saturation, 4 hue), their factors;
+  // whether it is gray; sigma of the blur (0: none); the value from which on it is solarised (256:
+  // not at all). window: of the blur, odd. Work is shared among `threads` threads of its own.
+  // -> (V n, 3, size, size) float32
+  m.def("augment(Tensor[] images, Tensor draws, int size, int window, Tensor mean, Tensor std, "
+        "int threads) -> Tensor");
 }

@@ -39,10 +39,12 @@ def _require_not_negative(owner: str, **values: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DaliConfig:
-    """How NVIDIA DALI makes the views, where it does ('data.loader')."""
+    """How NVIDIA DALI makes the views, where it does ('data.loader'): from beginning to end, or, on
+    the CPU where the compiled operators are built, from JPEG to pixels."""
 
     threads: int = -1
-    """Threads that decode and augment on the CPU, per rank (-1: the cores this rank can have)."""
+    """Threads that decode on the CPU, and as many that augment, per rank (-1: the cores this rank
+    can have)."""
     readers: int = -1
     """Worker processes that read files and draw random numbers, per rank (0: the main process,
     where that takes 0.1 ms an image; -1: 0 with the views on the CPU, 4 with them on a GPU)."""
@@ -50,7 +52,7 @@ class DaliConfig:
     """Batches prepared ahead, at most."""
     memory: float = 4.0
     """GiB that batches prepared ahead may take, per rank: where 'prefetch' would take more, fewer
-    are prepared, but always one."""
+    are prepared, but always one. The decoded images of up to three batches come on top."""
     hw_decoder_load: float = 0.65
     """Share of the JPEGs for the GPU's hardware decoder, where it has one."""
 

@@ -42,6 +42,7 @@ OURS: dict[str, tuple[str, ...]] = {
 # Besides those, inside functions.
 OURS_LAZILY: dict[str, tuple[str, ...]] = {
     "ops": ("sacl_kernels", "_C"),
+    "data": ("ops",),
     "cli": (*RUN, "sacl_kernels", "_C"),
     "__init__": RUN,
 }
@@ -183,6 +184,7 @@ def test_a_violation_is_reported(path: str, source: str, named: str):
         ("sacl_fast/ops/x.py", "def f():\n    from sacl_kernels import x\n    from .. import _C"),
         ("sacl_fast/losses.py", "import torch\nfrom sacl_fast import __version__, ops"),
         ("sacl_fast/data/dali.py", "from nvidia.dali import fn, pipeline_def"),
+        ("sacl_fast/data/x.py", "def f():\n    from sacl_fast.ops.augment import augment"),
         ("sacl_fast/data/x.py", "import numpy\nfrom sacl_fast.data.views import VIEWS"),
         ("sacl_fast/cli.py", "import tyro\ndef main():\n    from sacl_fast.engine import train"),
         (

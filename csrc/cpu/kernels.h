@@ -1,12 +1,13 @@
 // The inner loops of the CPU operators, built once for each instruction set (isa_*.cpp) and picked
-// when they are first called. All pointers are to contiguous floats.
+// when they are first called. Floats and bytes are contiguous.
 #pragma once
 
 #include <cstdint>
 
 namespace sacl {
 
-constexpr int64_t kLanes = 16;  // channels at a time
+constexpr int64_t kLanes = 16;      // channels, or pixels, at a time
+constexpr int64_t kWeightBits = 22;  // after the point, of the weights of a crop
 
 enum Activation : int64_t { kNone, kRelu, kRelu6, kHardswish, kSilu };
 
@@ -84,6 +85,30 @@ struct Kernels {
   // total (kh kw, K) += the weight's gradient over `rows` rows of dy.
   void (*depthwise_weight)(const float* in, int64_t in_width, const float* dy, double* total,
                            int64_t rows, int64_t width, int64_t K, Window window);
+
+  // Augmentation (augment.cpp). A row of an image is three planes of `pitch` bytes, a multiple of
+  // kLanes; what is beyond the image's width counts for nothing.
+  void (*transpose)(const uint8_t* in, int64_t in_stride, int64_t rows, int64_t columns,
+                    uint8_t* out, int64_t out_stride);
+  // The weighted sum of `count` rows, rounded; `sums` is scratch of `width`.
+  void (*weigh_rows)(const uint8_t* in, int64_t stride, const int32_t* weight, int64_t count,
+                     int32_t* sums, uint8_t* out, int64_t width);
+  int64_t (*luma_sum)(const uint8_t* row, int64_t pitch, int64_t width);
+  // constant + factor (x - constant) for `count` bytes.
+  void (*blend_constant)(uint8_t* row, int64_t count, int32_t constant, float factor);
+  // luma + factor (x - luma)
+  void (*blend_luma)(uint8_t* row, int64_t pitch, float factor);
+  // Hue in 256ths of the circle.
+  void (*turn_hue)(uint8_t* row, int64_t pitch, int32_t shift);
+  // Symmetric windows: weight[j] of what is j away, up to `radius`; rows[-radius .. radius] and
+  // in[-radius .. width + radius - 1]; `sums` is scratch of `width`.
+  void (*blur_columns)(const uint8_t* const* rows, const float* weight, int64_t radius, float* out,
+                       int64_t width);
+  void (*blur_row)(const float* in, const float* weight, int64_t radius, float* sums, uint8_t* out,
+                   int64_t width);
+  // Inverted from `threshold` on, (x - mean) / std, to (width, 3).
+  void (*normalise)(const uint8_t* row, int64_t pitch, int64_t width, int32_t threshold,
+                    const float* mean, const float* std, float* out);
 };
 
 extern const Kernels kernels_avx512, kernels_avx2, kernels_baseline;

@@ -60,12 +60,14 @@ SACL_INLINE void put(float* p, Vec v, Blocks blocks) {
 #include "cpu/batch_norm_act_kernels.inl"
 #include "cpu/combine_kernels.inl"
 #include "cpu/depthwise_kernels.inl"
+#include "cpu/augment_kernels.inl"
 
 }  // namespace
 
 extern const Kernels SACL_KERNELS = {
     sums_forward, apply, sums_backward, gradient, add, scale, products, select, depthwise,
-    depthwise_input, depthwise_weight,
+    depthwise_input, depthwise_weight, transpose, weigh_rows, luma_sum, blend_constant, blend_luma,
+    turn_hue, blur_columns, blur_row, normalise,
 };
 
 }  // namespace sacl

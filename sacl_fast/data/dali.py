@@ -1,8 +1,10 @@
-"""Views by NVIDIA DALI: one graph of operators, for the CPU and for the GPU.
+"""Images by NVIDIA DALI, and views by it: one graph of operators, for the CPU and for the GPU.
+
+On the CPU, that graph is for where the compiled operator (``data/compiled_views.py``) is not.
 
 Nothing here is random. What is random about a view is drawn as for the torchvision path
-(``data/augment.py``), packed into arrays (``data/feed.py``) and fed with the images, so both paths
-show the same crops, factors and flags of the same images in the same order.
+(``data/augment.py``), packed into arrays (``data/dali_parameters.py``) and fed with the images, so
+both paths show the same crops, factors and flags of the same images in the same order.
 
 An operator that a view switches off (probability 0) is not in its graph; one that always happens
 has no condition; what happens to some images costs those alone. An image is (H, W, 3) uint8 up to
@@ -18,6 +20,7 @@ This is the only module that imports DALI.
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -28,7 +31,12 @@ import torch
 from torch import Tensor
 
 from sacl_fast.config import ViewConfig, ViewsConfig
-from sacl_fast.data.feed import Parameters, is_tone, jitter_slots, parameter_names
+from sacl_fast.data.dali_parameters import (
+    Parameters,
+    is_tone,
+    jitter_slots,
+    parameter_names,
+)
 
 # Buffers above 1 MB come from DALI's pool, not from malloc, which would give their pages back to
 # the system after every operator: up to half the time of a batch. Read when DALI is loaded.
@@ -50,7 +58,64 @@ class DaliError(RuntimeError):
     """DALI failed at a batch; the pipeline is of no more use."""
 
 
-class ViewPipeline:
+class FedPipeline:
+    """A graph that is fed by a function; its outputs are owned by whoever takes them."""
+
+    def __init__(self, feed: Callable[[], Any]) -> None:
+        self._feed = feed
+        self._feed_failed = False
+        self._pipeline: Any = None
+
+    def _build(self, graph: Any, *arguments: Any, batch: int, **options: Any) -> None:
+        self._pipeline = graph(*arguments, batch_size=batch, exec_dynamic=True, **options)
+        self._pipeline.build()
+
+    def _call_feed(self) -> Any:
+        self._feed_failed = True  # unless it returns
+        fed = self._feed()
+        self._feed_failed = False
+        return fed
+
+    def close(self) -> None:
+        """End it now. It lies in a cycle of references, and a process that is forked before it is
+        collected would hang if it did so: the threads that it waits for are not there."""
+        self._pipeline = None
+        gc.collect()
+
+    def _outputs(self, *stream: Any) -> tuple[Any, ...]:
+        """DaliError, or what ``feed`` raises."""
+        assert self._pipeline is not None
+        try:
+            return self._pipeline.run(*stream)
+        except RuntimeError as error:
+            if self._feed_failed:
+                raise
+            raise DaliError(_reason(error)) from error
+
+
+class ImagePipeline(FedPipeline):
+    """Decoded images on the CPU, batch after batch of up to ``batch``, of which one is decoded in
+    the background. ``feed`` is called for the encoded images of each batch in turn."""
+
+    def __init__(
+        self, feed: Callable[[], np.ndarray | Sequence[np.ndarray]], *, batch: int, threads: int
+    ) -> None:
+        super().__init__(feed)
+        self._build(
+            _images, self._call_feed, batch=batch, num_threads=threads, device_id=None,
+            prefetch_queue_depth=2,
+        )  # fmt: skip
+
+    def run(self) -> list[Tensor]:
+        """The next batch: (H, W, 3) uint8 each, in memory that is theirs until the batch after it.
+
+        Raises DaliError, or what ``feed`` raises.
+        """
+        (self._held,) = self._outputs()
+        return [torch.from_dlpack(image) for image in self._held]
+
+
+class ViewPipeline(FedPipeline):
     """Batches of both views of ``batch`` images, ``ahead`` of them prepared in the background.
 
     ``feed`` is called for each batch in turn; ``encoded`` says which kind of images it gives.
@@ -69,25 +134,23 @@ class ViewPipeline:
         dtype: torch.dtype = torch.float32,
         hw_decoder_load: float = 0.65,
     ) -> None:
+        super().__init__(feed)
         self._device = device
-        self._feed = feed
-        self._feed_failed = False
         self._names = (parameter_names(views.a), parameter_names(views.b))
         gpu = device.type == "cuda"
-        self._pipeline = _graph(
+        self._build(
+            _graph,
             views,
             self._flat,
             encoded,
             "gpu" if gpu else "cpu",
             {torch.float32: types.FLOAT, torch.float16: types.FLOAT16}[dtype],
             hw_decoder_load,
-            batch_size=batch,
+            batch=batch,
             num_threads=threads,
             device_id=(device.index or 0) if gpu else None,
             prefetch_queue_depth=ahead,
-            exec_dynamic=True,  # whoever takes outputs owns them, so they need not be copied
         )
-        self._pipeline.build()
 
     def run(self) -> tuple[Tensor, Tensor]:
         """The next batch: both views (n, 3, S, S), normalised, channels last in memory.
@@ -95,19 +158,12 @@ class ViewPipeline:
         Raises DaliError, or what ``feed`` raises.
         """
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-        try:
-            a, b = self._pipeline.run(stream)
-        except RuntimeError as error:
-            if self._feed_failed:
-                raise
-            raise DaliError(_reason(error)) from error
+        a, b = self._outputs(stream)
         return _to_torch(a), _to_torch(b)
 
     def _flat(self) -> list[Any]:
         """What ``feed`` gives as one list, as the graph takes it apart."""
-        self._feed_failed = True  # unless it returns
-        images, *parameters = self._feed()
-        self._feed_failed = False
+        images, *parameters = self._call_feed()
         named = zip(parameters, self._names, strict=True)
         return [images, *(given[name] for given, names in named for name in names)]
 
@@ -164,6 +220,11 @@ def _graph(
     a = _view(image, given_a, views, views.a, device, dtype)
     b = _view(image, given_b, views, views.b, device, dtype)
     return a, b
+
+
+@pipeline_def
+def _images(feed: Callable[[], Any]):
+    return _decoded(fn.external_source(feed, batch=True), "cpu", 0.65)
 
 
 @pipeline_def

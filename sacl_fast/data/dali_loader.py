@@ -1,4 +1,5 @@
-"""Batches for training by DALI: files are read and parameters drawn in Python, DALI does the rest.
+"""Batches for training by DALI: files are read and parameters drawn in Python, DALI decodes, and it
+or the compiled operator augments.
 
 The stream of what is fed is the same as torchvision's (same sampler, same draws, same substitutes
 for unreadable images), a function of (seed, epoch, index) alone. So order, sharding over ranks and
@@ -9,16 +10,19 @@ the next.
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections import deque
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from sacl_fast.config import Config, ViewsConfig
-from sacl_fast.data.dali import DaliError, Fed, ViewPipeline, decodes
+from sacl_fast.data.compiled_views import CompiledViews, are_compiled, pack_rows
+from sacl_fast.data.dali import DaliError, ViewPipeline, decodes
+from sacl_fast.data.dali_parameters import pack
 from sacl_fast.data.feed import Feed, FeedReader
 from sacl_fast.data.loader import Batch, ViewLoader, data_loader, next_of, worker_count
 from sacl_fast.data.readers import Views
@@ -40,9 +44,9 @@ class DaliViewLoader(ViewLoader):
         world_size: int = 1,
     ) -> None:
         self._source, self._config, self._device = source, config, device
-        self._reader = FeedReader(source, config)
+        self._reader = feed_reader(source, config, device)
         self._fed: deque[Feed] = deque()  # what the pipeline holds, oldest first
-        self._pipeline: ViewPipeline | None = None
+        self._pipeline: ViewPipeline | CompiledViews | None = None
         super().__init__(source, config, device=device, rank=rank, world_size=world_size)
         self._share = config.batch_size // world_size
 
@@ -51,10 +55,10 @@ class DaliViewLoader(ViewLoader):
         super().close()
 
     def _drop_pipeline(self) -> None:
-        self._fed.clear()
         if self._pipeline is not None:
+            self._pipeline.close()  # before workers are forked
             self._pipeline = None
-            gc.collect()  # it lies in a cycle, and must be gone before workers are forked
+        self._fed.clear()
 
     def _make_loader(self, source: Source, config: Config, device: torch.device) -> DataLoader:
         readers = config.data.dali.readers
@@ -65,20 +69,12 @@ class DaliViewLoader(ViewLoader):
     def _enter(self, step: int) -> None:
         self._drop_pipeline()
         super()._enter(step)
-        dali, views = self._config.data.dali, self._config.views
-        # The encoder casts what it gets to its autocast type; on the way there half is enough.
-        half = self._device.type == "cuda" and self._config.precision != "fp32"
-        dtype = torch.float16 if half else torch.float32
-        self._pipeline = ViewPipeline(
-            views,
+        self._pipeline = view_pipeline(
             self._feed,
+            self._config,
             encoded=not self._source.decoded,
             batch=self._share,
-            ahead=batches_ahead(self._config, self._share, dtype),
-            threads=worker_count(dali.threads),
             device=self._device,
-            dtype=dtype,
-            hw_decoder_load=dali.hw_decoder_load,
         )
 
     def _take(self, step: int) -> Batch:
@@ -95,7 +91,7 @@ class DaliViewLoader(ViewLoader):
             view_a, view_b = view_a.contiguous(), view_b.contiguous()
         return Batch(view_a, view_b, feed.index, self._labels[feed.index])
 
-    def _feed(self) -> Fed:
+    def _feed(self) -> tuple[np.ndarray | list[np.ndarray], Any, Any]:
         feed: Feed = next_of(self._stream)
         self._bad.add(feed.bad)
         self._fed.append(feed)
@@ -123,6 +119,38 @@ class DaliViewLoader(ViewLoader):
         self._loader = self._make_loader(self._source, self._config, self._device)
 
 
+def feed_reader(source: Source, config: Config, device: torch.device) -> FeedReader:
+    """What reads for the ``view_pipeline`` of the same ``config`` and ``device``."""
+    return FeedReader(source, config, pack_rows if are_compiled(config, device) else pack)
+
+
+def view_pipeline(
+    feed: Callable[[], Any], config: Config, *, encoded: bool, batch: int, device: torch.device
+) -> ViewPipeline | CompiledViews:
+    """What makes views of what ``feed`` gives: by the compiled operator where that can be, else by
+    DALI from beginning to end."""
+    dali, threads = config.data.dali, worker_count(config.data.dali.threads)
+    # The encoder casts what it gets to its autocast type; on the way there half is enough.
+    half = device.type == "cuda" and config.precision != "fp32"
+    dtype = torch.float16 if half else torch.float32
+    ahead = batches_ahead(config, batch, dtype)
+    if are_compiled(config, device):
+        return CompiledViews(
+            config.views, feed, encoded=encoded, batch=batch, ahead=ahead, threads=threads
+        )
+    return ViewPipeline(
+        config.views,
+        feed,
+        encoded=encoded,
+        batch=batch,
+        ahead=ahead,
+        threads=threads,
+        device=device,
+        dtype=dtype,
+        hw_decoder_load=dali.hw_decoder_load,
+    )
+
+
 def batches_ahead(config: Config, share: int, dtype: torch.dtype) -> int:
     """``dali.prefetch``, or fewer batches of ``share`` images where both views of those would take
     more than ``dali.memory`` GiB."""
@@ -133,17 +161,21 @@ def batches_ahead(config: Config, share: int, dtype: torch.dtype) -> int:
 
 def dali_views(source: Source, config: Config, epoch: int, indices: np.ndarray) -> Views:
     """Both views of some images as ``ViewReader`` gives them, by DALI on the CPU."""
-    feed = FeedReader(source, config)[epoch, indices]
+    cpu = torch.device("cpu")
+    feed = feed_reader(source, config, cpu)[epoch, indices]
     if not len(feed.index):
         return Views(torch.empty(0), torch.empty(0), feed.index, feed.bad)
-    pipeline = ViewPipeline(
-        config.views,
+    pipeline = view_pipeline(
         lambda: (feed.arrays(), feed.a, feed.b),
+        config,
         encoded=not source.decoded,
         batch=len(indices),
-        device=torch.device("cpu"),
+        device=cpu,
     )
-    a, b = (_pixels(view, config.views) for view in pipeline.run())
+    try:
+        a, b = (_pixels(view, config.views) for view in pipeline.run())
+    finally:
+        pipeline.close()
     return Views(a, b, feed.index, feed.bad)
 
 

@@ -23,8 +23,9 @@ from sacl_fast.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Both views of an image on one core (AMD EPYC, DALI 2.4): 0.38 ms by DALI and 0.36 by torchvision
-# at 32 px from memory, 0.43 and 0.48 from JPEGs; 0.88 and 1.43 at 64 px; 7.9 and 10.9 at 224 px.
+# Both views of an image on one core, ms (AMD EPYC, DALI 2.4), where DALI decodes and the compiled
+# operator augments, by DALI alone, by torchvision: at 32 px from memory 0.10, 0.42, 0.35; at 64 px
+# 0.09, 0.80, 1.17; at 224 px from JPEGs 1.8, 7.9, 10.9.
 _SMALL = 32
 
 
@@ -81,8 +82,12 @@ def resolve_loader(config: Config, device: torch.device) -> LoaderResolution:
         return LoaderResolution("torchvision", obstacle)
     if device.type == "cuda":
         return LoaderResolution("dali", "decodes and augments on the GPU")
+    from sacl_fast.data.compiled_views import are_compiled
+
+    if are_compiled(config, device):
+        return LoaderResolution("dali", "decodes, and the compiled operator augments")
     if config.views.size <= _SMALL:
-        reason = f"DALI gains little on the CPU for views of {_SMALL} px and below"
+        reason = f"DALI alone gains little on the CPU for views of {_SMALL} px and below"
         return LoaderResolution("torchvision", reason)
     return LoaderResolution("dali", f"the faster one on the CPU above {_SMALL} px")
 

@@ -52,11 +52,19 @@ def _compiled_for_cpu(device: torch.device) -> str | None:
     return compiled.obstacle()
 
 
+def _compiled_views(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return "on a GPU, DALI augments"
+    return _compiled_for_cpu(device)
+
+
 # Operator -> its backends besides ``torch``, fastest first.
 OPERATORS: dict[str, dict[str, Check]] = {
     "xcorr_loss": {"triton": _triton},
     "slim_conv": {"cpu": _compiled_for_cpu},
     "lars": {},
+    # ``torch``: torchvision, or DALI's own operators (see data/view_loader.py).
+    "augment": {"cpu": _compiled_views},
 }
 
 
@@ -85,14 +93,19 @@ def resolve(requested: str, op: str, device: torch.device) -> Resolution:
     )
 
 
-def resolve_all(requested: str, device: torch.device) -> dict[str, Resolution]:
-    """The backend of every operator: the requested one where an operator has it, else ``auto``.
+def asked_of(op: str, requested: str) -> str:
+    """The backend that is asked of one operator where ``requested`` is asked of all: that one
+    where the operator has it, else ``auto``. ``torch`` is had by all."""
+    return requested if requested in ("torch", *OPERATORS[op]) else "auto"
 
-    ``torch`` is had by all. ``UserError`` where no operator has it, or one that has it cannot run.
+
+def resolve_all(requested: str, device: torch.device) -> dict[str, Resolution]:
+    """The backend of every operator, as ``asked_of`` it.
+
+    ``UserError`` where no operator has the requested one, or one that has it cannot run.
     """
-    having = [op for op in OPERATORS if requested in ("auto", "torch", *OPERATORS[op])]
-    if not having:
-        known = sorted({name for checks in OPERATORS.values() for name in checks})
-        works = ", ".join(["auto", "torch", *known])
+    known = {name for checks in OPERATORS.values() for name in checks}
+    if requested not in ("auto", "torch", *known):
+        works = ", ".join(["auto", "torch", *sorted(known)])
         raise UserError(f"no operator has the backend {requested!r}; what works: {works}")
-    return {op: resolve(requested if op in having else "auto", op, device) for op in OPERATORS}
+    return {op: resolve(asked_of(op, requested), op, device) for op in OPERATORS}

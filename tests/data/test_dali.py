@@ -17,7 +17,7 @@ from torchvision.transforms import v2 as transforms
 
 from sacl_fast.config import ViewConfig, ViewsConfig
 from sacl_fast.data.augment import ViewDraw, apply_view, draw_view, sample_rng
-from sacl_fast.data.feed import Parameters, pack
+from sacl_fast.data.dali_parameters import Parameters, pack
 from sacl_fast.data.sources import ArraySource
 from sacl_fast.data.views import CIFAR, DEMO, IMAGENET
 

@@ -36,12 +36,13 @@ def settings(loader: str = "auto", size: int = 224, backend: str = "auto") -> Co
 
 def test_auto_takes_dali_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "dali_obstacle", lambda: None)
-    assert resolve_loader(settings(), CPU).loader == "dali"
-    assert resolve_loader(settings(size=64), CPU).loader == "dali"
+    compiled_views = pytest.importorskip("sacl_fast.data.compiled_views", exc_type=ImportError)
     assert resolve_loader(settings(size=32), GPU).loader == "dali"
-    small = resolve_loader(settings(size=32), CPU)
-    assert small.loader == "torchvision"
-    assert "gains little" in small.reason
+    for compiled, small in ((True, "dali"), (False, "torchvision")):
+        monkeypatch.setattr(compiled_views, "are_compiled", lambda *_, now=compiled: now)
+        assert resolve_loader(settings(), CPU).loader == "dali"
+        assert resolve_loader(settings(size=64), CPU).loader == "dali"
+        assert resolve_loader(settings(size=32), CPU).loader == small
     assert resolve_loader(settings("dali", 32), CPU).loader == "dali"
     assert resolve_loader(settings("torchvision"), GPU).loader == "torchvision"
     assert resolve_loader(settings(backend="torch"), CPU) == ("torchvision", "backend torch")
