@@ -80,7 +80,7 @@ def compare(device, case, dtype, act):
     assert [t.dtype for t in ours[:2]] == [dtype] * 2 and ours[4].dtype == dtype
     for i, (got, expected) in enumerate(zip(ours, exact(act, *given), strict=True)):
         # Of two values the gradient is what is left of a cancellation, in PyTorch's fp32 too.
-        slack = 200 if i == 4 and case[0] == (2, 8, 1, 1) else 2
+        slack = 200 if i == 4 and case[0] == (2, 8, 1, 1) else 3
         # Parameters' gradients and statistics stay in fp32.
         assert_near(got, expected, dtype if i in (0, 1, 4) else torch.float32, slack)
 
