@@ -2,8 +2,8 @@
 // taken in two stages, without atomics. Without CUDA the kernels run on the CPU (tests/cuda/simt.h).
 #pragma once
 
-#include <cstdint>
 #include <algorithm>
+#include <cstdint>
 #include <type_traits>
 
 #ifdef SACL_EMULATED
@@ -128,11 +128,17 @@ struct Vec {
   }
 };
 
+__device__ inline float load_one(const float* from) { return __ldg(from); }
+template <class T>
+__device__ T load_one(const T* from) {
+  return {__ldg(&from->bits)};
+}
+
 template <class T>
 struct Vec<T, 1> {
   T number;
 
-  __device__ static Vec load(const T* from) { return {*from}; }
+  __device__ static Vec load(const T* from) { return {load_one(from)}; }
   __device__ static Vec load_shared(const T* from) { return {*from}; }
   __device__ static Vec zero() { return {from_float<T>(0)}; }
   __device__ void unpack(float (&out)[1]) const { out[0] = to_float(number); }

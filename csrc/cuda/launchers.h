@@ -52,6 +52,21 @@ struct WeightShape {
   int Cout, Cin, O, K;
 };
 
+// One operand of a sum: the result's channel u is source[u] of its live channels (M, live), or
+// beyond those of its constants; source null: all live ones in order.
+struct Operand {
+  const void* values;
+  const void* constants;
+  const int64_t* source;
+  int live, constant;
+};
+
+struct GateShape {
+  int dtype;
+  int N, HW;    // samples, places of an image
+  int K, R, C;  // channels of each sample's own, shared ones, of the gate
+};
+
 }  // namespace sacl::cuda
 
 extern "C" {
@@ -115,4 +130,21 @@ const char* sacl_cuda_spread(sacl::cuda::PlacesShape shape, const void* offset,
 int64_t sacl_cuda_sum_places_scratch(sacl::cuda::PlacesShape shape);
 const char* sacl_cuda_sum_places(sacl::cuda::PlacesShape shape, const void* dy, void* sums,
                                  float* scratch, void* stream);
+
+// y (M, U) = a + b.
+const char* sacl_cuda_add(int dtype, int64_t M, int U, sacl::cuda::Operand a, sacl::cuda::Operand b,
+                          void* y, void* stream);
+
+// out (M, C_out): channel source[c] of in (M, C_in), or 0 where that is -1.
+const char* sacl_cuda_select(int dtype, int64_t M, int C_in, int C_out, const void* in,
+                             const int64_t* source, void* out, void* stream);
+
+// y (N, HW, K + R) = x (N, HW, K) and map (HW, R) times their factors of gate (N, C).
+const char* sacl_cuda_gate(sacl::cuda::GateShape shape, const void* x, const void* map,
+                           const void* gate, const int64_t* index, const int64_t* map_index,
+                           void* y, void* stream);
+const char* sacl_cuda_gate_backward(sacl::cuda::GateShape shape, const void* dy, const void* x,
+                                    const void* map, const void* gate, const int64_t* index,
+                                    const int64_t* map_index, void* dx, void* dmap, void* dgate,
+                                    void* stream);
 }

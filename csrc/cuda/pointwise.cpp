@@ -11,7 +11,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "cuda/host.h"
+#include "cuda/sums.h"
 
 namespace sacl::cuda {
 namespace {
@@ -32,6 +32,11 @@ void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
 // out = a b + c, where c is a row or out itself.
 void multiply_add(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& c) {
   TORCH_ERROR_CODE_CHECK(SACL_SHIM(addmm_out)(out.get(), c.get(), a.get(), b.get(), 1, 1));
+}
+
+// No rest at all where it is of no channels.
+void drop_if_empty(std::optional<Tensor>& rest, std::optional<Tensor>& rest_index) {
+  if (rest && rest->numel() == 0) rest = rest_index = std::nullopt;
 }
 
 // What both passes are given.
@@ -65,7 +70,6 @@ struct Convolution {
     if (rest) {
       STD_TORCH_CHECK(images_of_rest == 1 || images_of_rest == x.size(0),
                       "rest has neither one sample nor those of x");
-      STD_TORCH_CHECK(R > 0, "rest is empty");
       plain(*rest, {images_of_rest, R}, x.scalar_type(), "rest");
     }
   }
@@ -87,41 +91,6 @@ struct Convolution {
 
   Tensor inputs() const { return matrix(x, M, K); }
 };
-
-PlacesShape places_shape(const Tensor& like, int64_t O, int64_t n, int64_t h, int64_t w) {
-  PlacesShape s{};
-  s.dtype = dtype_of(like);
-  s.N = static_cast<int>(like.size(0)), s.H = static_cast<int>(like.size(2));
-  s.W = static_cast<int>(like.size(3)), s.O = static_cast<int>(O);
-  s.n = static_cast<int>(n), s.h = static_cast<int>(h), s.w = static_cast<int>(w);
-  STD_TORCH_CHECK((n == 1 || n == s.N) && (h == 1 || h == s.H) && (w == 1 || w == s.W),
-                  "an offset of size (", n, ", ", O, ", ", h, ", ", w,
-                  ") does not spread over the output");
-  return s;
-}
-
-// The sums of dy (N, O, H, W) over what n, h, w leave out, as (n, O, h, w).
-Tensor sums(const Tensor& dy, int64_t n, int64_t h, int64_t w, void* stream) {
-  const PlacesShape s = places_shape(dy, dy.size(1), n, h, w);
-  if (n == s.N && h == s.H && w == s.W) return torch::stable::clone(dy);
-  Tensor out = new_images(dy, n, s.O, h, w);
-  const Tensor partial = scratch(dy, sacl_cuda_sum_places_scratch(s));
-  check(sacl_cuda_sum_places(s, dy.const_data_ptr(), out.mutable_data_ptr(), floats_out(partial),
-                             stream));
-  return out;
-}
-
-// Where the channels of two lists are among C.
-Tensor places(const Tensor& like, const Tensor& first, const std::optional<Tensor>& second,
-              int64_t C, void* stream) {
-  Tensor out = new_tensor(like, {C}, ScalarType::Long);
-  const int64_t count = first.numel(), more = second ? second->numel() : 0;
-  check(sacl_cuda_places(indices(first, count, "index"), static_cast<int>(count),
-                         indices(second, more, "index"), static_cast<int>(more),
-                         static_cast<int64_t*>(out.mutable_data_ptr()), static_cast<int>(C),
-                         stream));
-  return out;
-}
 
 const int64_t* places_in(const std::optional<Tensor>& t) {
   return t ? static_cast<const int64_t*>(t->const_data_ptr()) : nullptr;
@@ -146,6 +115,7 @@ Tensor put(const Convolution& c, const Tensor& live, const std::optional<Tensor>
 Tensor slim_pointwise(Tensor x, Tensor weight, std::optional<Tensor> in_index,
                       std::optional<Tensor> out_index, std::optional<Tensor> rest,
                       std::optional<Tensor> rest_index, std::optional<Tensor> offset) {
+  drop_if_empty(rest, rest_index);
   const Convolution c(x, weight, in_index, out_index, rest, rest_index);
   const OnDevice device(x);
   void* stream = device.stream();
@@ -184,6 +154,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> slim_pointwise_backward(
     Tensor dy, Tensor x, Tensor weight, std::optional<Tensor> in_index,
     std::optional<Tensor> out_index, std::optional<Tensor> rest, std::optional<Tensor> rest_index,
     std::vector<int64_t> offset_shape) {
+  drop_if_empty(rest, rest_index);
   const Convolution c(x, weight, in_index, out_index, rest, rest_index);
   images(dy, "dy");
   check_sizes(dy, {x.size(0), c.O, x.size(2), x.size(3)}, "dy");

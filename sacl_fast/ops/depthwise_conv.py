@@ -1,8 +1,9 @@
 """Depthwise convolution in which each filter names the channel it reads.
 
 A slim encoder keeps some filters of a depthwise convolution, and they read some of the channels
-that are there. The compiled operator (``csrc/cpu/depthwise.cpp``) picks the channels as it reads
-them, so they are not copied first, and gives the input's gradient back in place.
+that are there. The compiled operator (``csrc/cpu/depthwise.cpp``, ``csrc/cuda/depthwise.cpp``)
+picks the channels as it reads them, so they are not copied first, and gives the input's gradient
+back in place. Under autocast it does what PyTorch's convolutions do.
 """
 
 from __future__ import annotations
@@ -39,8 +40,10 @@ def depthwise_conv(
         weight: (Cout, 1, kh, kw).
         index: (K,) int64, no channel twice; None: K = C, in order.
         filters: (K,) int64; None: K = Cout, in order.
-        backend: ``cpu`` (compiled: CPU, float32, channels-last memory), ``torch``, or ``auto``.
+        backend: ``cpu`` (compiled: float32, channels-last memory), ``cuda`` (compiled: also
+            bfloat16 and float16), ``torch``, or ``auto``.
     """
+    x, weight = _as_under_autocast(x, weight)
     if backend != "torch" and _suits(x, weight):
         return _DepthwiseConv.apply(  # type: ignore[no-any-return]
             x, weight, index, filters, stride, padding, dilation
@@ -50,6 +53,15 @@ def depthwise_conv(
     if index is not None:
         x = take_channels(x, index)
     return F.conv2d(x, weight, None, stride, padding, dilation, groups=len(weight))
+
+
+def _as_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As autocast hands them to a convolution: in its number type, but for float64."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:

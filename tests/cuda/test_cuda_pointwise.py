@@ -114,6 +114,18 @@ def test_an_offset_in_another_memory_format(device):
     assert_near(y, expected, torch.float32, SLACK)
 
 
+@both()
+def test_a_rest_of_no_channels_is_none(device):
+    x, weight, *_ = map(device.put, inputs(CASES[0], torch.float32, torch.float32))
+    rest, index = x.new_empty(2, 0), device.put(torch.arange(16))
+    nowhere = index[:0]
+    y = device.ops.slim_pointwise(x, weight, index, None, rest, nowhere, None)
+    assert torch.equal(y, device.ops.slim_pointwise(x, weight, index, None, None, None, None))
+    dy = device.put(images(2, 24, 5, 7, dtype=torch.float32))
+    grads = device.ops.slim_pointwise_backward(dy, x, weight, index, None, rest, nowhere, [])
+    assert [len(g) for g in grads] == [2, 24, 0, 0]
+
+
 @pytest.mark.parametrize("device", ["emulated"], indirect=True)
 def test_the_order_of_threads_changes_nothing(device):
     given = inputs(CASES[7], torch.bfloat16, torch.float32)
