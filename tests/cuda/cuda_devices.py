@@ -23,7 +23,10 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests/cuda"
 SOURCES = [
     *sorted((ROOT / "csrc/cuda").glob("*_kernels.cu")),
-    *(ROOT / "csrc/cuda" / f"{name}.cpp" for name in ("depthwise", "batch_norm_act", "pointwise", "combine")),
+    *(
+        ROOT / "csrc/cuda" / f"{name}.cpp"
+        for name in ("depthwise", "batch_norm_act", "pointwise", "combine")
+    ),
     ROOT / "csrc/operators.cpp",
     HERE / "simt.cpp",
 ]

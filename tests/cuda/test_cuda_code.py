@@ -34,7 +34,9 @@ def test_no_kernel_has_a_stack_or_local_memory():
     report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     kernels = USAGE.findall(report)
     sources = "".join(f.read_text() for f in (ROOT / "csrc/cuda").glob("*.cu"))
-    named = set(re.findall(r"__global__ void[^(]*?(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(", sources))
+    named = set(
+        re.findall(r"__global__ void[^(]*?(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(", sources)
+    )
     assert len(named) > 20
     for name in named:  # each was compiled for each architecture
         count = sum(f"{len(name)}{name}" in kernel for kernel, *_ in kernels)

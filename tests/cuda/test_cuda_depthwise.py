@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from cuda_devices import DTYPES, assert_near, both, emulator, images
 
-# (shape of x, filters, kernel, stride, padding, dilation): vectors of channels and single ones, more
-# channels than a block takes, index lists, odd sizes, windows larger than the image, an even and an
-# oblong window.
+# (shape of x, filters, kernel, stride, padding, dilation): vectors of channels and single ones,
+# more channels than a block takes, index lists, odd sizes, windows larger than the image, an even
+# and an oblong window.
 CASES = [
     ((2, 16, 9, 11), 16, (3, 3), (1, 1), (1, 1), (1, 1)),
     ((2, 24, 9, 11), 24, (3, 3), (2, 2), (1, 1), (1, 1)),
@@ -32,7 +32,7 @@ CASES = [
     ((1, 16, 8, 8), 16, (1, 1), (3, 3), (0, 0), (1, 1)),
     ((3, 8, 40, 33), 8, (3, 3), (1, 1), (1, 1), (1, 1)),  # many strips a block
 ]
-# MobileNet-V1's and EfficientNet-B0's, and 2^31 numbers and more.
+# Of MobileNet-V1 and EfficientNet-B0.
 LARGE = [
     ((8, 32, 112, 112), 32, (3, 3), (1, 1), (1, 1), (1, 1)),
     ((8, 512, 14, 14), 301, (3, 3), (2, 2), (1, 1), (1, 1)),

@@ -4,8 +4,8 @@ import pytest
 import torch
 from cuda_devices import DTYPES, assert_near, both, emulator, images
 
-# (shape of x, Cin, Cout, outputs, constants (n, R) or None, offset's (n, h, w) or None); n, h, w are
-# 1 or "full". Cin and Cout larger than what is taken mean index lists.
+# (shape of x, Cin, Cout, outputs, constants (n, R) or None, offset's (n, h, w) or None); n, h, w
+# are 1 or "full". Cin and Cout larger than what is taken mean index lists.
 CASES = [
     ((2, 16, 5, 7), 16, 24, 24, None, None),
     ((2, 16, 5, 7), 16, 24, 24, None, (1, 1, 1)),
@@ -31,22 +31,24 @@ SLACK = 3
 
 
 def inputs(case, dtype, weight_dtype):
-    (N, K, H, W), Cin, Cout, O, constants, offset = case
-    generator = torch.Generator().manual_seed(Cin * Cout + O)
-    x = images(N, K, H, W, dtype=dtype)
+    shape, Cin, Cout, filters, constants, offset = case
+    samples, K, high, wide = shape
+    generator = torch.Generator().manual_seed(Cin * Cout + filters)
+    x = images(*shape, dtype=dtype)
     # The kernels round a float32 weight to the activations' type; the reference gets it rounded.
     weight = torch.randn(Cout, Cin, generator=generator).to(dtype).to(weight_dtype)
     order = torch.randperm(Cin, generator=generator)
-    in_index = order[:K] if K < Cin else None
-    out_index = torch.randperm(Cout, generator=generator)[:O] if O < Cout else None
+    in_index = order[:K] if Cin > K else None
+    out_index = torch.randperm(Cout, generator=generator)[:filters] if Cout > filters else None
     rest = rest_index = None
     if constants:
         n, R = constants
-        rest = torch.randn(N if n == "full" else n, R, generator=generator).to(dtype)
+        rest = torch.randn(samples if n == "full" else n, R, generator=generator).to(dtype)
         rest_index = order[K : K + R]
     if offset:
-        n, h, w = (size if kept == "full" else 1 for kept, size in zip(offset, (N, H, W)))
-        offset = images(n, O, h, w, dtype=dtype, seed=5)
+        sizes = zip(offset, (samples, high, wide), strict=True)
+        n, h, w = (size if kept == "full" else 1 for kept, size in sizes)
+        offset = images(n, filters, h, w, dtype=dtype, seed=5)
     return x, weight, in_index, out_index, rest, rest_index, offset
 
 
