@@ -95,26 +95,25 @@ struct Affine {
   __device__ float at(int v, float x) const { return (x - mean[v]) * scale[v] + bias[v]; }
 };
 
-// partial (blocks, 2, K) = this block's two sums of each channel.
+// partial (blocks, 2, K) = this block's two sums of each channel. Called by all its threads.
 template <int V>
-__device__ void leave_sums(const float (&a)[V], const float (&b)[V], int first, int K,
-                           float* partial) {
-  __shared__ float buffer[kThreads * V];
-  float* own = partial + static_cast<int64_t>(blockIdx.x) * 2 * K;
-  sum_rows_of_block<V>(buffer, a, [&](int, int c, float sum) {
-    if (first + c < K) own[first + c] = sum;
-  });
-  sum_rows_of_block<V>(buffer, b, [&](int, int c, float sum) {
-    if (first + c < K) own[K + first + c] = sum;
-  });
+__device__ void leave_sums(float (&sums)[2 * V], int channel, int K, float* partial) {
+  __shared__ float buffer[kSumBuffer<2 * V>];
+  sum_rows_of_block(buffer, sums);
+  if (threadIdx.y != 0 || channel >= K) return;
+  float* own = partial + static_cast<int64_t>(blockIdx.x) * 2 * K + channel;
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    own[v] = sums[v];
+    own[K + v] = sums[V + v];
+  }
 }
 
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads) moments(Rows rows, const T* x, float* partial) {
-  const int first = blockIdx.y * blockDim.x * V, channel = first + threadIdx.x * V;
-  float sum[V], squares[V];
-  clear(sum);
-  clear(squares);
+  const int channel = (blockIdx.y * blockDim.x + threadIdx.x) * V;
+  float sums[2 * V];  // of differences, of their squares
+  clear(sums);
   if (channel < rows.K) {
     float origin[V];
     Vec<T, V>::load(x + channel).unpack(origin);
@@ -123,12 +122,12 @@ __global__ void __launch_bounds__(kThreads) moments(Rows rows, const T* x, float
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         const float d = in[0][v] - origin[v];
-        sum[v] += d;
-        squares[v] += d * d;
+        sums[v] += d;
+        sums[V + v] += d * d;
       }
     });
   }
-  leave_sums<V>(sum, squares, first, rows.K, partial);
+  leave_sums<V>(sums, channel, rows.K, partial);
 }
 
 template <class T, int V, int A>
@@ -148,10 +147,9 @@ __global__ void __launch_bounds__(kThreads) apply(Rows rows, const T* x, Vectors
 template <class T, int V, int A>
 __global__ void __launch_bounds__(kThreads)
     gradient_sums(Rows rows, const T* dy, const T* x, Vectors vectors, float* partial) {
-  const int first = blockIdx.y * blockDim.x * V, channel = first + threadIdx.x * V;
-  float sum[V], products[V];
-  clear(sum);
-  clear(products);
+  const int channel = (blockIdx.y * blockDim.x + threadIdx.x) * V;
+  float sums[2 * V];  // of dz, of dz (x - mean)
+  clear(sums);
   if (channel < rows.K) {
     const Affine<V> affine(vectors, channel);
     const T* const inputs[] = {dy, x};
@@ -159,12 +157,12 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         const float dz = through<A>(in[0][v], affine.at(v, in[1][v]));
-        sum[v] += dz;
-        products[v] += dz * (in[1][v] - affine.mean[v]);
+        sums[v] += dz;
+        sums[V + v] += dz * (in[1][v] - affine.mean[v]);
       }
     });
   }
-  leave_sums<V>(sum, products, first, rows.K, partial);
+  leave_sums<V>(sums, channel, rows.K, partial);
 }
 
 // dx = scale * dz - constant - (x - mean) * projection

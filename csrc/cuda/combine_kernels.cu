@@ -103,17 +103,18 @@ template <class T, int V>
 __global__ void __launch_bounds__(kThreads)
     multiply_backward(GateShape s, const T* dy, const T* x, const T* map, const T* gate,
                       const int64_t* index, const int64_t* map_index, T* dx, T* dgate) {
-  __shared__ float buffer[kThreads * V];
-  const int all = s.K + s.R, first = blockIdx.y * blockDim.x * V;
-  const int channel = first + threadIdx.x * V;
+  __shared__ float buffer[kSumBuffer<V>];
+  const int all = s.K + s.R, channel = (blockIdx.y * blockDim.x + threadIdx.x) * V;
   const int64_t n = blockIdx.x;
   float sums[V], own[V];
   clear(sums);
-  const int stop = channel < all ? s.HW : 0;
-  if (stop) {
-    const int64_t factor = V > 1 ? channel : factor_of(s, index, map_index, channel);
+  const bool inside = channel < all;
+  int64_t factor = channel;
+  if (inside) {
+    if (V == 1) factor = factor_of(s, index, map_index, channel);
     Vec<T, V>::load(gate + n * s.C + factor).unpack(own);
   }
+  const int stop = inside ? s.HW : 0;
 #pragma unroll 4
   for (int place = threadIdx.y; place < stop; place += blockDim.y) {
     const int64_t row = n * s.HW + place;
@@ -129,10 +130,8 @@ __global__ void __launch_bounds__(kThreads)
     }
     if (channel < s.K) Vec<T, V>::store(dx + row * s.K + channel, gradient);
   }
-  sum_rows_of_block<V>(buffer, sums, [&](int, int c, float sum) {
-    if (first + c < all)
-      dgate[n * s.C + factor_of(s, index, map_index, first + c)] = from_float<T>(sum);
-  });
+  sum_rows_of_block(buffer, sums);
+  if (threadIdx.y == 0 && inside) Vec<T, V>::store(dgate + n * s.C + factor, sums);
 }
 
 // dmap (HW, R): the sum over samples.
@@ -258,7 +257,8 @@ const char* sacl_cuda_gate_backward(GateShape shape, const void* dy, const void*
         return failure;
       }
     }
-    const bool vectors = shape.K == shape.C && vectors_fit<T>(shape, index, dy, x, gate, dx);
+    const bool vectors = shape.K == shape.C && aligned(dgate) &&
+                         vectors_fit<T>(shape, index, dy, x, gate, dx);
     const auto run = vectors ? &launch_gate_backward<T, kLanes<T>> : &launch_gate_backward<T, 1>;
     const char* failure = run(shape, static_cast<const T*>(dy), static_cast<const T*>(x),
                               static_cast<const T*>(map), static_cast<const T*>(gate), index,

@@ -22,7 +22,8 @@ template <int V, int K, int S>
 constexpr int kStrip = V == 1 ? 8 : (K * S < 14 ? 4 : 2);
 // In the weight's gradient, which keeps sums of all taps.
 template <int V, int S>
-constexpr int kWeightStrip = V == 1 ? 8 : (V == 4 && S == 1 ? 4 : 2);
+constexpr int kWeightStrip = V == 1 ? 8 : (S == 1 ? 4 : 2);
+constexpr int kWeightThreads = 128;  // those sums take registers for more threads
 // Rows of the window whose sums one thread keeps there; the others are other threads'.
 template <int K>
 constexpr int kWeightRows = K == 3 ? 3 : 1;
@@ -63,10 +64,41 @@ __device__ inline int source_of(const int64_t* source, int c, int channels) {
   return static_cast<int>(from);
 }
 
+// How weights lie in shared memory. As fp32 where there is room for it: then a vector of them is not
+// taken apart again for each strip.
+template <class T, int V, int K>
+using StagedType = std::conditional_t<K == 3, float, T>;
+
+// V weights of one tap.
+template <class T, int V, int K>
+struct Staged {
+  static constexpr bool kWide = sizeof(StagedType<T, V, K>) > sizeof(T) && V > 1;
+  using Part = Vec<StagedType<T, V, K>, V == 1 ? 1 : kLanes<StagedType<T, V, K>>>;
+  Part parts[kWide ? 2 : 1];
+
+  __device__ void load(const StagedType<T, V, K>* from) {
+    parts[0] = Part::load_shared(from);
+    if constexpr (kWide) parts[1] = Part::load_shared(from + V / 2);
+  }
+  __device__ void unpack(float (&out)[V]) const {
+    if constexpr (kWide) {
+      float half[V / 2];
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        parts[part].unpack(half);
+#pragma unroll
+        for (int v = 0; v < V / 2; ++v) out[part * (V / 2) + v] = half[v];
+      }
+    } else {
+      parts[0].unpack(out);
+    }
+  }
+};
+
 // The block's slice of the weight (K, taps), tap after tap. `by_source`: channel c's filter is
 // source[c], and the last tap is first if `flipped`.
-template <class T, int TAPS, int WIDTH>
-__device__ void stage_weight(T (&staged)[TAPS * WIDTH], const T* weight, int first, int width,
+template <int TAPS, int WIDTH, class S, class T>
+__device__ void stage_weight(S (&staged)[TAPS * WIDTH], const T* weight, int first, int width,
                              int channels, int filters, const int64_t* source, bool by_source,
                              bool flipped) {
   for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < width * TAPS;
@@ -75,7 +107,19 @@ __device__ void stage_weight(T (&staged)[TAPS * WIDTH], const T* weight, int fir
     const int filter = c < channels && by_source ? source_of(source, c, filters) : c;
     const bool there = c < channels && filter >= 0;
     staged[(flipped ? TAPS - 1 - tap : tap) * WIDTH + channel] =
-        there ? weight[static_cast<int64_t>(filter) * TAPS + tap] : from_float<T>(0);
+        from_float<S>(there ? to_float(weight[static_cast<int64_t>(filter) * TAPS + tap]) : 0.0f);
+  }
+}
+
+// N columns beside one another, of which those beyond the image are 0; the first one, at `first`, is
+// its column `left`.
+template <class T, int V, int N>
+__device__ void load_columns(Vec<T, V> (&columns)[N], const T* first, int step, int left,
+                             int width) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const bool inside = static_cast<unsigned>(left + i) < static_cast<unsigned>(width);
+    columns[i] = inside ? Vec<T, V>::load(first + i * step) : Vec<T, V>::zero();
   }
 }
 
@@ -84,15 +128,16 @@ template <class T, int V, int K, int S>
 __global__ void __launch_bounds__(kThreads, 2)
     convolve(Problem p, const T* x, const T* weight, const int64_t* source, T* y, bool backwards) {
   constexpr int kWidth = kGroups * V, L = kStrip<V, K, S>, kColumnsRead = (L - 1) * S + K;
-  __shared__ __align__(16) T taps[K * K * kWidth];
+  __shared__ __align__(16) StagedType<T, V, K> taps[K * K * kWidth];
   const DepthwiseShape& s = p.s;
   const int width = blockDim.x * V, first = blockIdx.y * width;
   const int own = threadIdx.x * V, channel = first + own;
-  stage_weight<T, K * K, kWidth>(taps, weight, first, width, s.K, s.C, source, backwards,
+  stage_weight<K * K, kWidth>(taps, weight, first, width, s.K, s.C, source, backwards,
                                  backwards);
   __syncthreads();
   if (channel >= s.K) return;
   const int from = source_of(source, channel, s.C);
+  const int high = from < 0 ? 0 : s.H;  // no row is read for a channel that reads none
   const int stop = min(p.count, static_cast<int>(blockIdx.x + 1) * p.chunk);
   for (int strip = blockIdx.x * p.chunk + threadIdx.y; strip < stop; strip += blockDim.y) {
     int n, row, at;
@@ -104,19 +149,13 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll(K == 3 ? 3 : 1)
     for (int kh = 0; kh < K; ++kh) {
       const int h = row * S - s.pad_h + kh;
-      if (h < 0 || h >= s.H || from < 0) continue;
-      const T* line = x + (static_cast<int64_t>(n) * s.H + h) * s.W * s.C + from;
+      if (static_cast<unsigned>(h) >= static_cast<unsigned>(high)) continue;
       Vec<T, V> in[kColumnsRead];
+      load_columns(in, x + ((static_cast<int64_t>(n) * s.H + h) * s.W + left) * s.C + from, s.C,
+                   left, s.W);
+      Staged<T, V, K> weights[K];
 #pragma unroll
-      for (int i = 0; i < kColumnsRead; ++i) {
-        const int w = left + i;
-        in[i] = w >= 0 && w < s.W ? Vec<T, V>::load(line + static_cast<int64_t>(w) * s.C)
-                                  : Vec<T, V>::zero();
-      }
-      Vec<T, V> weights[K];
-#pragma unroll
-      for (int kw = 0; kw < K; ++kw)
-        weights[kw] = Vec<T, V>::load_shared(taps + (kh * K + kw) * kWidth + own);
+      for (int kw = 0; kw < K; ++kw) weights[kw].load(taps + (kh * K + kw) * kWidth + own);
 #pragma unroll
       for (int i = 0; i < kColumnsRead; ++i) {
         float value[V];
@@ -146,11 +185,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     input_of_stride_2(Problem p, const T* dy, const T* weight, const int64_t* source, T* dx) {
   constexpr int kWidth = kGroups * V, L = kStrip<V, K, 1>, kBefore = (K - 1) / 2;
   constexpr int kColumnsRead = L / 2 + kBefore;
-  __shared__ __align__(16) T taps[K * K * kWidth];
+  __shared__ __align__(16) StagedType<T, V, K> taps[K * K * kWidth];
   const DepthwiseShape& s = p.s;
   const int width = blockDim.x * V, first = blockIdx.y * width;
   const int own = threadIdx.x * V, channel = first + own;
-  stage_weight<T, K * K, kWidth>(taps, weight, first, width, s.C, s.K, source, true, false);
+  stage_weight<K * K, kWidth>(taps, weight, first, width, s.C, s.K, source, true, false);
   __syncthreads();
   if (channel >= s.C) return;
   const int from = source_of(source, channel, s.K);
@@ -166,14 +205,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int kh = (row + s.pad_h) & 1; kh < K; kh += 2) {
       const int h = (row + s.pad_h - kh) / 2;
       if (row + s.pad_h < kh || h >= s.OH || from < 0) continue;
-      const T* line = dy + (static_cast<int64_t>(n) * s.OH + h) * s.OW * s.K + from;
       Vec<T, V> in[kColumnsRead];
-#pragma unroll
-      for (int i = 0; i < kColumnsRead; ++i) {
-        const int w = middle + i;
-        in[i] = w >= 0 && w < s.OW ? Vec<T, V>::load(line + static_cast<int64_t>(w) * s.K)
-                                   : Vec<T, V>::zero();
-      }
+      load_columns(in, dy + ((static_cast<int64_t>(n) * s.OH + h) * s.OW + middle) * s.K + from,
+                   s.K, middle, s.OW);
 #pragma unroll
       for (int i = 0; i < kColumnsRead; ++i) {
         float value[V];
@@ -182,8 +216,10 @@ __global__ void __launch_bounds__(kThreads, 2)
         for (int kw = 0; kw < K; ++kw) {
           const int t = 2 * (i - kBefore) + kw;
           if (t < 0 || t >= L) continue;
+          Staged<T, V, K> weight_of;
+          weight_of.load(taps + (kh * K + kw) * kWidth + own);
           float tap[V];
-          Vec<T, V>::load_shared(taps + (kh * K + kw) * kWidth + own).unpack(tap);
+          weight_of.unpack(tap);
 #pragma unroll
           for (int v = 0; v < V; ++v) sums[t][v] += value[v] * tap[v];
         }
@@ -200,41 +236,32 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // partial (blocks, taps, K): the weight's gradient over a block's strips of dy.
 template <class T, int V, int K, int S>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kWeightThreads, 3)
     weight_sums(Problem p, const T* x, const T* dy, const int64_t* source, float* partial) {
   constexpr int L = kWeightStrip<V, S>, kRows = kWeightRows<K>, kColumnsRead = (L - 1) * S + K;
-  __shared__ float buffer[kThreads * V];
+  __shared__ float buffer[kSumBuffer<kRows * K * V, kWeightThreads>];
   const DepthwiseShape& s = p.s;
-  const int width = blockDim.x * V, first = blockIdx.y * width;
-  const int channel = first + threadIdx.x * V, top = threadIdx.z * kRows;
+  const int channel = (blockIdx.y * blockDim.x + threadIdx.x) * V, top = threadIdx.z * kRows;
   const bool inside = channel < s.K;
   const int from = inside ? source_of(source, channel, s.C) : 0;
-  float sums[kRows * K][V];
-#pragma unroll
-  for (int tap = 0; tap < kRows * K; ++tap) clear(sums[tap]);
+  float sums[kRows * K * V];
+  clear(sums);
   const int stop = inside ? min(p.count, static_cast<int>(blockIdx.x + 1) * p.chunk) : 0;
   for (int strip = blockIdx.x * p.chunk + threadIdx.y; strip < stop; strip += blockDim.y) {
     int n, row, at;
     p.place(strip, n, row, at);
-    const T* out = dy + ((static_cast<int64_t>(n) * s.OH + row) * s.OW + at * L) * s.K + channel;
     Vec<T, V> gradient[L];
-#pragma unroll
-    for (int t = 0; t < L; ++t)
-      gradient[t] = at * L + t < s.OW ? Vec<T, V>::load(out + static_cast<int64_t>(t) * s.K)
-                                      : Vec<T, V>::zero();
+    load_columns(gradient,
+                 dy + ((static_cast<int64_t>(n) * s.OH + row) * s.OW + at * L) * s.K + channel, s.K,
+                 at * L, s.OW);
     const int left = at * L * S - s.pad_w;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int h = row * S - s.pad_h + top + r;
-      if (h < 0 || h >= s.H) continue;
-      const T* line = x + (static_cast<int64_t>(n) * s.H + h) * s.W * s.C + from;
+      if (static_cast<unsigned>(h) >= static_cast<unsigned>(s.H)) continue;
       Vec<T, V> in[kColumnsRead];
-#pragma unroll
-      for (int i = 0; i < kColumnsRead; ++i) {
-        const int w = left + i;
-        in[i] = w >= 0 && w < s.W ? Vec<T, V>::load(line + static_cast<int64_t>(w) * s.C)
-                                  : Vec<T, V>::zero();
-      }
+      load_columns(in, x + ((static_cast<int64_t>(n) * s.H + h) * s.W + left) * s.C + from, s.C,
+                   left, s.W);
 #pragma unroll
       for (int i = 0; i < kColumnsRead; ++i) {
         float value[V];
@@ -246,17 +273,18 @@ __global__ void __launch_bounds__(kThreads, 2)
           float g[V];
           gradient[t].unpack(g);
 #pragma unroll
-          for (int v = 0; v < V; ++v) sums[r * K + kw][v] += g[v] * value[v];
+          for (int v = 0; v < V; ++v) sums[(r * K + kw) * V + v] += g[v] * value[v];
         }
       }
     }
   }
+  sum_rows_of_block<kWeightThreads>(buffer, sums);
+  if (threadIdx.y != 0 || !inside) return;
+  float* own = partial + (static_cast<int64_t>(blockIdx.x) * K + top) * K * s.K + channel;
 #pragma unroll
   for (int tap = 0; tap < kRows * K; ++tap) {
-    sum_rows_of_block<V>(buffer, sums[tap], [&](int z, int c, float sum) {
-      const int64_t line = static_cast<int64_t>(blockIdx.x) * K * K + z * kRows * K + tap;
-      if (first + c < s.K) partial[line * s.K + first + c] = sum;
-    });
+#pragma unroll
+    for (int v = 0; v < V; ++v) own[static_cast<int64_t>(tap) * s.K + v] = sums[tap * V + v];
   }
 }
 
@@ -330,9 +358,9 @@ __global__ void input_of_any(Problem p, const T* dy, const T* weight, const int6
 template <class T>
 __global__ void weight_sums_any(Problem p, const T* x, const T* dy, const int64_t* source,
                                 float* partial) {
-  __shared__ float buffer[kThreads];
+  __shared__ float buffer[kSumBuffer<1>];
   const DepthwiseShape& s = p.s;
-  const int first = blockIdx.y * blockDim.x, channel = first + threadIdx.x;
+  const int channel = blockIdx.y * blockDim.x + threadIdx.x;
   const int kh = blockIdx.z / s.kw, kw = blockIdx.z % s.kw;
   const bool inside = channel < s.K;
   const int from = inside ? source_of(source, channel, s.C) : 0;
@@ -347,17 +375,16 @@ __global__ void weight_sums_any(Problem p, const T* x, const T* dy, const int64_
     sum[0] += to_float(x[((static_cast<int64_t>(n) * s.H + h) * s.W + w) * s.C + from]) *
               to_float(dy[((static_cast<int64_t>(n) * s.OH + row) * s.OW + column) * s.K + channel]);
   }
-  sum_rows_of_block<1>(buffer, sum, [&](int, int c, float total) {
-    const int64_t line = static_cast<int64_t>(blockIdx.x) * s.kh * s.kw + blockIdx.z;
-    if (first + c < s.K) partial[line * s.K + first + c] = total;
-  });
+  sum_rows_of_block(buffer, sum);
+  const int64_t line = static_cast<int64_t>(blockIdx.x) * s.kh * s.kw + blockIdx.z;
+  if (threadIdx.y == 0 && inside) partial[line * s.K + channel] = sum[0];
 }
 
 // ---- which kernel ----
 
 // Blocks on a multiprocessor, of which two or three run at a time: whole waves in either case.
 constexpr int kPerProcessor = 6;
-constexpr int kPerProcessorSums = 2;  // one wave: each block leaves sums to be added up
+constexpr int kPerProcessorSums = 3;  // one wave: each block leaves sums to be added up
 
 template <int K, int S>
 struct WindowOf {
@@ -461,7 +488,7 @@ struct WeightLaunch {
   int depth;  // threads for rows of the window
 
   WeightLaunch(const DepthwiseShape& s, int V, int strip, int depth)
-      : tile(s.K, V, depth), p(s, s.OW, s.OH, strip, 0, tile, kPerProcessorSums), depth(depth) {}
+      : tile(s.K, V, depth, kWeightThreads), p(s, s.OW, s.OH, strip, 0, tile, kPerProcessorSums), depth(depth) {}
 
   int blocks() const { return ceil_div(p.count, p.chunk); }
   dim3 block() const { return dim3(tile.groups, tile.rows, depth); }

@@ -196,11 +196,11 @@ const char* with_type(int dtype, const F& f) {
 struct Tile {
   int groups, rows, slices;  // slices: blocks side by side
 
-  Tile(int channels, int V, int depth = 1) {
+  Tile(int channels, int V, int depth = 1, int threads = kThreads) {
     const int all = ceil_div(channels, V);
-    slices = ceil_div(all, kGroups);
+    slices = ceil_div(all, std::min(kGroups, threads / depth));
     groups = ceil_div(all, slices);
-    rows = kThreads / (groups * depth);
+    rows = threads / (groups * depth);
   }
 };
 
@@ -240,24 +240,31 @@ struct Divisor {
 
 // ---- sums in two stages ----
 
-// The block's rows of threads summed: put(z, channel of the slice, sum) for each depth and channel.
-// `buffer` holds kThreads * V floats.
-template <int V, class Put>
-__device__ void sum_rows_of_block(float* buffer, const float (&own)[V], const Put& put) {
-  const int width = blockDim.x * V, thread = threadIdx.z * blockDim.y + threadIdx.y;
+// Floats of shared memory that summing N numbers over a block's rows takes.
+template <int N, int THREADS = kThreads>
+constexpr int kSumBuffer = N * THREADS / 2;
+
+// The N sums of each column of threads over the block's rows, in those of row 0: the lower half of
+// the rows is added to the upper one until one is left. Called by all threads of the block.
+template <int THREADS = kThreads, int N>
+__device__ void sum_rows_of_block(float* buffer, float (&own)[N]) {
+  const int row = threadIdx.y;
+  for (int rows = blockDim.y; rows > 1;) {
+    const int stay = (rows + 1) / 2, go = rows - stay;
+    const int to = row < stay ? row : row - stay;
+    float* slot = buffer + (threadIdx.z * go + to) * blockDim.x + threadIdx.x;
+    if (row >= stay && row < rows) {
 #pragma unroll
-  for (int v = 0; v < V; ++v) buffer[thread * width + threadIdx.x * V + v] = own[v];
-  __syncthreads();
-  const int flat = thread * blockDim.x + threadIdx.x;
-  const int threads = blockDim.x * blockDim.y * blockDim.z;
-  for (int i = flat; i < width * static_cast<int>(blockDim.z); i += threads) {
-    const int z = i / width, channel = i % width;
-    float sum = 0;
-    for (int row = 0; row < static_cast<int>(blockDim.y); ++row)
-      sum += buffer[(z * blockDim.y + row) * width + channel];
-    put(z, channel, sum);
+      for (int i = 0; i < N; ++i) slot[i * (THREADS / 2)] = own[i];
+    }
+    __syncthreads();
+    if (row < go) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) own[i] += slot[i * (THREADS / 2)];
+    }
+    __syncthreads();
+    rows = stay;
   }
-  __syncthreads();
 }
 
 constexpr int kColumns = 32, kColumnRows = 16;  // threads of a block that sums up columns

@@ -119,9 +119,8 @@ struct Summed {
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads)
     sum_places(Summed summed, const T* dy, float* partial, T* sums) {
-  __shared__ float buffer[kThreads * V];
-  const int O = summed.s.O, first = blockIdx.y * blockDim.x * V;
-  const int channel = first + threadIdx.x * V;
+  __shared__ float buffer[kSumBuffer<V>];
+  const int O = summed.s.O, channel = (blockIdx.y * blockDim.x + threadIdx.x) * V;
   const int cell = blockIdx.x / summed.parts, part = blockIdx.x % summed.parts;
   float sum[V];
   clear(sum);
@@ -133,14 +132,16 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int v = 0; v < V; ++v) sum[v] += value[v];
   }
+  sum_rows_of_block(buffer, sum);
+  if (threadIdx.y != 0 || channel >= O) return;
+  if (summed.parts == 1) {
+    Vec<T, V>::store(sums + static_cast<int64_t>(cell) * O + channel, sum);
+    return;
+  }
   const int64_t cells = gridDim.x / summed.parts;
-  sum_rows_of_block<V>(buffer, sum, [&](int, int c, float total) {
-    if (first + c >= O) return;
-    if (summed.parts == 1)
-      sums[static_cast<int64_t>(cell) * O + first + c] = from_float<T>(total);
-    else
-      partial[(part * cells + cell) * O + first + c] = total;
-  });
+  float* own = partial + (part * cells + cell) * O + channel;
+#pragma unroll
+  for (int v = 0; v < V; ++v) own[v] = sum[v];
 }
 
 template <class T>
@@ -255,7 +256,7 @@ const char* sacl_cuda_sum_places(PlacesShape shape, const void* dy, void* sums, 
                                  void* stream) {
   return with_type(shape.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const bool vectors = shape.O % kLanes<T> == 0 && aligned(dy);
+    const bool vectors = shape.O % kLanes<T> == 0 && aligned(dy) && aligned(sums);
     const auto run = vectors ? &launch_sums<T, kLanes<T>> : &launch_sums<T, 1>;
     return run(shape, static_cast<const T*>(dy), static_cast<T*>(sums), scratch, stream);
   });
