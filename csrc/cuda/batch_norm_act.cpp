@@ -1,6 +1,6 @@
-// Batch norm with the activation after it on a CUDA device; see ../operators.cpp. Activations, their
-// gradients and the rest are of one type; parameters, statistics and the gradients of parameters are
-// float32, as under autocast.
+// Batch norm with the activation after it on a CUDA device; see ../operators.cpp. Activations,
+// their gradients and the rest are of one type; parameters, statistics and the gradients of
+// parameters are float32, as under autocast.
 #include <tuple>
 
 #include "cuda/host.h"

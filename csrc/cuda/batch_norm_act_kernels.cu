@@ -1,8 +1,8 @@
 // Batch norm in training with the activation after it, on M rows of K live channels in NHWC memory.
 //
-// Forward: x is read for the statistics and again for the output, which is written. Backward: dy and
-// x are read for the sums, and again for dx. The second pass goes through the rows from the last to
-// the first, so that what the cache still holds of the first pass is not read from memory again.
+// Forward: x is read for the statistics and again for the output, which is written. Backward: dy
+// and x are read for the sums, and again for dx. The second pass goes through the rows from the
+// last to the first, so that what the cache still holds of the first pass is not read again.
 // Between the two a small kernel adds up the blocks' sums, in double, and deals with all that is
 // as long as the channels: running statistics, the zeroed channels, gradients of weight and bias.
 //
@@ -12,7 +12,9 @@
 namespace sacl::cuda {
 namespace {
 
-constexpr int kLoads = 4;  // rows whose loads are under way at a time
+// Rows whose loads are under way at a time.
+template <int V>
+constexpr int kLoads = V == 1 ? 8 : 4;
 constexpr int kPerProcessor = 8, kPerProcessorSums = 4;
 
 template <int A>
@@ -42,17 +44,17 @@ struct Rows {
   int K;
 };
 
-// first(row, values) for the block's rows of V channels of each of `inputs`, several loads ahead;
-// rows are counted from the last one if `backwards`.
+// use(place of a row's V channels, their values in each of `inputs`) for the block's rows, several
+// loads ahead; rows are counted from the last one if `backwards`.
 template <class T, int V, int INPUTS, class Use>
 __device__ void for_rows(const Rows& rows, const T* const (&inputs)[INPUTS], int channel,
                          bool backwards, const Use& use) {
   const int64_t first = blockIdx.x * rows.chunk, stop = min(rows.M, first + rows.chunk);
-  for (int64_t start = first + threadIdx.y; start < stop; start += kLoads * blockDim.y) {
-    Vec<T, V> loaded[kLoads][INPUTS];
-    int64_t at[kLoads];
+  for (int64_t start = first + threadIdx.y; start < stop; start += kLoads<V> * blockDim.y) {
+    Vec<T, V> loaded[kLoads<V>][INPUTS];
+    int64_t at[kLoads<V>];
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
+    for (int i = 0; i < kLoads<V>; ++i) {
       const int64_t row = start + static_cast<int64_t>(i) * blockDim.y;
       at[i] = (backwards ? rows.M - 1 - row : row) * rows.K + channel;
 #pragma unroll
@@ -60,7 +62,7 @@ __device__ void for_rows(const Rows& rows, const T* const (&inputs)[INPUTS], int
         if (row < stop) loaded[i][k] = Vec<T, V>::load(inputs[k] + at[i]);
     }
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
+    for (int i = 0; i < kLoads<V>; ++i) {
       if (start + static_cast<int64_t>(i) * blockDim.y >= stop) break;
       float values[INPUTS][V];
 #pragma unroll

@@ -68,7 +68,8 @@ const void* values_of(const std::optional<Tensor>& t) { return t ? t->const_data
 
 Tensor slim_add(Tensor a, std::optional<Tensor> a_rest, std::optional<Tensor> a_source, Tensor b,
                 std::optional<Tensor> b_rest, std::optional<Tensor> b_source) {
-  const Operand left = operand_of(a, a_rest, a_source, a), right = operand_of(b, b_rest, b_source, a);
+  const Operand left = operand_of(a, a_rest, a_source, a);
+  const Operand right = operand_of(b, b_rest, b_source, a);
   const int64_t U = a_source ? a_source->numel() : a.size(1);
   STD_TORCH_CHECK((b_source ? b_source->numel() : b.size(1)) == U,
                   "both operands must have the same number of values");

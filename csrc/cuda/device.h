@@ -1,5 +1,5 @@
-// What the kernels share: numbers and 16-byte vectors of them, launches, and sums over rows that are
-// taken in two stages, without atomics. Without CUDA the kernels run on the CPU (tests/cuda/simt.h).
+// What the kernels share: numbers and 16-byte vectors of them, launches, and sums over rows that
+// are taken in two stages, without atomics. For tests they run on the CPU (tests/cuda/simt.h).
 #pragma once
 
 #include <algorithm>

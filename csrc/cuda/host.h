@@ -94,7 +94,7 @@ inline const int64_t* indices(const std::optional<Tensor>& t, int64_t count, con
   return t ? static_cast<const int64_t*>(plain(*t, {count}, ScalarType::Long, name)) : nullptr;
 }
 
-// Images (N, C, H, W) that lie in memory as (N, H, W, C), with so many places that an int counts them.
+// Images (N, C, H, W) that lie in memory as (N, H, W, C), of places that an int counts.
 inline const void* images(const Tensor& t, const char* name) {
   bool last = on_device(t) && t.dim() == 4;
   int64_t expected = 1;

@@ -1,5 +1,5 @@
-// The kernels' C interface, by which torch's side (*.cpp) calls them: the .cu files include no torch
-// header, and the .cpp files none of CUDA's.
+// The kernels' C interface, by which torch's side (*.cpp) calls them: the .cu files include no
+// torch header, and the .cpp files none of CUDA's.
 //
 // Pointers are to device memory. A launcher starts kernels on a stream and returns null, or what
 // failed; it neither waits, nor allocates, nor reads device memory, so it can be captured in a CUDA

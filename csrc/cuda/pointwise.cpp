@@ -84,8 +84,9 @@ struct Convolution {
     if (!index && !out_index && weight.scalar_type() == x.scalar_type()) return weight;
     Tensor taken = new_tensor(x, {O, columns}, x.scalar_type());
     check(sacl_cuda_take_weight(weight_shape(columns), weight.const_data_ptr(),
-                                indices(out_index, O, "out_index"), indices(index, columns, "index"),
-                                taken.mutable_data_ptr(), stream));
+                                indices(out_index, O, "out_index"),
+                                indices(index, columns, "index"), taken.mutable_data_ptr(),
+                                stream));
     return taken;
   }
 
