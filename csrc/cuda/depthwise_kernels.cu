@@ -77,6 +77,9 @@ template <class T, int V, int K, int S>
 __global__ void __launch_bounds__(kThreads, 2)
     convolve(Problem p, const T* x, const T* weight, const int64_t* source, T* y, bool backwards) {
   constexpr int kWidth = kGroups * V, L = kStrip<V, K, S>, kColumnsRead = (L - 1) * S + K;
+  // Without a branch for rows beyond the image, a row's loads start while the one before is summed
+  // up. Elsewhere there are no registers for that.
+  constexpr bool kLoadAhead = K == 3 && S == 1;
   __shared__ __align__(16) StagedType<T, V, K> taps[K * K * kWidth];
   const DepthwiseShape& s = p.s;
   const int width = blockDim.x * V, first = blockIdx.y * width;
@@ -98,10 +101,11 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll(K == 3 ? 3 : 1)
     for (int kh = 0; kh < K; ++kh) {
       const int h = row * S - s.pad_h + kh;
-      if (static_cast<unsigned>(h) >= static_cast<unsigned>(high)) continue;
+      const bool there = static_cast<unsigned>(h) < static_cast<unsigned>(high);
+      if (!kLoadAhead && !there) continue;
       Vec<T, V> in[kColumnsRead];
       load_columns(in, x + ((static_cast<int64_t>(n) * s.H + h) * s.W + left) * s.C + from, s.C,
-                   left, s.W);
+                   left, there ? s.W : 0);
       Staged<T, V, K> weights[K];
 #pragma unroll
       for (int kw = 0; kw < K; ++kw) weights[kw].load(taps + (kh * K + kw) * kWidth + own);

@@ -9,9 +9,9 @@
 namespace sacl::cuda {
 namespace {
 
-// Outputs of a strip.
+// Outputs of a strip: as many as leave registers for the sums of all taps.
 template <int V, int S>
-constexpr int kWeightStrip = V == 1 ? 8 : (S == 1 ? 4 : 2);
+constexpr int kWeightStrip = V == 1 ? 8 : (S == 1 ? (V == 4 ? 4 : 3) : 2);
 constexpr int kWeightThreads = 128;  // of a block: more would not have the registers for the sums
 
 // Rows of the window whose sums one thread keeps there; the others are other threads'.
@@ -25,6 +25,7 @@ template <class T, int V, int K, int S>
 __global__ void __launch_bounds__(kWeightThreads, 3)
     weight_sums(Problem p, const T* x, const T* dy, const int64_t* source, float* partial) {
   constexpr int L = kWeightStrip<V, S>, kRows = kWeightRows<K>, kColumnsRead = (L - 1) * S + K;
+  constexpr bool kLoadAhead = K == 3;  // as in depthwise_kernels.cu
   __shared__ float buffer[kSumBuffer<kRows * K * V, kWeightThreads>];
   const DepthwiseShape& s = p.s;
   const int channel = (blockIdx.y * blockDim.x + threadIdx.x) * V, top = threadIdx.z * kRows;
@@ -44,10 +45,11 @@ __global__ void __launch_bounds__(kWeightThreads, 3)
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int h = row * S - s.pad_h + top + r;
-      if (static_cast<unsigned>(h) >= static_cast<unsigned>(s.H)) continue;
+      const bool there = static_cast<unsigned>(h) < static_cast<unsigned>(s.H);
+      if (!kLoadAhead && !there) continue;
       Vec<T, V> in[kColumnsRead];
       load_columns(in, x + ((static_cast<int64_t>(n) * s.H + h) * s.W + left) * s.C + from, s.C,
-                   left, s.W);
+                   left, there ? s.W : 0);
 #pragma unroll
       for (int i = 0; i < kColumnsRead; ++i) {
         float value[V];
