@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-// ---- what is as long as the channels ----
+// What is as long as the channels.
 
 // Blocks of threads for the live channels, and after them for the zeroed ones.
 struct Ends {
@@ -292,7 +292,7 @@ __global__ void clear_both(float* a, float* b, int count) {
   if (i < count) a[i] = b[i] = 0;
 }
 
-// ---- launches ----
+// Launches.
 
 struct How {
   Tile tile;

@@ -158,7 +158,7 @@ __global__ void fill_zero(T* values, int64_t count) {
   if (i < count) values[i] = from_float<T>(0);
 }
 
-// ---- launches ----
+// Launches.
 
 // Blocks over M rows of `channels`.
 struct How {

@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// ---- any window ----
+// Any window.
 
 template <class T>
 __global__ void convolve_any(Problem p, const T* x, const T* weight, const int64_t* source, T* y) {
@@ -242,7 +242,7 @@ __global__ void input_of_any(Problem p, const T* dy, const T* weight, const int6
   }
 }
 
-// ---- which kernel ----
+// Which kernel runs.
 
 template <class T>
 const char* convolution(const DepthwiseShape& s, const T* x, const T* weight,

@@ -19,7 +19,7 @@ namespace sacl::cuda {
 constexpr int kThreads = 256;  // of a block, at most
 constexpr int kGroups = 32;    // vectors of channels that a block takes, at most
 
-// ---- numbers ----
+// Numbers.
 
 struct Half {
   uint16_t bits;
@@ -96,7 +96,7 @@ __device__ inline BFloat from_float<BFloat>(float x) {
   return {static_cast<uint16_t>(two_bfloats(x, 0))};
 }
 
-// ---- vectors of V channels: as many as 16 bytes hold, or one ----
+// Vectors of V channels: as many as 16 bytes hold, or one.
 
 template <class T>
 constexpr int kLanes = 16 / static_cast<int>(sizeof(T));
@@ -151,7 +151,7 @@ __device__ void clear(float (&values)[V]) {
   for (int v = 0; v < V; ++v) values[v] = 0;
 }
 
-// ---- launches ----
+// Launches.
 
 inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
@@ -238,7 +238,7 @@ struct Divisor {
   }
 };
 
-// ---- sums in two stages ----
+// Sums in two stages.
 
 // Floats of shared memory that summing N numbers over a block's rows takes.
 template <int N, int THREADS = kThreads>

@@ -152,7 +152,7 @@ __global__ void add_parts(const float* partial, int parts, int columns, T* sums)
   if (inside && threadIdx.y == 0) sums[column] = from_float<T>(static_cast<float>(sum));
 }
 
-// ---- launches ----
+// Launches.
 
 // `f` with null pointers to the weight's type and to that of its parts.
 template <class F>
