@@ -3,7 +3,7 @@
 SACL_FAST_BUILD_EXT decides: 0 never builds it, 1 makes a failed build an error, auto (the default)
 builds what it can (C++ and CUDA, C++ alone, nothing) and says what it left out and why.
 The CUDA part needs a toolkit and a torch with CUDA, but no GPU; TORCH_CUDA_ARCH_LIST names the
-architectures. csrc/*.cpp, csrc/cpu/*.cpp and csrc/cuda/*.cu are compiled.
+architectures. csrc/*.cpp and csrc/cpu/*.cpp are compiled, and csrc/cuda/*.cpp and *.cu with CUDA.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def module_options(version: str, toolkit: Path | None) -> dict[str, Any]:
     if toolkit:
         targets = cuda_targets(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES)
         held = ",".join(real for _, real in targets)
-        options["sources"] += sorted(map(str, Path("csrc/cuda").glob("*.cu")))
+        options["sources"] += sorted(map(str, Path("csrc/cuda").glob("*.c*")))
         options["include_dirs"].append(str(toolkit / "include"))
         options["define_macros"] += [
             ("SACL_WITH_CUDA", None),
@@ -131,7 +131,7 @@ def module_options(version: str, toolkit: Path | None) -> dict[str, Any]:
         # The static runtime, with its symbols kept in: the module loads where there is no toolkit
         # and no driver, and does not meet the shared runtime that torch loads.
         options["extra_objects"] = [f"{cuda_library_folder(toolkit)}/libcudart_static.a"]
-        options["libraries"] += ["rt", "dl", "pthread"]
+        options["libraries"] += ["torch_cuda", "rt", "dl", "pthread"]
         options["extra_link_args"] = ["-Wl,--exclude-libs,ALL"]
     return options
 

@@ -13,8 +13,26 @@ python=${PYTHON:-python3}
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$results"
 
+if ! "$python" -c 'import torch, sacl_fast._C' 2> /dev/null; then
+  SACL_FAST_BUILD_EXT=1 "$python" setup.py build_ext --inplace
+fi
 "$python" -m sacl_fast doctor
 "$python" -m pytest -q -m gpu tests
+
+# Every access and every barrier of our kernels, at small sizes; without torch's cache, in which an
+# access beyond one tensor would meet another.
+if command -v compute-sanitizer > /dev/null; then
+  for tool in memcheck racecheck; do
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+      "$python" -m pytest -q -p no:cacheprovider -m gpu -k 'not full_size' \
+      tests/cuda/test_cuda_{depthwise,batch_norm_act,pointwise,combine}.py
+  done
+fi
+
+for operator in depthwise batch_norm_act; do
+  "$python" "benchmarks/bench_$operator.py" --device cuda --dtype bfloat16 --batch 256 \
+    --json "$results/${operator}_gpu.json"
+done
 
 "$python" benchmarks/bench_xcorr_loss.py --seconds 0.3 \
   --json "$results/xcorr_loss_gpu.json" --plot "$results/xcorr_loss_gpu.png"

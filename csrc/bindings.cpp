@@ -1,7 +1,8 @@
-// The compiled module sacl_fast._C: so far it tells only how it was built.
+// The compiled module sacl_fast._C: importing it registers the operators; by itself it tells how it
+// was built.
 //
-// Files in cuda/ include no torch header (that takes nvcc minutes) and are called through the
-// extern "C" launchers of their headers.
+// .cu files include no torch header (that takes nvcc minutes) and are called through the extern "C"
+// launchers of cuda/*.h.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>

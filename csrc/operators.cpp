@@ -4,6 +4,9 @@
 // Images are (N, C, H, W) in channels-last memory. K channels of an activation are live, R are the
 // rest; index lists (int64) hold their places among the C channels of the full one, and null is all
 // of them in order. Weights, biases, running statistics and their gradients are full.
+//
+// On the CPU all values are float32. On a CUDA device activations are float32, float16 or bfloat16;
+// what weights then are, the files in cuda/ say.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sacl_fast, m) {

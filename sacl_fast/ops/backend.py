@@ -46,7 +46,7 @@ def _triton(device: torch.device) -> str | None:
 
 def _compiled_for_cpu(device: torch.device) -> str | None:
     if device.type != "cpu":
-        return "the compiled operators are for the CPU only, as yet"
+        return "it runs on the CPU only"
     from sacl_fast.ops import compiled
 
     return compiled.obstacle()
@@ -58,10 +58,18 @@ def _compiled_views(device: torch.device) -> str | None:
     return _compiled_for_cpu(device)
 
 
+def _compiled_for_cuda(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "it needs a CUDA device"
+    from sacl_fast.ops import compiled
+
+    return compiled.cuda_obstacle(device)
+
+
 # Operator -> its backends besides ``torch``, fastest first.
 OPERATORS: dict[str, dict[str, Check]] = {
     "xcorr_loss": {"triton": _triton},
-    "slim_conv": {"cpu": _compiled_for_cpu},
+    "slim_conv": {"cuda": _compiled_for_cuda, "cpu": _compiled_for_cpu},
     "lars": {},
     # ``torch``: torchvision, or DALI's own operators (see data/view_loader.py).
     "augment": {"cpu": _compiled_views},

@@ -58,7 +58,8 @@ def batch_norm_act(
         kept: (K,) int64, the places of x's channels among the C; None: all, in order.
         zeroed: (R,) int64, places of channels of value 0; None: none.
         count: values of a channel that the unbiased running variance is of; None: N * H * W.
-        backend: ``cpu`` (compiled: CPU, float32, channels-last memory), ``torch``, or ``auto``.
+        backend: ``cpu`` or ``cuda`` (compiled, see ``compiled.takes``; the norm in float32),
+            ``torch``, or ``auto``.
 
     Returns:
         y (N, K, H, W), and (1, R, 1, 1) for the zeroed channels.
@@ -82,7 +83,8 @@ def batch_norm_act(
 
 def _suits(x: Tensor, *vectors: Tensor | None) -> bool:
     """Whether the compiled operator takes x and the norm's parameters and running statistics."""
-    return compiled.takes(x, *(v for v in vectors if v is not None)) and is_compiled()
+    wide = all(v.dtype == torch.float32 for v in vectors if v is not None)
+    return wide and compiled.takes(x) and is_compiled()
 
 
 class _BatchNormAct(torch.autograd.Function):

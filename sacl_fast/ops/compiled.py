@@ -1,12 +1,14 @@
 """The compiled module ``sacl_fast._C``, whose operators are registered with PyTorch's dispatcher.
 
 Importing it registers the implementations. What PyTorch further needs to know of an operator, its
-shapes and gradients, is registered by the operator's file here when it is first used.
+shapes and FLOPs, is registered by the operator's file here when it is first used; gradients are
+those of that file's public function.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +26,50 @@ def obstacle() -> str | None:
     return None
 
 
-def takes(x: Tensor, *vectors: Tensor) -> bool:
-    """Whether the compiled operators are for images ``x`` (N, C, H, W) and these parameters: on the
-    CPU, in float32, x in channels-last memory and not empty."""
+@torch.compiler.assume_constant_result
+@cache
+def cuda_obstacle(device: torch.device) -> str | None:
+    """Why the compiled operators cannot be used on a CUDA device; None if they can."""
+    if (reason := obstacle()) is not None:
+        return reason
+    from sacl_fast import _C
+
+    held = _C.build_info()["architectures"]
+    if not held:
+        return "sacl_fast._C was built without CUDA"
+    major, minor = torch.cuda.get_device_capability(device)
+    if not any(runs_on(architecture, (major, minor)) for architecture in held):
+        return f"sacl_fast._C holds code for {', '.join(held)}; the device is sm_{major}{minor}"
+    return None
+
+
+def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether code for an architecture, such as ``sm_80``, ``sm_90a`` or ``compute_90``, runs on a
+    device of this compute capability: machine code on later minor versions, PTX on all later ones,
+    and neither, with an ``a``, on any but its own."""
+    kind, _, number = architecture.partition("_")
+    own = int(number.rstrip("af")[:-1]), int(number.rstrip("af")[-1])
+    if number.endswith("a"):
+        return capability == own
+    if kind == "compute" and not number.endswith("f"):
+        return capability >= own
+    return capability[0] == own[0] and capability >= own
+
+
+CUDA_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def takes(x: Tensor, *others: Tensor) -> bool:
+    """Whether the compiled operators are for images ``x`` (N, C, H, W), in channels-last memory and
+    not empty, and ``others`` of the same number type: float32 on the CPU, one of ``CUDA_DTYPES`` on
+    a GPU that the module holds code for."""
+    if x.device.type == "cpu":
+        usable = x.dtype == torch.float32
+    else:
+        usable = x.is_cuda and x.dtype in CUDA_DTYPES and cuda_obstacle(x.device) is None
     return (
-        x.device.type == "cpu"
-        and all(t.dtype == torch.float32 for t in (x, *vectors))
+        usable
+        and all(t.dtype == x.dtype and t.device == x.device for t in others)
         and x.is_contiguous(memory_format=torch.channels_last)
         and x.numel() > 0
     )
@@ -38,3 +78,12 @@ def takes(x: Tensor, *vectors: Tensor) -> bool:
 def images(like: Tensor, *shape: int) -> Tensor:
     """An empty (N, C, H, W) in channels-last memory."""
     return like.new_empty(shape).contiguous(memory_format=torch.channels_last)
+
+
+def as_under_autocast(x: Tensor, *others: Tensor | None) -> Any:
+    """As autocast hands them to a convolution: in its number type, but for float64."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return x, *others
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *others))

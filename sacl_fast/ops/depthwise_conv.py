@@ -1,8 +1,9 @@
 """Depthwise convolution in which each filter names the channel it reads.
 
 A slim encoder keeps some filters of a depthwise convolution, and they read some of the channels
-that are there. The compiled operator (``csrc/cpu/depthwise.cpp``) picks the channels as it reads
-them, so they are not copied first, and gives the input's gradient back in place.
+that are there. The compiled operator (``csrc/cpu/depthwise.cpp``, ``csrc/cuda/depthwise.cpp``)
+picks the channels as it reads them, so they are not copied first, and gives the input's gradient
+back in place. Under autocast it does what PyTorch's convolutions do.
 """
 
 from __future__ import annotations
@@ -39,8 +40,10 @@ def depthwise_conv(
         weight: (Cout, 1, kh, kw).
         index: (K,) int64, no channel twice; None: K = C, in order.
         filters: (K,) int64; None: K = Cout, in order.
-        backend: ``cpu`` (compiled: CPU, float32, channels-last memory), ``torch``, or ``auto``.
+        backend: ``cpu`` (compiled: float32, channels-last memory), ``cuda`` (compiled: also
+            bfloat16 and float16), ``torch``, or ``auto``.
     """
+    x, weight = compiled.as_under_autocast(x, weight)
     if backend != "torch" and _suits(x, weight):
         return _DepthwiseConv.apply(  # type: ignore[no-any-return]
             x, weight, index, filters, stride, padding, dilation

@@ -2,7 +2,8 @@
 
 Both operands of a residual sum may have live channels and constants, which differ; what either has
 live is live in the sum. A squeeze-excite gate turns maps, which all samples share, into live
-channels. The compiled operators (``csrc/cpu/combine.cpp``) write the result's channels side by
+channels. The compiled operators (``combine.cpp`` in ``csrc/cpu`` and
+``csrc/cuda``) write the result's channels side by
 side, where PyTorch's take, add, multiply and concatenate pass by pass.
 """
 
@@ -36,7 +37,7 @@ def slim_add(
         a_rest: (1, Ra, 1, 1), constants, which are numbered after the live ones.
         a_source: (U,) int64, no channel twice; None: all live ones, in order.
         b, b_rest, b_source: likewise.
-        backend: ``cpu`` (compiled: CPU, float32, channels-last memory), ``torch``, or ``auto``.
+        backend: ``cpu`` or ``cuda`` (compiled, see ``compiled.takes``), ``torch``, or ``auto``.
     """
     if backend != "torch" and _suit((a, b), a_rest, b_rest):
         return _SlimAdd.apply(  # type: ignore[no-any-return]

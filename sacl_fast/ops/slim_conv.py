@@ -30,8 +30,8 @@ from sacl_fast.ops.depthwise_conv import depthwise_conv
 from sacl_fast.ops.slim_channels import add_map, take_channels
 
 BACKEND: ContextVar[str] = ContextVar("BACKEND", default="auto")
-"""What the operators of the slim encoder run on: ``cpu`` (compiled), ``torch`` or ``auto``. Set by
-the slicer, since models call PyTorch's functions and know nothing of ours."""
+"""What the operators of the slim encoder run on: ``cpu``, ``cuda`` (compiled), ``torch`` or
+``auto``. Set by the slicer, since models call PyTorch's functions and know nothing of ours."""
 
 
 class Geometry(NamedTuple):

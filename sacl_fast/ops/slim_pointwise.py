@@ -2,7 +2,8 @@
 
 What other channels hold, if it is constant over the image, is added as what it comes to: a number
 for each filter (and sample). The compiled operator (``csrc/cpu/pointwise.cpp``) does all that in
-one call, and writes the weight's gradient to its place in the full one.
+one call, and writes the weight's gradient to its place in the full one; so does that for GPUs
+(``csrc/cuda/pointwise.cpp``).
 """
 
 from __future__ import annotations
@@ -39,8 +40,10 @@ def slim_pointwise(
         in_index, out_index: (K,) and (O,) int64; None: all, in order.
         rest: (1 or N, R, 1, 1), the channels ``rest_index`` (R,) of the full activation.
         offset: (1 or N, O, 1 or H, 1 or W), added.
-        backend: ``cpu`` (compiled: CPU, float32, channels-last memory), ``torch``, or ``auto``.
+        backend: ``cpu`` or ``cuda`` (compiled, see ``compiled.takes``; a weight of the type of x or
+            float32), ``torch``, or ``auto``. Under autocast as PyTorch's convolutions.
     """
+    x, rest, offset = compiled.as_under_autocast(x, rest, offset)
     if backend != "torch" and _suits(x, weight, rest, offset):
         return _SlimPointwise.apply(  # type: ignore[no-any-return]
             x, weight, rest, offset, in_index, out_index, rest_index
@@ -51,10 +54,10 @@ def slim_pointwise(
     return slim_conv2d(x, weight, in_index, out_index, offset, POINTWISE)
 
 
-def _suits(x: Tensor, *others: Tensor | None) -> bool:
-    autocast = torch.is_autocast_enabled(x.device.type)  # which would make a convolution bf16
+def _suits(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
     given = (t for t in others if t is not None)
-    return not autocast and compiled.takes(x, *given) and is_compiled()
+    typed = weight.dtype in (x.dtype, torch.float32) and weight.device == x.device
+    return typed and compiled.takes(x, *given) and is_compiled()
 
 
 class _SlimPointwise(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from sacl_fast.ops import compiled
@@ -96,6 +97,46 @@ def test_a_wrong_index_is_an_error():
         depthwise_conv(x, weight, torch.tensor([0, 1, 0]), backend="cpu")
     with pytest.raises(RuntimeError, match="larger than the padded image"):
         depthwise_conv(x, torch.zeros(20, 1, 7, 7), backend="cpu")
+
+
+def both_ways(x, weight, device):
+    """Of a convolution under autocast, ours and PyTorch's: the output and its leaves' gradients."""
+    results = []
+    for convolve in (depthwise_conv, lambda *t, **k: F.conv2d(*t, groups=x.shape[1], **k)):
+        leaves = [t.detach().clone().to(device).requires_grad_() for t in (x, weight)]
+        with torch.autocast(device, torch.bfloat16):
+            y = convolve(*leaves, padding=(1, 1))
+        y.backward(torch.ones_like(y))
+        results.append([y.detach(), *(t.grad for t in leaves)])
+    return results
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_autocast_is_heeded(device):
+    x, weight, _ = inputs((2, 24, 6, 6), 24, (3, 3))
+    for ours, theirs in zip(*both_ways(x, weight, device), strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2 * theirs.abs().max().item())
+    y = depthwise_conv(x, weight, padding=(1, 1))
+    assert y.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):  # float64 is left alone
+        assert depthwise_conv(x.double(), weight.double()).dtype == torch.float64
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_on_a_gpu(dtype):
+    for shape, filters, kernel, *window in CASES[:5]:
+        given = inputs(shape, filters, kernel)
+        x, weight, index = (None if t is None else t.cuda() for t in given)
+        x, weight = x.to(dtype), weight.to(dtype)
+        options = dict(zip(("stride", "padding", "dilation"), window, strict=True))
+        ours = run(x, weight, index, backend="cuda", **options)
+        exact = run(x.double(), weight.double(), index, backend="torch", **options)
+        for got, expected in zip(ours, exact, strict=True):
+            assert got.dtype == dtype
+            error = (got.double() - expected).abs().max() / expected.abs().max()
+            assert error < {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
 
 
 def test_flops_are_counted():

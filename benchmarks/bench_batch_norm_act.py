@@ -1,0 +1,148 @@
+"""Train-mode batch norm with its activation: ours against PyTorch's two operations, NHWC.
+
+    python benchmarks/bench_batch_norm_act.py --device cuda --dtype bfloat16 --batch 256
+
+Activations of MobileNet-V1 and EfficientNet-B0 at 224 px. Forward alone, and with the gradients of
+input, weight and bias. Bytes: forward reads x twice and writes y; backward reads x and dy twice and
+writes dx. The share of the bandwidth is that of a large copy in the same run. On a GPU calls are
+replayed as CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timing import device_name, time_ms, write_json
+from torch import Tensor
+
+from sacl_fast.ops import compiled
+from sacl_fast.ops.batch_norm_act import ACTIVATIONS, is_compiled
+
+# (channels, side, activation)
+SHAPES = [
+    (32, 112, "relu"),
+    (64, 112, "relu"),
+    (128, 56, "relu"),
+    (256, 28, "relu"),
+    (512, 14, "relu"),
+    (1024, 7, "relu"),
+    (96, 112, "silu"),
+    (240, 28, "silu"),
+    (672, 14, "silu"),
+]
+MOVED = {"forward": 3, "with_backward": 8}  # images
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=0.3, help="for each figure")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args()
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    on_gpu = device.type == "cuda"
+    obstacle = compiled.cuda_obstacle(device) if on_gpu else compiled.obstacle()
+    if obstacle or not is_compiled():
+        parser.exit(1, f"the compiled operators cannot run: {obstacle}\n")
+    source = torch.empty(2**28, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.numel() / time_ms(lambda: target.copy_(source), device)["p20"] * 1e3
+    print(f"{device_name(device)}, {torch.get_num_threads()} threads, {bandwidth / 1e9:.0f} GB/s")
+    rows = [
+        measure(options.batch, *shape, device, dtype, bandwidth, options.seconds)
+        for shape in SHAPES
+    ]
+    if options.json:
+        result = {
+            "benchmark": "bench_batch_norm_act",
+            "device": device_name(device),
+            "dtype": options.dtype,
+            "batch": options.batch,
+            "bytes_per_s": bandwidth,
+        }
+        write_json(options.json, {**result, "rows": rows})
+
+
+def measure(
+    batch: int,
+    channels: int,
+    side: int,
+    act: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    bandwidth: float,
+    seconds: float,
+) -> dict[str, Any]:
+    """Milliseconds of both methods, forward and with the backward pass."""
+    torch.manual_seed(0)
+    x, dy = (
+        torch.randn(batch, channels, side, side, device=device, dtype=dtype).contiguous(
+            memory_format=torch.channels_last
+        )
+        for _ in range(2)
+    )
+    vectors = [torch.rand(channels, device=device) for _ in range(4)]
+    calls = {"ours": ours(x, dy, vectors, act), "torch": theirs(x, dy, vectors, act)}
+    row: dict[str, Any] = {"channels": channels, "side": side, "act": act}
+    print(f"{channels:5} x {side:3} {act:5}", end="")
+    for name, images in MOVED.items():
+        times = {
+            method: time_ms(call[name], device, seconds=seconds, graph=device.type == "cuda")
+            for method, call in calls.items()
+        }
+        own, moved = times["ours"]["p50"], images * x.numel() * x.element_size()
+        row[name] = {
+            **times,
+            "bytes": moved,
+            "bandwidth_share": moved / own * 1e3 / bandwidth,
+            "times_as_fast": times["torch"]["p50"] / own,
+        }
+        print(
+            f"  {name} {own:6.3f} ms ({row[name]['bandwidth_share']:.0%}),"
+            f" torch {times['torch']['p50']:6.3f}",
+            end="",
+            flush=True,
+        )
+    print()
+    return row
+
+
+def ours(x: Tensor, dy: Tensor, vectors: list[Tensor], act: str) -> dict[str, Callable[[], Any]]:
+    op, code = torch.ops.sacl_fast, list(ACTIVATIONS).index(act)
+    weight, bias, *running = vectors
+    numbers = (x.numel() // x.shape[1], 0.1, 1e-5, code)
+
+    def forward() -> Any:
+        return op.slim_batch_norm_act(x, weight, bias, None, None, *running, *numbers)
+
+    def with_backward() -> Any:
+        _, _, mean, rstd = forward()
+        arguments = (dy, None, x, weight, bias, None, None, mean, rstd, code)
+        return op.slim_batch_norm_act_backward(*arguments)
+
+    return {"forward": forward, "with_backward": with_backward}
+
+
+def theirs(x: Tensor, dy: Tensor, vectors: list[Tensor], act: str) -> dict[str, Callable[[], Any]]:
+    function = ACTIVATIONS[act]
+    weight, bias, running_mean, running_var = vectors
+    leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias)]
+
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return function(F.batch_norm(x, running_mean, running_var, weight, bias, True, 0.1, 1e-5))
+
+    def with_backward() -> Any:
+        return torch.autograd.grad(forward(leaves[0], leaves[1], leaves[2]), leaves, dy)
+
+    return {"forward": lambda: forward(x, weight, bias), "with_backward": with_backward}
+
+
+if __name__ == "__main__":
+    main()

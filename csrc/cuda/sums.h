@@ -1,0 +1,43 @@
+// Sums over images and inverted index lists, for gradients of more than one operator.
+#pragma once
+
+#include "cuda/host.h"
+
+namespace sacl::cuda {
+
+inline PlacesShape places_shape(const Tensor& like, int64_t O, int64_t n, int64_t h, int64_t w) {
+  PlacesShape s{};
+  s.dtype = dtype_of(like);
+  s.N = static_cast<int>(like.size(0)), s.H = static_cast<int>(like.size(2));
+  s.W = static_cast<int>(like.size(3)), s.O = static_cast<int>(O);
+  s.n = static_cast<int>(n), s.h = static_cast<int>(h), s.w = static_cast<int>(w);
+  STD_TORCH_CHECK((n == 1 || n == s.N) && (h == 1 || h == s.H) && (w == 1 || w == s.W),
+                  "an offset of size (", n, ", ", O, ", ", h, ", ", w,
+                  ") does not spread over the output");
+  return s;
+}
+
+// The sums of dy (N, O, H, W) over what n, h, w leave out, as (n, O, h, w).
+inline Tensor sums(const Tensor& dy, int64_t n, int64_t h, int64_t w, void* stream) {
+  const PlacesShape s = places_shape(dy, dy.size(1), n, h, w);
+  if (n == s.N && h == s.H && w == s.W) return torch::stable::clone(dy);
+  Tensor out = new_images(dy, n, s.O, h, w);
+  const Tensor partial = scratch(dy, sacl_cuda_sum_places_scratch(s));
+  check(sacl_cuda_sum_places(s, dy.const_data_ptr(), out.mutable_data_ptr(), floats_out(partial),
+                             stream));
+  return out;
+}
+
+// Where the channels of two lists are among C.
+inline Tensor places(const Tensor& like, const Tensor& first, const std::optional<Tensor>& second,
+                     int64_t C, void* stream) {
+  Tensor out = new_tensor(like, {C}, ScalarType::Long);
+  const int64_t count = first.numel(), more = second ? second->numel() : 0;
+  check(sacl_cuda_places(indices(first, count, "index"), static_cast<int>(count),
+                         indices(second, more, "index"), static_cast<int>(more),
+                         static_cast<int64_t*>(out.mutable_data_ptr()), static_cast<int>(C),
+                         stream));
+  return out;
+}
+
+}  // namespace sacl::cuda
