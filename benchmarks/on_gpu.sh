@@ -34,6 +34,13 @@ for operator in depthwise batch_norm_act; do
     --json "$results/${operator}_gpu.json"
 done
 
+slim() { # NAME OPTIONS...
+  "$python" benchmarks/bench_slim.py --device cuda --dtype bfloat16 --size 224 --batch 256 \
+    --json "$results/slim_$1.json" "${@:2}"
+}
+slim gpu --seconds 1
+slim layers_gpu --layers --encoders mobilenetv1_100 --seconds 0.2
+
 "$python" benchmarks/bench_xcorr_loss.py --seconds 0.3 \
   --json "$results/xcorr_loss_gpu.json" --plot "$results/xcorr_loss_gpu.png"
 "$python" benchmarks/tune_xcorr_loss.py --n 256 1024 --d 2048 8192
@@ -43,6 +50,7 @@ bench() { # NAME PRESET OPTIONS...
 }
 for encoder in mobilenetv1_100 mobilenetv3_large_100 efficientnet_b0 resnet50; do
   bench "${encoder}_224_gpu" imagenet100 --encoder.name "$encoder"
+  bench "${encoder}_224_skip_gpu" imagenet100 --encoder.name "$encoder" --slim.mode skip
 done
 bench mobilenetv1_100_32_gpu cifar10
 
