@@ -15,7 +15,8 @@
 namespace sacl {
 namespace {
 
-constexpr int64_t kChunk = 1024;  // rows of one task
+constexpr int64_t kTask = 32768;  // values of one task
+constexpr int64_t kTogether = 64;  // rows that the kernels sum in fp32
 
 float activate(int64_t act, float z) {
   switch (act) {
@@ -54,7 +55,7 @@ struct Folded {
       : M(M), K(K), fold(K < kLanes ? kLanes : 1), wide_rows(M / fold) {}
 
   int64_t wide() const { return fold * K; }
-  int64_t chunk() const { return std::max<int64_t>(1, kChunk / fold); }
+  int64_t chunk() const { return round_up(std::max<int64_t>(1, kTask / wide()), kTogether); }
   int64_t chunks() const { return (wide_rows + chunk() - 1) / chunk(); }
   int64_t narrow_rows() const { return M - wide_rows * fold; }
   int64_t narrow_start() const { return wide_rows * wide(); }  // in floats

@@ -43,12 +43,14 @@ def batch_norm_act(
     *,
     kept: Tensor | None = None,
     zeroed: Tensor | None = None,
+    shared: Tensor | None = None,
+    shared_kept: Tensor | None = None,
     count: int | None = None,
     momentum: float = 0.1,
     eps: float = 1e-5,
     act: Activation = "none",
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Normalise each channel over the batch, scale and shift it, apply the activation.
 
     Args:
@@ -57,18 +59,21 @@ def batch_norm_act(
         running_mean, running_var: (C,), updated where they are of the kept or zeroed channels.
         kept: (K,) int64, the places of x's channels among the C; None: all, in order.
         zeroed: (R,) int64, places of channels of value 0; None: none.
+        shared: (1, S, H, W), the same for all samples, other channels of the norm.
+        shared_kept: (S,) int64, their places.
         count: values of a channel that the unbiased running variance is of; None: N * H * W.
         backend: ``cpu`` or ``cuda`` (compiled, see ``compiled.takes``; the norm in float32),
             ``torch``, or ``auto``.
 
     Returns:
-        y (N, K, H, W), and (1, R, 1, 1) for the zeroed channels.
+        y (N, K, H, W); (1, R, 1, 1) for the zeroed channels; (1, S, H, W) for the shared ones.
     """
     count = count or x.numel() // x.shape[1]
-    if backend != "torch" and _suits(x, weight, bias, running_mean, running_var):
-        places = kept, zeroed, running_mean, running_var
+    images = (x,) if shared is None else (x, shared)
+    if backend != "torch" and _suits(images, weight, bias, running_mean, running_var):
+        places = kept, zeroed, shared_kept, running_mean, running_var
         return _BatchNormAct.apply(  # type: ignore[return-value]
-            x, weight, bias, *places, count, momentum, eps, _CODES[act]
+            x, shared, weight, bias, *places, count, momentum, eps, _CODES[act]
         )
     function = ACTIVATIONS[act]
 
@@ -78,13 +83,17 @@ def batch_norm_act(
         return function(slim_batch_norm(values, index, count, *norm, **options))
 
     rest = x.new_zeros(1, 0 if zeroed is None else len(zeroed), 1, 1)
-    return normalized(x, kept), rest if zeroed is None else normalized(rest, zeroed)
+    return (
+        normalized(x, kept),
+        rest if zeroed is None else normalized(rest, zeroed),
+        None if shared is None else normalized(shared, shared_kept),
+    )
 
 
-def _suits(x: Tensor, *vectors: Tensor | None) -> bool:
+def _suits(images: tuple[Tensor, ...], *vectors: Tensor | None) -> bool:
     """Whether the compiled operator takes x and the norm's parameters and running statistics."""
     wide = all(v.dtype == torch.float32 for v in vectors if v is not None)
-    return wide and compiled.takes(x) and is_compiled()
+    return wide and all(map(compiled.takes, images)) and is_compiled()
 
 
 class _BatchNormAct(torch.autograd.Function):
@@ -92,36 +101,52 @@ class _BatchNormAct(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        shared: Tensor | None,
         weight: Tensor,
         bias: Tensor,
         kept: Tensor | None,
         zeroed: Tensor | None,
+        shared_kept: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
         *options: Any,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        op, norm = torch.ops.sacl_fast.slim_batch_norm_act, (weight, bias)
         # Without autograd's notice, as torch's own kernel: it has saved the buffers of the passes
         # before, though their gradient does not depend on them.
-        running = (None if v is None else v.detach() for v in (running_mean, running_var))
-        y, rest, mean, rstd = torch.ops.sacl_fast.slim_batch_norm_act(
-            x, weight, bias, kept, zeroed, *running, *options
-        )
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.kept, ctx.zeroed, ctx.act = kept, zeroed, options[-1]
+        running = [None if v is None else v.detach() for v in (running_mean, running_var)]
+        y, rest, *statistics = op(x, *norm, kept, zeroed, *running, *options)
+        out = None
+        if shared is not None:
+            out, _, *more = op(shared, *norm, shared_kept, None, *running, *options)
+            statistics += more
+        ctx.save_for_backward(x, shared, weight, bias, *statistics)
+        ctx.places, ctx.act = (kept, zeroed, shared_kept), options[-1]
         ctx.set_materialize_grads(False)
-        return y, rest
+        return y, rest, out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, drest: Tensor | None) -> Any:
-        x, weight, bias, *statistics = ctx.saved_tensors
-        dy = torch.zeros_like(x) if dy is None else dy
-        dy = dy.contiguous(memory_format=torch.channels_last)
+    def backward(ctx: Any, dy: Tensor | None, drest: Tensor | None, dout: Tensor | None) -> Any:
+        op = torch.ops.sacl_fast.slim_batch_norm_act_backward
+        x, shared, *norm, mean, rstd = ctx.saved_tensors[:6]
+        kept, zeroed, shared_kept = ctx.places
         drest = None if drest is None or not drest.numel() else drest.contiguous()
-        grads = torch.ops.sacl_fast.slim_batch_norm_act_backward(
-            dy, drest, x, weight, bias, ctx.kept, ctx.zeroed, *statistics, ctx.act
-        )
-        return *grads, *[None] * 8
+        dx, *dnorm = op(_given(dy, x), drest, x, *norm, kept, zeroed, mean, rstd, ctx.act)
+        dshared = None
+        if dout is not None:
+            statistics = ctx.saved_tensors[6:]
+            dshared, *more = op(
+                _given(dout, shared), None, shared, *norm, shared_kept, None, *statistics, ctx.act
+            )
+            dnorm = [own.add_(other) for own, other in zip(dnorm, more, strict=True)]
+        return dx, dshared, *dnorm, *[None] * 9
+
+
+def _given(gradient: Tensor | None, like: Tensor) -> Tensor:
+    if gradient is None:
+        return torch.zeros_like(like)
+    return gradient.contiguous(memory_format=torch.channels_last)
 
 
 @cache

@@ -31,6 +31,7 @@ def depthwise_conv(
     stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
+    size: tuple[int, int] | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """(N, C, H, W) to (N, K, H', W'): output j is filter ``filters[j]`` on channel ``index[j]``.
@@ -40,14 +41,17 @@ def depthwise_conv(
         weight: (Cout, 1, kh, kw).
         index: (K,) int64, no channel twice; None: K = C, in order.
         filters: (K,) int64; None: K = Cout, in order.
+        size: (H, W) of the image that x, constant (N, C, 1, 1), fills.
         backend: ``cpu`` (compiled: float32, channels-last memory), ``cuda`` (compiled: also
             bfloat16 and float16), ``torch``, or ``auto``.
     """
     x, weight = compiled.as_under_autocast(x, weight)
     if backend != "torch" and _suits(x, weight):
         return _DepthwiseConv.apply(  # type: ignore[no-any-return]
-            x, weight, index, filters, stride, padding, dilation
+            x, weight, index, filters, size, stride, padding, dilation
         )
+    if size is not None:
+        x = x.expand(-1, -1, *size)
     if filters is not None:
         weight = weight.index_select(0, filters)
     if index is not None:
@@ -67,12 +71,16 @@ class _DepthwiseConv(torch.autograd.Function):
         weight: Tensor,
         index: Tensor | None,
         filters: Tensor | None,
+        size: tuple[int, int] | None,
         *window: tuple[int, int],
     ) -> Tensor:
+        if size is not None:
+            x = x.expand(-1, -1, *size).contiguous(memory_format=torch.channels_last)
         chosen = weight.squeeze(1)
         chosen = chosen.contiguous() if filters is None else chosen.index_select(0, filters)
         ctx.save_for_backward(x, chosen)
-        ctx.index, ctx.filters, ctx.window, ctx.full = index, filters, window, weight.shape
+        ctx.index, ctx.filters, ctx.window = index, filters, window
+        ctx.is_constant, ctx.full = size is not None, weight.shape
         return torch.ops.sacl_fast.depthwise_conv(  # type: ignore[no-any-return]
             x, chosen, index, *window
         )
@@ -87,13 +95,15 @@ class _DepthwiseConv(torch.autograd.Function):
             _, channels, high, wide = x.shape
             size = high, wide, channels
             dx = op.depthwise_conv_input(dy, weight, ctx.index, *size, *ctx.window)
+            if ctx.is_constant:
+                dx = dx.sum((2, 3), keepdim=True)
         if ctx.needs_input_grad[1]:
             dweight = op.depthwise_conv_weight(x, dy, ctx.index, *weight.shape[1:], *ctx.window)
             if ctx.filters is not None:
                 full = dweight.new_zeros(ctx.full[0], *dweight.shape[1:])
                 dweight = full.index_copy_(0, ctx.filters, dweight)
             dweight = dweight.unsqueeze(1)
-        return dx, dweight, *[None] * 5
+        return dx, dweight, *[None] * 6
 
 
 @cache

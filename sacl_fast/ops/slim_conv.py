@@ -108,6 +108,7 @@ def slim_depthwise(
     bias: Tensor | None,
     geometry: Geometry,
     multiplier: int = 1,
+    size: tuple[int, int] | None = None,
 ) -> Tensor:
     """Depthwise convolution: (b, K, H, W) -> (b, K_out, H', W').
 
@@ -118,12 +119,15 @@ def slim_depthwise(
         out_index: the filters, as many as ``in_positions``.
         bias: full, (Cout,).
         multiplier: filters that read one channel of the full activation.
+        size: of the image that ``values``, constant (b, K, 1, 1), fill.
     """
     bias = None if bias is None else take(bias, out_index)
     if multiplier == 1 and not isinstance(geometry.padding, str):
-        window = geometry._asdict()
-        y = depthwise_conv(values, weight, in_positions, out_index, **window, backend=BACKEND.get())
+        options = {**geometry._asdict(), "size": size, "backend": BACKEND.get()}
+        y = depthwise_conv(values, weight, in_positions, out_index, **options)
         return y if bias is None else y + bias.view(1, -1, 1, 1)
+    if size is not None:
+        values = values.expand(-1, -1, *size)
     filters = take(weight, out_index)
     read = values if in_positions is None else take_channels(values, in_positions)
     return F.conv2d(read, filters, bias, *geometry, groups=filters.shape[0])

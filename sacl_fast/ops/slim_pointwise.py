@@ -29,6 +29,8 @@ def slim_pointwise(
     rest: Tensor | None = None,
     rest_index: Tensor | None = None,
     offset: Tensor | None = None,
+    shared: Tensor | None = None,
+    shared_index: Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -40,17 +42,20 @@ def slim_pointwise(
         in_index, out_index: (K,) and (O,) int64; None: all, in order.
         rest: (1 or N, R, 1, 1), the channels ``rest_index`` (R,) of the full activation.
         offset: (1 or N, O, 1 or H, 1 or W), added.
+        shared: (1, S, H, W), the same for all samples, the channels ``shared_index`` (S,).
         backend: ``cpu`` or ``cuda`` (compiled, see ``compiled.takes``; a weight of the type of x or
             float32), ``torch``, or ``auto``. Under autocast as PyTorch's convolutions.
     """
-    x, rest, offset = compiled.as_under_autocast(x, rest, offset)
-    if backend != "torch" and _suits(x, weight, rest, offset):
+    x, rest, offset, shared = compiled.as_under_autocast(x, rest, offset, shared)
+    given = x, weight, rest, offset, shared
+    if backend != "torch" and _suits(*given):
         return _SlimPointwise.apply(  # type: ignore[no-any-return]
-            x, weight, rest, offset, in_index, out_index, rest_index
+            *given, in_index, out_index, rest_index, shared_index
         )
-    if rest is not None:
-        response = slim_conv2d(rest, weight, rest_index, out_index, None, POINTWISE)
-        offset = response if offset is None else offset + response
+    for values, index in ((rest, rest_index), (shared, shared_index)):
+        if values is not None:
+            response = slim_conv2d(values, weight, index, out_index, None, POINTWISE)
+            offset = response if offset is None else offset + response
     return slim_conv2d(x, weight, in_index, out_index, offset, POINTWISE)
 
 
@@ -68,35 +73,59 @@ class _SlimPointwise(torch.autograd.Function):
         weight: Tensor,
         rest: Tensor | None,
         offset: Tensor | None,
+        shared: Tensor | None,
         in_index: Tensor | None,
         out_index: Tensor | None,
         rest_index: Tensor | None,
+        shared_index: Tensor | None,
     ) -> Tensor:
-        matrix = weight.flatten(1)
+        op, matrix = torch.ops.sacl_fast.slim_pointwise, weight.flatten(1)
         constants = None if rest is None else rest.flatten(1).contiguous()
         if offset is not None:
             offset = offset.contiguous(memory_format=torch.channels_last)
-        ctx.save_for_backward(x, matrix, constants)
-        ctx.indices = in_index, out_index, rest_index
-        ctx.offset_shape = () if offset is None else offset.shape
+        ctx.save_for_backward(x, matrix, constants, shared)
+        ctx.indices = in_index, out_index, rest_index, shared_index
         ctx.shapes = weight.shape, None if rest is None else rest.shape
-        return torch.ops.sacl_fast.slim_pointwise(  # type: ignore[no-any-return]
-            x, matrix, in_index, out_index, constants, rest_index, offset
-        )
+        ctx.offset_shape = () if offset is None else offset.shape
+        own, others = _who_takes(constants, rest_index, shared)
+        if shared is not None:  # what it comes to is an offset, for all samples
+            offset = op(shared, matrix, shared_index, out_index, *others, offset)
+        return op(x, matrix, in_index, out_index, *own, offset)  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, matrix, constants = ctx.saved_tensors
-        in_index, out_index, rest_index = ctx.indices
-        dx, dweight, drest, doffset = torch.ops.sacl_fast.slim_pointwise_backward(
-            dy.contiguous(memory_format=torch.channels_last),
-            *(x, matrix, in_index, out_index, constants, rest_index, ctx.offset_shape),
-        )
+        op = torch.ops.sacl_fast.slim_pointwise_backward
+        x, matrix, constants, shared = ctx.saved_tensors
+        in_index, out_index, rest_index, shared_index = ctx.indices
+        own, others = _who_takes(constants, rest_index, shared)
+        dy, shape = dy.contiguous(memory_format=torch.channels_last), ctx.offset_shape
+        between = shape if shared is None else (1, dy.shape[1], *dy.shape[2:])
+        dx, dweight, drest, doffset = op(dy, x, matrix, in_index, out_index, *own, between)
+        dshared = None
+        if shared is not None:
+            dshared, more, dothers, doffset = op(
+                doffset, shared, matrix, shared_index, out_index, *others, shape
+            )
+            dweight.add_(more)
+            drest = drest if others[0] is None else dothers
         weight_shape, rest_shape = ctx.shapes
         drest = None if constants is None else drest.view(rest_shape)
-        doffset = doffset if ctx.offset_shape else None
-        return dx, dweight.view(weight_shape), drest, doffset, None, None, None
+        doffset = doffset if shape else None
+        return dx, dweight.view(weight_shape), drest, doffset, dshared, *[None] * 4
+
+
+_Constants = tuple[Tensor | None, Tensor | None]
+
+
+def _who_takes(
+    constants: Tensor | None, index: Tensor | None, shared: Tensor | None
+) -> tuple[_Constants, _Constants]:
+    """The constants that the live channels take in, and those that the shared map does: it, where
+    they are for all samples, because it has fewer values."""
+    if shared is not None and constants is not None and len(constants) == 1:
+        return (None, None), (constants, index)
+    return (constants, index), (None, None)
 
 
 @cache

@@ -123,27 +123,31 @@ def _sum_of_pointwise(
     out: Tensor | None,
     offset: Tensor | None,
 ) -> Tensor:
-    """A constant is taken in along with a larger part, and so is what a map comes to."""
+    """A map and constants are taken in along with the live channels."""
     live, *others = parts
-    constant = [p for p in others if p.is_constant]
-    shared = next((p for p in constant if len(p.values) == 1), None)
-    own = next((p for p in constant if len(p.values) > 1), None)  # for each sample
+    maps = [p._replace(values=as_image(p, x)) for p in others if not p.is_constant]
+    constants = sorted((p for p in others if p.is_constant), key=lambda p: len(p.values))
 
-    def index(p: Part | None) -> Tensor | None:
-        return None if p is None else p.channels.index(weight.device, weight.shape[1])
+    def convolve(p: Part, rest: Part | None = None, shared: Part | None = None) -> Tensor:
+        """And the offset, which with ``shared`` is one for all samples."""
 
-    def add(values: Tensor, p: Part, rest: Part | None) -> Tensor:
-        constants = None if rest is None else rest.values
-        return slim_pointwise(
-            *(values, weight, index(p), out, constants, index(rest), offset), backend=BACKEND.get()
-        )
+        def given(part: Part | None) -> tuple[Tensor | None, Tensor | None]:
+            if part is None:
+                return None, None
+            return part.values, part.channels.index(weight.device, weight.shape[1])
 
-    for p in others:
-        if not p.is_constant:
-            offset, shared = add(as_image(p, x), p, shared), None
-    if own and shared:
-        offset, shared = add(shared.values, shared, None), None
-    return add(live.values, live, own or shared)
+        values, index = given(p)
+        assert values is not None
+        own = values, weight, index, out
+        return slim_pointwise(*own, *given(rest), offset, *given(shared), backend=BACKEND.get())
+
+    for p in constants[:-1]:  # those for all samples, where each sample has others too
+        offset = convolve(p)
+    if len(maps) == 1 and len(maps[0].values) == 1:
+        return convolve(live, constants[-1] if constants else None, maps[0])
+    for p in sorted(maps, key=lambda p: len(p.values)):  # what no known model makes
+        offset = convolve(p)
+    return convolve(live, constants[-1] if constants else None)
 
 
 def _depthwise(
@@ -157,8 +161,6 @@ def _depthwise(
     """The kept outputs, by the parts that they read."""
     device, count = weight.device, weight.shape[0]
     multiplier = count // x.shape[1]
-    last = parts[0].values.is_contiguous(memory_format=torch.channels_last)
-    memory_format = torch.channels_last if last else torch.contiguous_format
     outputs = []
     for p in parts:
         own, positions = readers(p.channels, kept, multiplier)
@@ -171,8 +173,8 @@ def _depthwise(
             if bias is not None:
                 response = response + take(bias, out).view(1, -1, 1, 1)
         else:
-            values = as_image(p, x).contiguous(memory_format=memory_format)
-            response = slim_depthwise(values, weight, read, out, bias, geometry, multiplier)
+            size, values = (_size(x), p.values) if p.is_constant else (None, as_image(p, x))
+            response = slim_depthwise(values, weight, read, out, bias, geometry, multiplier, size)
         outputs.append(Part(own, response))
     live, first = parts[0], outputs[0]
     if not len(readers(live.channels, kept, multiplier)[0]):
@@ -216,20 +218,28 @@ def _batch_norm(
 
     def finish(act: Activation) -> tuple[Part, ...]:
         nonlocal running
-        outputs = []
-        for i, p in enumerate(parts):
-            y, rest = batch_norm_act(
-                *(p.values, weight, bias, *running),
-                kept=index(p.channels),
-                zeroed=None if i else places,
-                count=count,
-                act=act,
-                backend=BACKEND.get(),
-                **options,
-            )
-            outputs.append(p._replace(values=y))
-            if zeroed is not None and not i:
-                outputs.append(Part(zeroed, rest))
+        live, *others = parts
+        maps = [p for p in others if p.values.shape[0] == 1 and not p.is_constant]
+        shared = maps[0] if maps else None
+        norm: Any = weight, bias, *running
+        options.update(count=count, act=act, backend=BACKEND.get())
+        y, rest, out = batch_norm_act(
+            *(live.values, *norm),
+            kept=index(live.channels),
+            zeroed=places,
+            shared=None if shared is None else shared.values,
+            shared_kept=None if shared is None else index(shared.channels),
+            **options,
+        )
+        outputs = [live._replace(values=y)]
+        if zeroed is not None:
+            outputs.append(Part(zeroed, rest))
+        if shared is not None and out is not None:
+            outputs.append(shared._replace(values=out))
+        for p in others:
+            if p is not shared:
+                values, *_ = batch_norm_act(p.values, *norm, kept=index(p.channels), **options)
+                outputs.append(p._replace(values=values))
         running = None, None  # whoever asks again has the same batch
         return arranged(outputs, shape)
 

@@ -26,12 +26,16 @@ def inputs(shape, offset=2.0, more=0):
 
 
 def run(given, **options):
-    x, weight, bias, mean, var, dy = given
-    leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias)]
+    x, weight, bias, mean, var, dy, *shared = given
+    leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias, *shared)]
     running = [mean.clone(), var.clone()]
-    y, rest = batch_norm_act(*leaves, *running, momentum=0.3, eps=1e-5, **options)
-    (y * dy).sum().add((rest * torch.linspace(-1, 2, rest.numel()).view_as(rest)).sum()).backward()
-    return [y.detach(), rest.detach(), *(t.grad for t in leaves), *running]
+    if shared:
+        options["shared"] = leaves[3]
+    outputs = batch_norm_act(*leaves[:3], *running, momentum=0.3, eps=1e-5, **options)
+    outputs = [y for y in outputs if y is not None]
+    weights = [dy, *(torch.linspace(-1, 2, y.numel()).view_as(y) for y in outputs[1:])]
+    sum((y * w).sum() for y, w in zip(outputs, weights, strict=True)).backward()
+    return [*(y.detach() for y in outputs), *(t.grad for t in leaves), *running]
 
 
 def assert_equal(ours, exact, tolerance=5e-6):
@@ -61,6 +65,15 @@ def test_of_some_channels_and_zeros(shape, act, count):
     assert_equal(
         run(given, backend="cpu", **options), run(double(given), backend="torch", **options)
     )
+
+
+@pytest.mark.parametrize("act", ["none", "silu"])
+def test_with_a_map_that_all_samples_share(act):
+    given, lists = inputs((4, 37, 9, 9), more=9)
+    lists["shared_kept"] = lists.pop("zeroed")
+    given.append(torch.randn(1, 5, 9, 9).contiguous(memory_format=torch.channels_last))
+    ours = run(given, act=act, backend="cpu", **lists)
+    assert_equal(ours, run(double(given), act=act, backend="torch", **lists))
 
 
 def test_the_reference_is_batch_norm():
@@ -93,11 +106,11 @@ def test_the_number_of_threads_changes_nothing():
 def test_a_constant_channel_becomes_its_bias_and_nan_stays():
     (x, weight, bias, *_), _ = inputs((4, 18, 3, 3))
     x[:, 5] = 7.25
-    y, _ = batch_norm_act(x, weight, bias, backend="cpu")
+    y, *_ = batch_norm_act(x, weight, bias, backend="cpu")
     torch.testing.assert_close(y[:, 5], bias[5].expand(4, 3, 3))
     x[1, 3, 0, 0] = float("nan")
     for act in ACTIVATIONS:
-        y, _ = batch_norm_act(x, weight, bias, act=act, backend="cpu")
+        y, *_ = batch_norm_act(x, weight, bias, act=act, backend="cpu")
         assert y[:, 3].isnan().all() and not y[:, 4].isnan().any()
 
 

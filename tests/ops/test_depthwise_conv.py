@@ -76,6 +76,22 @@ def test_the_operator_keeps_the_rules_of_torch_library():
         torch.library.opcheck(torch.ops.sacl_fast.depthwise_conv, arguments)
 
 
+def test_constants_that_fill_an_image():
+    torch.manual_seed(0)
+    index, filters = torch.tensor([3, 0, 1]), torch.tensor([5, 2, 0])
+    values, weight = torch.randn(1, 4, 1, 1), torch.randn(6, 1, 3, 3)
+    options = {"size": (6, 5), "padding": (1, 1), "stride": (2, 1)}
+    results = []
+    for backend, *tensors in (("cpu", values, weight), ("torch", values.double(), weight.double())):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        y = depthwise_conv(*leaves, index, filters, backend=backend, **options)
+        y.square().sum().backward()
+        results.append([y.detach().double(), *(t.grad.double() for t in leaves)])
+    assert results[0][0].shape == (1, 3, 3, 5)
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+
+
 def test_some_filters_of_the_full_weight():
     x, full = inputs((3, 20, 6, 6), 11, (3, 3))[0], torch.randn(30, 1, 3, 3)
     index, filters = torch.randperm(20)[:11], torch.randperm(30)[:11]

@@ -37,12 +37,16 @@ def inputs(sizes, samples, offset, batch=N, seed=0):
     return [x, weight, rest, offset], indices
 
 
-def run(tensors, indices, backend):
-    x, weight, rest, offset = [None if t is None else t.clone().requires_grad_() for t in tensors]
+def run(tensors, indices, backend, shared_index=None):
+    leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
+    x, weight, rest, offset, *shared = leaves
     in_index, out_index, rest_index = indices
-    y = slim_pointwise(x, weight, in_index, out_index, rest, rest_index, offset, backend=backend)
+    more = (*shared, shared_index) if shared else ()
+    y = slim_pointwise(
+        x, weight, in_index, out_index, rest, rest_index, offset, *more, backend=backend
+    )
     (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)).sum().backward()
-    return [y.detach(), *(t.grad for t in (x, weight, rest, offset) if t is not None)]
+    return [y.detach(), *(t.grad for t in leaves if t is not None)]
 
 
 @pytest.mark.parametrize("samples", [1, N])
@@ -57,11 +61,31 @@ def test_equals_pytorch(sizes, offset, samples):
         torch.testing.assert_close(got.double() / scale, expected / scale, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("samples", [0, 1, N])
+@pytest.mark.parametrize("offset", ["none", "bias", "place"])
+def test_with_a_map_that_all_samples_share(offset, samples):
+    sizes = (48, 33, 17, 16, 20 if samples else 0)
+    tensors, indices = inputs(sizes, samples, OFFSETS[offset])
+    taken = set(torch.cat([i for i in (indices[0], indices[2]) if i is not None]).tolist())
+    shared_index = torch.tensor([c for c in range(48) if c not in taken][:9])
+    shared = torch.randn(1, 9, H, W).contiguous(memory_format=torch.channels_last)
+    tensors = [*tensors, shared]
+    exact = [None if t is None else t.double() for t in tensors]
+    ours = run(tensors, indices, "cpu", shared_index)
+    for got, expected in zip(ours, run(exact, indices, "torch", shared_index), strict=True):
+        scale = expected.abs().max()
+        torch.testing.assert_close(got.double() / scale, expected / scale, rtol=0, atol=2e-6)
+
+
 def test_the_reference_is_a_convolution_of_all_channels():
     (x, weight, rest, _), (in_index, out_index, rest_index) = inputs(SIZES[2], N, None)
     full = torch.zeros(N, 48, H, W)
     full[:, in_index], full[:, rest_index] = x, rest.expand(-1, -1, H, W)
-    y = slim_pointwise(x, weight, in_index, out_index, rest, rest_index, backend="torch")
+    others = torch.tensor([c for c in range(48) if not full[:, c].any()][:5])
+    full[:, others] = shared = torch.randn(1, 5, H, W)
+    y = slim_pointwise(
+        *(x, weight, in_index, out_index, rest, rest_index, None, shared, others), backend="torch"
+    )
     torch.testing.assert_close(y, F.conv2d(full, weight)[:, out_index], rtol=1e-4, atol=1e-5)
 
 
