@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -51,7 +50,6 @@ def main() -> None:
     parser.add_argument("--layers", action="store_true", help="each layer by itself")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
-    gc.freeze()  # as training does
     measured = measure_layers if options.layers else measure
     rows = [row for name in options.encoders for row in measured(name, options)]
     if options.json:
