@@ -28,6 +28,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sacl_fast.encoders import build_encoder
+from sacl_fast.engine.memory import keep_freed_memory
 from sacl_fast.slim import Slicer
 from sacl_fast.slim.channels import channels
 from sacl_fast.slim.compact import compact, cost
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--layers", action="store_true", help="each layer by itself")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
+    keep_freed_memory()  # as training does
     measured = measure_layers if options.layers else measure
     rows = [row for name in options.encoders for row in measured(name, options)]
     if options.json:
@@ -169,14 +171,15 @@ def measure_layers(name: str, options: argparse.Namespace) -> list[dict[str, Any
             parts = [Part(channels(order[:kept]), images(kept, layer.size))]
             parts.append(Part(channels(order[kept:]), constants))
 
-            def run(mode: Mode, slicer: Slicer, x: torch.Tensor, layer: Layer = layer) -> None:
+            slim = partial(make, parts, dense.shape)
+
+            def run(mode: Mode, layer: Layer, slicer: Slicer, slim: Any, x: torch.Tensor) -> None:
                 autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
                 with autocast, slicer.mode(mode):
-                    layer.step(x)
+                    layer.step(slim() if mode == "skip" else x)
 
-            slim = make(parts, dense.shape)
-            inputs: dict[Mode, Any] = {"dense": dense, "mask": dense, "skip": slim}
-            runs = {mode: partial(run, mode, slicer, x) for mode, x in inputs.items()}
+            modes: tuple[Mode, ...] = get_args(Mode)
+            runs = {mode: partial(run, mode, layer, slicer, slim, dense) for mode in modes}
             times = time_in_turns(runs, device, seconds=options.seconds)
             full, live = (work(layer, options.batch, share) for share in (1.0, ratio))
             row = {

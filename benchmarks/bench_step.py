@@ -25,6 +25,7 @@ from sacl_fast.cli import parse_config
 from sacl_fast.config import Config
 from sacl_fast.data.loader import Normalise
 from sacl_fast.engine.distributed import Ranks, pick_device
+from sacl_fast.engine.memory import keep_freed_memory
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.step import TrainingStep
 
@@ -48,6 +49,8 @@ def main() -> None:
 def measure(config: Config, *, steps: int, warmup: int) -> dict[str, Any]:
     """The figures of one configuration, milliseconds at the 20th, 50th and 80th percentile."""
     device = pick_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as training does
     torch.manual_seed(config.seed)
     step = TrainingStep(build_method(config), config, Ranks(0, 1, device), steps_per_epoch=100)
     size = config.views.size

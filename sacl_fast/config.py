@@ -282,8 +282,8 @@ class SlimConfig:
     """'separate': the slim encoder has its own batch-norm statistics and affine."""
     mode: Literal["auto", "mask", "skip"] = "auto"
     """How the slim passes run, with equal results: 'mask' multiplies masks into the full weights
-    and saves no work; 'skip' computes the kept filters only. 'auto' takes 'skip' where it has been
-    measured to be the faster one: in float32 on the compiled CPU operators."""
+    and saves no work; 'skip' computes the kept filters only. 'auto' takes 'skip' where that was
+    measured to be faster as a rule: in float32 on the compiled CPU operators."""
 
     def __post_init__(self) -> None:
         _require(

@@ -33,6 +33,7 @@ from sacl_fast.engine.console import RunConsole
 from sacl_fast.engine.distributed import Ranks, process_group
 from sacl_fast.engine.environment import environment
 from sacl_fast.engine.evaluator import Evaluator
+from sacl_fast.engine.memory import keep_freed_memory
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.metrics import MetricWriter, read_metrics
 from sacl_fast.engine.plots import plot_curves
@@ -94,6 +95,8 @@ class Run:
             rank=ranks.rank,
             world_size=ranks.world_size,
         )
+        if ranks.device.type == "cpu":
+            keep_freed_memory()
         self.method = build_method(config)
         self.method.slicer.enabled = config.slim.warmup_epochs == 0
         self.step = TrainingStep(
