@@ -305,10 +305,10 @@ def finishing() -> Iterator[None]:
 
 def _finish_other_than(x: Any) -> None:
     unfinished = _UNFINISHED.get()
-    if unfinished is not None:
+    tensor = None if unfinished is None else unfinished()
+    if unfinished is not None and tensor is not x:
         _UNFINISHED.set(None)
-        tensor = unfinished()
-        if tensor is not None and tensor is not x:
+        if tensor is not None:
             tensor.parts  # noqa: B018
 
 

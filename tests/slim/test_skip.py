@@ -300,7 +300,8 @@ class Reuses(nn.Module):
         active = torch.nn.functional.relu(normed)
         with torch.no_grad():
             x.mul_(3).add_(1)
-        self.last(self.second(active))  # its statistics count, though nobody takes the result
+        # Its statistics count, though nobody takes the result.
+        torch.nn.functional.dropout(self.last(self.second(active)), 0.0)
         return torch.cat([active, normed, active * normed], 1)
 
 
