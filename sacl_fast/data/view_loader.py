@@ -46,10 +46,13 @@ def open_view_loader(
 ) -> ViewLoader:
     """The batches of pre-training for one rank, by the loader of ``data.loader``."""
     loader, reason = resolve_loader(config, device)
-    logger.info("views by %s (%s)", loader, reason)
-    kind = ViewLoader
+    kind, operator = ViewLoader, ""
     if loader == "dali":
+        from sacl_fast.data.compiled_views import are_compiled
         from sacl_fast.data.dali_loader import DaliViewLoader as kind  # noqa: N813
+
+        operator = " and the compiled operator" if are_compiled(config, device) else ""
+    logger.info("views by %s%s (%s)", loader, operator, reason)
     return kind(source, config, device=device, rank=rank, world_size=world_size)
 
 

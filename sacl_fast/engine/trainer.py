@@ -345,7 +345,8 @@ class Run:
             f"parameters, slim ratio {config.slim.ratio:g}, {dtype} on {device}{processes}"
         )
         for op, resolution in self.step.backends.items():
-            yield f"{op}: {resolution.backend} ({resolution.reason})"
+            if op != "augment":  # the loader's, which has said so
+                yield f"{op}: {resolution.backend} ({resolution.reason})"
         yield f"slim passes: {self.method.slim_mode} ({self.step.slim_mode_reason})"
 
     def _result(self, *, finished: bool) -> RunResult:
