@@ -2,9 +2,14 @@
 
 void select(const float* in, float* out, int64_t width, Selection selection) {
   const Blocks blocks(selection.taken);
+  int64_t done = 0;
 #ifdef __AVX512F__  // a permutation of two vectors is one instruction
-  if (selection.parts) {
-    for (int64_t p = 0; p < width; ++p) {
+  if (blocks.K) {
+    // Vectors of pixels with fewer channels than lanes reach into the next pixels: those read there
+    // are not taken, those written there are written again. The last pixels have no next ones.
+    const int64_t least = smaller(blocks.K, selection.given);
+    const int64_t beyond = least < kLanes ? kLanes / (least ? least : 1) : 0;
+    for (int64_t p = 0; p < width - beyond; ++p, ++done) {
       const float* from = in + p * selection.given;
       const Selection::Part* part = selection.parts;
       for (int64_t b = 0; b < blocks.count; ++b) {
@@ -20,10 +25,9 @@ void select(const float* in, float* out, int64_t width, Selection selection) {
         store(out + p * blocks.K + blocks.start(b), reinterpret_cast<const Vec&>(all));
       }
     }
-    return;
   }
 #endif
-  for (int64_t p = 0; p < width; ++p) {
+  for (int64_t p = done; p < width; ++p) {
     const float* from = in + p * selection.given;
     float* to = out + p * blocks.K;
     for (int64_t c = 0; c < blocks.K; ++c)

@@ -43,7 +43,7 @@ struct Selection {
   };
   const int32_t* source;
   int64_t given, taken;  // channels
-  const Part* parts;     // null: too few channels for this
+  const Part* parts;
   const int32_t* ends;
 };
 

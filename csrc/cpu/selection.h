@@ -29,18 +29,18 @@ class Selected {
   Selected(std::vector<int32_t> source, int64_t given)
       : source_(std::move(source)), given_(given) {
     const int64_t taken = source_.size();
-    if (given < kLanes || taken < kLanes) return;
     for (int64_t b = 0; b < (taken + kLanes - 1) / kLanes; ++b) {
-      const int64_t start = std::min(b * kLanes, taken - kLanes);
+      const int64_t start = std::max<int64_t>(0, std::min(b * kLanes, taken - kLanes));
+      const int64_t lanes = std::min(kLanes, taken);
       std::vector<bool> done(kLanes);
       for (;;) {
         Selection::Part part = {{-1, -1}, {}, {}};
-        for (int64_t lane = 0; lane < kLanes; ++lane) {
+        for (int64_t lane = 0; lane < lanes; ++lane) {
           const int32_t wanted = source_[start + lane];
           if (done[lane] || wanted < 0) continue;
           for (int32_t side = 0; side < 2; ++side) {
             if (part.from[side] < 0)
-              part.from[side] = std::min<int32_t>(wanted, static_cast<int32_t>(given - kLanes));
+              part.from[side] = std::max(0, std::min(wanted, static_cast<int32_t>(given - kLanes)));
             const int32_t offset = wanted - part.from[side];
             if (offset < 0 || offset >= kLanes) continue;
             part.lane[lane] = side * static_cast<int32_t>(kLanes) + offset;
@@ -101,7 +101,7 @@ class Selected {
 
   Selection view() const {
     return {source_.data(), given_, static_cast<int64_t>(source_.size()),
-            parts_.empty() ? nullptr : parts_.data(), ends_.data()};
+            parts_.data(), ends_.data()};
   }
 
  private:
