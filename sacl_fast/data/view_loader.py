@@ -88,7 +88,7 @@ def resolve_loader(config: Config, device: torch.device) -> LoaderResolution:
     from sacl_fast.data.compiled_views import are_compiled
 
     if are_compiled(config, device):
-        return LoaderResolution("dali", "decodes, and the compiled operator augments")
+        return LoaderResolution("dali", "the fastest on the CPU")
     if config.views.size <= _SMALL:
         reason = f"DALI alone gains little on the CPU for views of {_SMALL} px and below"
         return LoaderResolution("torchvision", reason)
