@@ -24,6 +24,15 @@ def take_channels(x: Tensor, index: Tensor) -> Tensor:
     return _Take.apply(x, index)  # type: ignore[no-any-return]
 
 
+def take_pixels(x: Tensor, stride: tuple[int, int]) -> Tensor:
+    """What of (N, C, H, W) a 1x1 convolution with this stride reads, in the memory format of x.
+
+    It is then one without a stride, a product of matrices. The one with a stride overwrites memory
+    on CPUs where few channels are live (``engine.step.overruns_in_channels_last``).
+    """
+    return x if stride == (1, 1) else _TakePixels.apply(x, *stride)  # type: ignore[no-any-return]
+
+
 def assemble(shape: torch.Size, values: list[Tensor], indices: list[Tensor]) -> Tensor:
     """The dense tensor (N, C, H, W) whose channels ``indices[i]`` are ``values[i]``.
 
@@ -72,6 +81,20 @@ class _Take(torch.autograd.Function):
         full = _empty(grad, ctx.shape, ctx.last).zero_()
         _add(full, index, grad)
         return full, None
+
+
+class _TakePixels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, down: int, right: int) -> Tensor:
+        ctx.shape, ctx.last, ctx.stride = x.shape, _channels_last(x), (down, right)
+        return x[:, :, ::down, ::right].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        full, (down, right) = _empty(grad, ctx.shape, ctx.last).zero_(), ctx.stride
+        full[:, :, ::down, ::right] = grad
+        return full, None, None
 
 
 class _Assemble(torch.autograd.Function):

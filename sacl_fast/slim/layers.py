@@ -19,9 +19,9 @@ from torch.nn.modules.utils import _pair
 from sacl_fast.ops.batch_norm import global_batch_norm
 from sacl_fast.ops.batch_norm_act import Activation, batch_norm_act
 from sacl_fast.ops.slim_batch_norm import slim_batch_norm
+from sacl_fast.ops.slim_channels import take_pixels
 from sacl_fast.ops.slim_conv import (
     BACKEND,
-    POINTWISE,
     Geometry,
     constant_response,
     output_size,
@@ -101,8 +101,12 @@ def _sum_over_parts(
     device, (out_channels, in_channels) = weight.device, weight.shape[:2]
     out = kept.index(device, out_channels)
     offset = None if bias is None else take(bias, out).view(1, -1, 1, 1)
-    if weight.shape[2:] == (1, 1) and geometry == POINTWISE:
-        return _sum_of_pointwise(parts, x, weight, out, offset)
+    if weight.shape[2:] == (1, 1) and geometry.padding in ((0, 0), "valid", "same"):
+        read = tuple(
+            p if p.is_constant else p._replace(values=take_pixels(as_image(p, x), geometry.stride))
+            for p in parts
+        )
+        return _sum_of_pointwise(read, weight, out, offset)
     for p in parts[1:]:
         index = p.channels.index(device, in_channels)
         if p.is_constant:
@@ -117,15 +121,11 @@ def _sum_over_parts(
 
 
 def _sum_of_pointwise(
-    parts: tuple[Part, ...],
-    x: Tensor,
-    weight: Tensor,
-    out: Tensor | None,
-    offset: Tensor | None,
+    parts: tuple[Part, ...], weight: Tensor, out: Tensor | None, offset: Tensor | None
 ) -> Tensor:
     """A map and constants are taken in along with the live channels."""
     live, *others = parts
-    maps = [p._replace(values=as_image(p, x)) for p in others if not p.is_constant]
+    maps = [p for p in others if not p.is_constant]
     constants = sorted((p for p in others if p.is_constant), key=lambda p: len(p.values))
 
     def convolve(p: Part, rest: Part | None = None, shared: Part | None = None) -> Tensor:

@@ -256,7 +256,8 @@ _AVERAGES_OF_WINDOWS = {F.avg_pool2d, F.lp_pool2d}
 
 def as_image(part: Part, x: Tensor) -> Tensor:
     """The part's values at every place of the image, still for one sample where that is all."""
-    return part.values.expand(-1, -1, *x.shape[2:])
+    values, size = part.values, x.shape[2:]
+    return values if values.shape[2:] == size else values.expand(-1, -1, *size)
 
 
 @rule_for("mean", "amax", "amin")

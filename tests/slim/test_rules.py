@@ -99,6 +99,8 @@ STAYS_SLIM = {
     "dropout, eval": nn.Dropout(0.5).eval(),
     "layer scale": lambda x: x.mul(torch.rand(C, 1, 1, dtype=x.dtype)),
     "1x1": lambda x: kept_conv(nn.Conv2d(C, 8, 1))(x),
+    "1x1, stride": lambda x: kept_conv(nn.Conv2d(C, 8, 1, stride=2))(x),
+    "1x1, stride down": lambda x: kept_conv(nn.Conv2d(C, 8, 1, (3, 1), "valid", bias=False))(x),
     "3x3": lambda x: kept_conv(nn.Conv2d(C, 8, 3, stride=2, padding=1))(x),
     "dilated": lambda x: kept_conv(nn.Conv2d(C, 8, 3, padding=(3, 2), dilation=2))(x),
     "1x3": lambda x: kept_conv(nn.Conv2d(C, 8, (1, 3), padding=(2, 0), bias=False))(x),
