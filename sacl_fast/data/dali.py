@@ -25,6 +25,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -43,6 +44,12 @@ from sacl_fast.data.dali_parameters import (
 os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "1000000")
 
 from nvidia.dali import fn, math, pipeline_def, types
+
+# A pipeline that is collected waits for its threads. In a forked process, like a loader's worker,
+# they are not there: it would hang or crash. So none that is inherited is ever collected.
+_alive: WeakSet[Any] = WeakSet()
+_inherited: list[Any] = []
+os.register_at_fork(after_in_child=lambda: _inherited.extend(_alive))
 
 # A batch of images, encoded (1-D uint8 each) or as pixels (n, H, W, 3), and the parameters of both
 # views.
@@ -68,6 +75,7 @@ class FedPipeline:
 
     def _build(self, graph: Any, *arguments: Any, batch: int, **options: Any) -> None:
         self._pipeline = graph(*arguments, batch_size=batch, exec_dynamic=True, **options)
+        _alive.add(self._pipeline)
         self._pipeline.build()
 
     def _call_feed(self) -> Any:
@@ -77,8 +85,7 @@ class FedPipeline:
         return fed
 
     def close(self) -> None:
-        """End it now. It lies in a cycle of references, and a process that is forked before it is
-        collected would hang if it did so: the threads that it waits for are not there."""
+        """End it now: it lies in a cycle of references."""
         self._pipeline = None
         gc.collect()
 
@@ -175,6 +182,7 @@ def decodes(image: np.ndarray, device: torch.device) -> str | None:
         image, "gpu" if gpu else "cpu", batch_size=1, num_threads=1,
         device_id=(device.index or 0) if gpu else None,
     )  # fmt: skip
+    _alive.add(pipeline)
     try:
         pipeline.run()
     except RuntimeError as error:

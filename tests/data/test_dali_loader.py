@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
+import multiprocessing
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from loading import CPU, assert_same, batches_by, config_of, random_source
 from PIL import Image
 
 from sacl_fast.config import Config, DaliConfig, DataConfig, ViewConfig, ViewsConfig
 from sacl_fast.data.contact_sheet import contact_sheet
 from sacl_fast.data.loader import Batch, EvalLoader, ViewLoader
-from sacl_fast.data.sources import ArraySource, Source, open_sources
+from sacl_fast.data.sources import ArraySource, open_sources
 from sacl_fast.errors import UserError
 from sacl_fast.ops import compiled
 
@@ -26,8 +30,6 @@ from sacl_fast.data import dali_loader
 from sacl_fast.data.compiled_views import CompiledViews
 from sacl_fast.data.dali import DaliError, ViewPipeline
 from sacl_fast.data.dali_loader import DaliViewLoader, batches_ahead
-
-CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -42,33 +44,14 @@ def compiled_views(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     return wanted
 
 
-@pytest.fixture
-def source() -> ArraySource:
-    pixels = np.random.default_rng(0).integers(0, 256, (37, 20, 24, 3), np.uint8)
-    return ArraySource("random", pixels, np.arange(37) % 5, tuple("abcde"))
+source = pytest.fixture(random_source)
+batches = partial(batches_by, DaliViewLoader)
 
 
 def config(readers: int = 0, root: Path | None = None, **options) -> Config:
-    views = ViewsConfig(size=16, blur_window=5, a=ViewConfig(blur=0.5), b=ViewConfig(solarize=0.5))
     dali = DaliConfig(readers=readers, threads=1, prefetch=2)
     data = DataConfig(root=root and str(root), dali=dali, workers=0, loader="dali")
-    given = dict(batch_size=8, epochs=3, seed=5, views=views, data=data)
-    return Config(**{**given, **options})
-
-
-def batches(source: Source, config: Config, steps: list[tuple[int, int]], **ranks) -> list[Batch]:
-    """All batches of these (epoch, first step)."""
-    loader = DaliViewLoader(source, config, device=CPU, **ranks)
-    found = [batch for epoch, start in steps for batch in loader.epoch(epoch, start)]
-    loader.close()
-    return found
-
-
-def assert_same(found: list[Batch], expected: list[Batch]) -> None:
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
-        for name in Batch._fields:
-            assert torch.equal(getattr(one, name), getattr(other, name)), name
+    return config_of(**{"data": data, **options})
 
 
 def encoded(pixels: np.ndarray, kind: str = "JPEG", mode: str = "RGB", **options) -> bytes:
@@ -351,6 +334,21 @@ def test_workers_of_another_loader_start_beside_a_pipeline(source: ArraySource) 
         assert sum(map(len, images)) == 37
         loader.close()
     assert len(list(EvalLoader(source, np.arange(37), settings, CPU))) == len(images)
+
+
+def test_a_pipeline_that_nobody_closed_does_not_stop_a_forked_process(folder: Path) -> None:
+    settings = config(root=folder)
+    loader = DaliViewLoader(open_sources(settings.data, 0).train, settings, device=CPU)
+    gc.disable()
+    try:
+        next(loader.epoch(0))
+        del loader
+        process = multiprocessing.get_context("fork").Process(target=gc.collect)
+        process.start()
+        process.join(30)
+        assert process.exitcode == 0
+    finally:
+        gc.enable()
 
 
 def test_contact_sheet_by_dali(folder: Path, compiled_views: bool) -> None:

@@ -10,49 +10,30 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as F
+from loading import CPU, assert_same, batches_by, config_of, random_source
 from PIL import Image
 
-from sacl_fast.config import Config, DataConfig, EvalConfig, ViewConfig, ViewsConfig
+from sacl_fast.config import Config, DataConfig, EvalConfig, ViewsConfig
 from sacl_fast.data.loader import Batch, EvalLoader, Normalise, ViewLoader, worker_count
-from sacl_fast.data.sources import ArraySource, Source, open_sources
+from sacl_fast.data.sources import ArraySource, open_sources
 from sacl_fast.errors import UserError
-
-CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
-@pytest.fixture
-def source() -> ArraySource:
-    pixels = np.random.default_rng(0).integers(0, 256, (37, 20, 24, 3), np.uint8)
-    return ArraySource("random", pixels, np.arange(37) % 5, tuple("abcde"))
+source = pytest.fixture(random_source)
+batches = partial(batches_by, ViewLoader)
 
 
 def config(workers: int = 0, **options) -> Config:
-    views = ViewsConfig(size=16, blur_window=5, a=ViewConfig(blur=0.5), b=ViewConfig(solarize=0.5))
-    given = dict(batch_size=8, epochs=3, seed=5, views=views, data=DataConfig(workers=workers))
-    return Config(**{**given, **options})
-
-
-def batches(source: Source, config: Config, steps: list[tuple[int, int]], **ranks) -> list[Batch]:
-    """All batches of these (epoch, first step)."""
-    loader = ViewLoader(source, config, device=CPU, **ranks)
-    found = [batch for epoch, start in steps for batch in loader.epoch(epoch, start)]
-    loader.close()
-    return found
-
-
-def assert_same(found: list[Batch], expected: list[Batch]) -> None:
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
-        for name in Batch._fields:
-            assert torch.equal(getattr(one, name), getattr(other, name)), name
+    return config_of(**{"data": DataConfig(workers=workers), **options})
 
 
 # --- what is in a batch --------------------------------------------------------------------------
