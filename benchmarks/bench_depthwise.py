@@ -15,16 +15,12 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import device_name, time_ms, write_json
+from timing import copy_bandwidth, device_name, operator_options, time_ms, write_json
 from torch import Tensor
-
-from sacl_fast.ops import compiled
-from sacl_fast.ops.depthwise_conv import is_compiled
 
 # (channels, side, stride, kernel)
 MOBILENET_V1 = [
@@ -50,21 +46,10 @@ PASSES = ("forward", "input", "weight")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=0.3, help="for each figure")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    options = parser.parse_args()
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    on_gpu = device.type == "cuda"
-    obstacle = compiled.cuda_obstacle(device) if on_gpu else compiled.obstacle()
-    if obstacle or not is_compiled():
-        parser.exit(1, f"the compiled operators cannot run: {obstacle}\n")
+    options = operator_options(parser)
+    device, dtype = options.device, getattr(torch, options.dtype)
     torch.backends.cudnn.benchmark = True
-    source = torch.empty(2**28, dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    bandwidth = 2 * source.numel() / time_ms(lambda: target.copy_(source), device)["p20"] * 1e3
+    bandwidth = copy_bandwidth(device)
     print(f"{device_name(device)}, {torch.get_num_threads()} threads, {bandwidth / 1e9:.0f} GB/s")
     rows = [
         measure(options.batch, *shape, device, dtype, bandwidth, options.seconds)

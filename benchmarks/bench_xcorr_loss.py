@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import device_name, peak_bytes, time_ms, write_json
+from timing import copy_bandwidth, device_name, peak_bytes, time_ms, write_json
 from torch import Tensor
 
 from sacl_fast.ops.backend import resolve
@@ -125,13 +125,7 @@ def machine_speed(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     product = time_ms(lambda: a @ b, device)["p20"]
-    source = torch.empty(2**28, dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    copy = time_ms(lambda: target.copy_(source), device)["p20"]
-    return {
-        "flop_per_s": 2 * size**3 / product * 1e3,
-        "bytes_per_s": 2 * source.numel() / copy * 1e3,
-    }
+    return {"flop_per_s": 2 * size**3 / product * 1e3, "bytes_per_s": copy_bandwidth(device)}
 
 
 def measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Callable
@@ -13,6 +14,29 @@ from typing import Any
 import torch
 
 from sacl_fast.engine.environment import environment
+from sacl_fast.ops import compiled
+
+
+def operator_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Those of a benchmark of a compiled operator. Ends the program where it cannot run."""
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=0.3, help="for each figure")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args()
+    on_gpu = options.device.type == "cuda"
+    obstacle = compiled.cuda_obstacle(options.device) if on_gpu else compiled.obstacle()
+    if obstacle:
+        parser.exit(1, f"the compiled operators cannot run: {obstacle}\n")
+    return options
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read and written a second by copying 256 MiB."""
+    source = torch.empty(2**28, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / time_ms(lambda: target.copy_(source), device)["p20"] * 1e3
 
 
 def percentiles(values: list[float]) -> dict[str, float]:

@@ -10,7 +10,6 @@ to channels of value 0.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -149,15 +148,7 @@ def _given(gradient: Tensor | None, like: Tensor) -> Tensor:
     return gradient.contiguous(memory_format=torch.channels_last)
 
 
-@cache
-def is_compiled() -> bool:
-    """Whether the compiled operator is there; tells PyTorch its shapes."""
-    if compiled.obstacle() is None:
-        _register()
-    return compiled.obstacle() is None
-
-
-def _register() -> None:
+def _describe() -> None:
     @torch.library.register_fake("sacl_fast::slim_batch_norm_act")
     def _(
         x: Tensor, weight: Tensor, bias: Tensor, kept: Any, zeroed: Tensor | None, *_: Any
@@ -169,3 +160,6 @@ def _register() -> None:
     @torch.library.register_fake("sacl_fast::slim_batch_norm_act_backward")
     def _(dy: Tensor, drest: Any, x: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> Any:
         return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+
+
+is_compiled = compiled.there(_describe)

@@ -7,6 +7,7 @@ those of that file's public function.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -24,6 +25,19 @@ def obstacle() -> str | None:
     if not hasattr(torch.ops.sacl_fast, "augment"):
         return "sacl_fast._C is of an older build; install again"
     return None
+
+
+def there(describe: Callable[[], None]) -> Callable[[], bool]:
+    """``is_compiled`` of an operator's file: whether the compiled module can be used. If so, the
+    first question has ``describe`` tell PyTorch the operator's shapes and FLOPs."""
+
+    @cache
+    def is_compiled() -> bool:
+        if obstacle() is None:
+            describe()
+        return obstacle() is None
+
+    return is_compiled
 
 
 @torch.compiler.assume_constant_result

@@ -8,7 +8,6 @@ back in place. Under autocast it does what PyTorch's convolutions do.
 
 from __future__ import annotations
 
-from functools import cache
 from math import prod
 from typing import Any
 
@@ -106,15 +105,7 @@ class _DepthwiseConv(torch.autograd.Function):
         return dx, dweight, *[None] * 6
 
 
-@cache
-def is_compiled() -> bool:
-    """Whether the compiled operator is there; tells PyTorch its shapes and FLOPs."""
-    if compiled.obstacle() is None:
-        _register()
-    return compiled.obstacle() is None
-
-
-def _register() -> None:
+def _describe() -> None:
     op = torch.ops.sacl_fast
 
     @torch.library.register_fake("sacl_fast::depthwise_conv")
@@ -142,3 +133,6 @@ def _register() -> None:
     @register_flop_formula(op.depthwise_conv_weight)
     def _(x: Any, dy: Any, index: Any, kh: int, kw: int, *_: Any, **__: Any) -> int:
         return 2 * prod(dy) * kh * kw
+
+
+is_compiled = compiled.there(_describe)

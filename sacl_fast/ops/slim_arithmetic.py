@@ -9,7 +9,6 @@ side, where PyTorch's take, add, multiply and concatenate pass by pass.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -140,15 +139,7 @@ class _SlimGate(torch.autograd.Function):
         return dx, dshared, dgate.view(*dgate.shape, 1, 1), None, None
 
 
-@cache
-def is_compiled() -> bool:
-    """Whether the compiled operators are there; tells PyTorch their shapes."""
-    if compiled.obstacle() is None:
-        _register()
-    return compiled.obstacle() is None
-
-
-def _register() -> None:
+def _describe() -> None:
     @torch.library.register_fake("sacl_fast::slim_add")
     def _(a: Tensor, a_rest: Any, a_source: Tensor | None, *_: Any) -> Tensor:
         channels = a.shape[1] if a_source is None else len(a_source)
@@ -176,3 +167,6 @@ def _register() -> None:
     def _(dy: Tensor, x: Tensor, shared: Tensor | None, gate: Tensor, *_: Any) -> Any:
         dshared = dy.new_empty(0) if shared is None else torch.empty_like(shared)
         return torch.empty_like(x), dshared, torch.empty_like(gate)
+
+
+is_compiled = compiled.there(_describe)

@@ -8,7 +8,6 @@ one call, and writes the weight's gradient to its place in the full one; so does
 
 from __future__ import annotations
 
-from functools import cache
 from math import prod
 from typing import Any
 
@@ -128,15 +127,7 @@ def _who_takes(
     return (constants, index), (None, None)
 
 
-@cache
-def is_compiled() -> bool:
-    """Whether the compiled operator is there; tells PyTorch its shapes."""
-    if compiled.obstacle() is None:
-        _register()
-    return compiled.obstacle() is None
-
-
-def _register() -> None:
+def _describe() -> None:
     op = torch.ops.sacl_fast
 
     @torch.library.register_fake("sacl_fast::slim_pointwise")
@@ -160,3 +151,6 @@ def _register() -> None:
     @register_flop_formula(op.slim_pointwise_backward)
     def _(dy: Any, x: Any, *_: Any, **__: Any) -> int:
         return 4 * prod(dy) * x[1]
+
+
+is_compiled = compiled.there(_describe)
