@@ -47,11 +47,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--contiguous", action="store_true", help="not channels-last")
+    parser.add_argument("--give-back", action="store_true", help="memory, as without training")
     parser.add_argument("--seconds", type=float, default=2.0, help="timed, for each figure")
     parser.add_argument("--layers", action="store_true", help="each layer by itself")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
-    keep_freed_memory()  # as training does
+    if not options.give_back:
+        keep_freed_memory()  # as training does
     measured = measure_layers if options.layers else measure
     rows = [row for name in options.encoders for row in measured(name, options)]
     if options.json:

@@ -1,9 +1,7 @@
 // Batch normalisation with the activation after it, on floats in channels-last memory: M = N H W
-// rows of K channels, which are some or all of the norm's. Statistics take one read, the output one read and one write, the backward
-// pass two reads of both inputs and one write; the activation costs no pass of its own.
-//
-// Sums are in fp32 over 64 rows and in double above, of differences to the first row, so an offset
-// costs no digits; they are added in a fixed order, whatever the number of threads.
+// rows of K channels, which are some or all of the norm's. Statistics take one read, the output one
+// read and one write, the backward pass two reads of both inputs and one write; the activation costs
+// no pass of its own. Sums are of differences to the first row, so an offset costs no digits.
 #include <algorithm>
 #include <cmath>
 #include <optional>
@@ -11,12 +9,10 @@
 #include <vector>
 
 #include "cpu/common.h"
+#include "cpu/folded.h"
 
 namespace sacl {
 namespace {
-
-constexpr int64_t kTask = 32768;  // values of one task
-constexpr int64_t kTogether = 64;  // rows that the kernels sum in fp32
 
 float activate(int64_t act, float z) {
   switch (act) {
@@ -46,59 +42,6 @@ void move_to(const std::optional<Tensor>& running, int64_t place, double value, 
   float& own = floats_out(*running)[place];
   own = static_cast<float>(own + momentum * (value - own));
 }
-
-// Rows of fewer channels than a vector has are taken 16 at a time, as one row of 16 K channels; the
-// rows that are left over are of a narrow kind of their own.
-struct Folded {
-  int64_t M, K, fold, wide_rows;
-  Folded(int64_t M, int64_t K)
-      : M(M), K(K), fold(K < kLanes ? kLanes : 1), wide_rows(M / fold) {}
-
-  int64_t wide() const { return fold * K; }
-  int64_t chunk() const { return round_up(std::max<int64_t>(1, kTask / wide()), kTogether); }
-  int64_t chunks() const { return (wide_rows + chunk() - 1) / chunk(); }
-  int64_t narrow_rows() const { return M - wide_rows * fold; }
-  int64_t narrow_start() const { return wide_rows * wide(); }  // in floats
-
-  std::vector<float> repeated(const float* values) const {
-    std::vector<float> out;
-    for (int64_t i = 0; i < fold; ++i) out.insert(out.end(), values, values + K);
-    return out;
-  }
-
-  // The sums (2 K) over all rows, by `one(offset, rows, channels, scratch, total)`.
-  template <class F>
-  std::vector<double> sums(const F& one) const {
-    std::vector<double> partial(chunks() * 2 * wide(), 0.0), total(2 * K, 0.0);
-    torch::stable::parallel_for(0, chunks(), 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> scratch(2 * round_up(wide(), kLanes));
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = i * chunk();
-        one(first * wide(), std::min(chunk(), wide_rows - first), wide(), scratch.data(),
-            &partial[i * 2 * wide()]);
-      }
-    });
-    if (narrow_rows()) {
-      std::vector<float> scratch(2 * kLanes);
-      one(narrow_start(), narrow_rows(), K, scratch.data(), total.data());
-    }
-    for (int64_t i = 0; i < chunks(); ++i)
-      for (int64_t which = 0; which < 2; ++which)
-        for (int64_t c = 0; c < wide(); ++c)
-          total[which * K + c % K] += partial[(i * 2 + which) * wide() + c];
-    return total;
-  }
-
-  // `one(offset, rows, channels)` for all rows.
-  template <class F>
-  void for_rows(const F& one) const {
-    torch::stable::parallel_for(0, chunks(), 1, [&](int64_t begin, int64_t end) {
-      const int64_t first = begin * chunk();
-      one(first * wide(), std::min(end * chunk(), wide_rows) - first, wide());
-    });
-    if (narrow_rows()) one(narrow_start(), narrow_rows(), K);
-  }
-};
 
 // Mean, scale and bias of the channels, repeated for folded rows.
 class Repeated {

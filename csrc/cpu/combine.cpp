@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/common.h"
+#include "cpu/folded.h"
 #include "cpu/selection.h"
 
 namespace sacl {
@@ -60,25 +61,6 @@ struct Operand {
     return drest;
   }
 };
-
-// Column sums (C) of x, in fp32 over some rows and in double above.
-std::vector<double> column_sums(const Tensor& x) {
-  constexpr int64_t kChunk = 1024;
-  const int64_t rows = pixels(x), C = x.size(1), chunks = (rows + kChunk - 1) / kChunk;
-  const float* in = nhwc(x);
-  const std::vector<float> origin(C, 0.0f);
-  std::vector<double> partial(chunks * 2 * C, 0.0), total(C, 0.0);
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(2 * round_up(C, kLanes));
-    for (int64_t i = begin; i < end; ++i)
-      kernels().sums_forward(in + i * kChunk * C, origin.data(),
-                             std::min(kChunk, rows - i * kChunk), C, scratch.data(),
-                             &partial[i * 2 * C]);
-  });
-  for (int64_t i = 0; i < chunks; ++i)
-    for (int64_t c = 0; c < C; ++c) total[c] += partial[i * 2 * C + c];
-  return total;
-}
 
 }  // namespace
 
