@@ -170,6 +170,7 @@ def test_dry_run_prints_costs(capsys, tmp_path):
     said = capsys.readouterr().out
     assert "3.21 M parameters" in said and "GFLOP" in said and "estimated" in said
     assert "name: mobilenetv1_100" in said and "data        not available" in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_views_and_doctor(capsys, tmp_path):

@@ -154,11 +154,11 @@ class Subset:
         return self.source.name(self.indices[index])
 
 
-def open_sources(config: DataConfig, seed: int) -> Splits:
+def open_sources(config: DataConfig, seed: int, *, download: bool = True) -> Splits:
     """The training and validation images of ``config``; ``seed`` chooses those of ``limit``.
 
     Archives are unpacked and data sets downloaded where they are not at hand. What the user can
-    mend (no such folder, no images in it, no network) is a UserError.
+    mend (no such folder, no images in it, no network, ``download`` ruled out) is a UserError.
     """
     if config.source == "demo":
         splits = _demo(config)
@@ -171,7 +171,7 @@ def open_sources(config: DataConfig, seed: int) -> Splits:
     elif config.source == "webdataset":
         splits = _webdataset(config, _existing(config), cache_folder(config.cache_dir))
     else:
-        splits = _cifar(config, config.source)
+        splits = _cifar(config, config.source, download)
     train = _limited(splits.train, config.limit, seed)
     val = "no" if splits.val is None else len(splits.val)
     logger.info("%d training images, %s validation images", len(train), val)
@@ -311,7 +311,7 @@ def _webdataset(config: DataConfig, root: Path, cache: Path) -> Splits:
 # --- CIFAR ---------------------------------------------------------------------------------------
 
 
-def _cifar(config: DataConfig, name: Literal["cifar10", "cifar100"]) -> Splits:
+def _cifar(config: DataConfig, name: Literal["cifar10", "cifar100"], download: bool) -> Splits:
     cache = cache_folder(config.cache_dir)
     root = Path(config.root or f"data/{name}").expanduser()
     if root.is_file():
@@ -320,11 +320,11 @@ def _cifar(config: DataConfig, name: Literal["cifar10", "cifar100"]) -> Splits:
             root = _enter(root)
     if _first_folder(root, _TRAIN):
         return _folder(config, root, cache)
-    return _torchvision_cifar(config, name, root)
+    return _torchvision_cifar(config, name, root, download)
 
 
 def _torchvision_cifar(
-    config: DataConfig, name: Literal["cifar10", "cifar100"], root: Path
+    config: DataConfig, name: Literal["cifar10", "cifar100"], root: Path, download: bool
 ) -> Splits:
     from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -338,6 +338,10 @@ def _torchvision_cifar(
     try:
         splits = read(download=False)
     except RuntimeError:  # torchvision's "not found or corrupted"
+        if not download:
+            raise UserError(
+                f"{data_set.__name__} is not in {root.absolute()} yet; training downloads it"
+            ) from None
         try:
             with exclusive(root / f".{name}.lock"):
                 splits = read(download=True)

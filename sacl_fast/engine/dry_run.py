@@ -49,7 +49,7 @@ def print_dry_run(config: Config) -> None:
         f"{state / _GIB:.2f} weights, gradients and optimiser, {activations / _GIB:.2f} activations"
     )
     try:
-        images = len(open_sources(config.data, config.seed).train)
+        images = len(open_sources(config.data, config.seed, download=False).train)
     except UserError as error:
         print(f"data        not available: {error}")
     else:
