@@ -27,8 +27,8 @@ inline const float* floats(const Tensor& t) {
   return static_cast<const float*>(t.const_data_ptr());
 }
 
-// Of an image batch (N, C, H, W) that lies in memory as (N, H, W, C).
-inline const float* nhwc(const Tensor& t) {
+// Whether an image batch (N, C, H, W) lies in memory as (N, H, W, C).
+inline bool is_nhwc(const Tensor& t) {
   bool last = t.is_cpu() && t.dim() == 4 &&
               t.scalar_type() == torch::headeronly::ScalarType::Float;
   int64_t expected = 1;
@@ -36,7 +36,11 @@ inline const float* nhwc(const Tensor& t) {
     last = last && (t.size(dim) == 1 || t.stride(dim) == expected);
     expected *= t.size(dim);
   }
-  STD_TORCH_CHECK(last, "float32 images in channels-last memory on the CPU were expected");
+  return last;
+}
+
+inline const float* nhwc(const Tensor& t) {
+  STD_TORCH_CHECK(is_nhwc(t), "float32 images in channels-last memory on the CPU were expected");
   return static_cast<const float*>(t.const_data_ptr());
 }
 

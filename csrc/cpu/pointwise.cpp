@@ -75,7 +75,10 @@ Tensor convolved(const Tensor& x, const Tensor& weight, const std::optional<Tens
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution(
       x.get(), weight.get(), bias.has_value() ? &bias_handle : nullptr, kOne.data(), 2,
       kNone.data(), 2, kOne.data(), 2, false, kNone.data(), 2, 1, &result));
-  return Tensor(result);
+  Tensor y(result);
+  if (is_nhwc(y)) return y;  // not always where x has one channel, which is in any order
+  Tensor last = new_nhwc(y.size(0), y.size(1), y.size(2), y.size(3));
+  return torch::stable::copy_(last, y);
 }
 
 // dx and dweight (O, K, 1, 1). With the bias's gradient oneDNN would take twice the time.

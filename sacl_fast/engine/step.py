@@ -26,20 +26,6 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
-def overruns_in_channels_last(module: nn.Module) -> bool:
-    """Whether it is a convolution whose training on a CPU may overwrite memory that is not its own.
-
-    oneDNN (seen with 3.10 of torch 2.11, AVX-512) reserves too little for the weight gradient of a
-    1x1 convolution with a stride, in channels-last memory, of fewer than 16 channels.
-    """
-    return (
-        isinstance(module, nn.Conv2d)
-        and module.kernel_size == (1, 1)
-        and module.stride != (1, 1)
-        and module.in_channels // module.groups < 16
-    )
-
-
 class TrainingStep:
     """Model, loss, optimiser and schedule of a run, and the step over them."""
 
@@ -51,11 +37,8 @@ class TrainingStep:
         self.config = config
         self.device = device
         self.amp_dtype = autocast_dtype(config.precision, device)
-        self.channels_last = config.channels_last and not (
-            device.type == "cpu" and any(map(overruns_in_channels_last, method.modules()))
-        )
-        self.memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
-        self.method = method.to(device, memory_format=self.memory_format)  # type: ignore[call-overload]
+        memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.method = method.to(device, memory_format=memory_format)  # type: ignore[call-overload]
         self.model: nn.Module = self.method
         if ranks.world_size > 1:
             synchronized = config.encoder.sync_batch_norm
@@ -74,7 +57,7 @@ class TrainingStep:
         config, backend = self.config, self.backends["slim_conv"].backend
         if config.slim.mode != "auto":
             return config.slim.mode, "as requested"
-        if backend != "cpu" or self.amp_dtype is not None or not self.channels_last:
+        if backend != "cpu" or self.amp_dtype is not None or not config.channels_last:
             return "mask", "skip is the faster one on the compiled CPU operators, in float32 only"
         return "skip", "the faster one on the compiled CPU operators"
 
@@ -90,9 +73,8 @@ class TrainingStep:
         return loss.detach(), parts, embeddings.z1.detach()
 
     def four_passes(self, view_a: Tensor, view_b: Tensor) -> Embeddings:
-        a, b = (view.contiguous(memory_format=self.memory_format) for view in (view_a, view_b))
         with self.autocast():
-            return self.model(a, b)
+            return self.model(view_a, view_b)
 
     def backward(self, loss: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)

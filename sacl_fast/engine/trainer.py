@@ -348,8 +348,6 @@ class Run:
             if op != "augment":  # the loader's, which has said so
                 yield f"{op}: {resolution.backend} ({resolution.reason})"
         yield f"slim passes: {self.method.slim_mode} ({self.step.slim_mode_reason})"
-        if config.channels_last and not self.step.channels_last:
-            yield "not channels-last, where oneDNN writes astray in narrow strided 1x1 convolutions"
 
     def _result(self, *, finished: bool) -> RunResult:
         return RunResult(self.folder, self.steps_done, finished, self.knn, self.knn_before)

@@ -80,8 +80,10 @@ class _SlimPointwise(torch.autograd.Function):
     ) -> Tensor:
         op, matrix = torch.ops.sacl_fast.slim_pointwise, weight.flatten(1)
         constants = None if rest is None else rest.flatten(1).contiguous()
-        if offset is not None:
-            offset = offset.contiguous(memory_format=torch.channels_last)
+        offset, shared = (
+            None if t is None else t.contiguous(memory_format=torch.channels_last)
+            for t in (offset, shared)
+        )
         ctx.save_for_backward(x, matrix, constants, shared)
         ctx.indices = in_index, out_index, rest_index, shared_index
         ctx.shapes = weight.shape, None if rest is None else rest.shape

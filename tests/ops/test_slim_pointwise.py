@@ -10,7 +10,10 @@ from sacl_fast.ops.slim_pointwise import is_compiled, slim_pointwise
 pytestmark = pytest.mark.skipif(not is_compiled(), reason=str(compiled.obstacle()))
 N, H, W = 3, 4, 5
 # Input channels, filters; live inputs, kept filters, constant inputs (the rest is not given).
-SIZES = [(7, 5, 3, 2, 4), (24, 40, 24, 40, 0), (48, 33, 17, 16, 20), (1, 1, 1, 1, 0)]
+SIZES = [
+    *((7, 5, 3, 2, 4), (24, 40, 24, 40, 0), (48, 33, 17, 16, 20), (1, 1, 1, 1, 0)),
+    *((9, 20, 1, 8, 5), (9, 20, 4, 1, 5)),  # one channel is in every order of memory at once
+]
 OFFSETS = {
     "none": None,
     "bias": (1, 1, 1),
@@ -63,12 +66,14 @@ def test_equals_pytorch(sizes, offset, samples):
 
 @pytest.mark.parametrize("samples", [0, 1, N])
 @pytest.mark.parametrize("offset", ["none", "bias", "place"])
-def test_with_a_map_that_all_samples_share(offset, samples):
+@pytest.mark.parametrize("shares", [1, 9])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_with_a_map_that_all_samples_share(offset, samples, shares, memory_format):
     sizes = (48, 33, 17, 16, 20 if samples else 0)
     tensors, indices = inputs(sizes, samples, OFFSETS[offset])
     taken = set(torch.cat([i for i in (indices[0], indices[2]) if i is not None]).tolist())
-    shared_index = torch.tensor([c for c in range(48) if c not in taken][:9])
-    shared = torch.randn(1, 9, H, W).contiguous(memory_format=torch.channels_last)
+    shared_index = torch.tensor([c for c in range(48) if c not in taken][:shares])
+    shared = torch.randn(1, shares, H, W).contiguous(memory_format=memory_format)
     tensors = [*tensors, shared]
     exact = [None if t is None else t.double() for t in tensors]
     ours = run(tensors, indices, "cpu", shared_index)
