@@ -424,8 +424,7 @@ class Config:
     """Autocast type of the encoder and projector (auto: bf16 on a GPU, fp32 on a CPU). The loss is
     always fp32."""
     channels_last: bool = True
-    """Memory format of images, activations and convolution weights. Never on a CPU for an encoder
-    with a strided 1x1 convolution of fewer than 16 channels, in which oneDNN overwrites memory."""
+    """Memory format of images, activations and convolution weights."""
     backend: Literal["auto", "torch", "triton", "cuda", "cpu", "apex"] = "auto"
     """Implementation of the operators ('sacl-fast doctor' lists them). 'torch': plain PyTorch,
     nothing compiled."""

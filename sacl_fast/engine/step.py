@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -12,9 +15,11 @@ from sacl_fast.engine.method import Embeddings, SaclXd
 from sacl_fast.errors import UserError
 from sacl_fast.losses import SaclXdLoss
 from sacl_fast.ops.backend import resolve_all
+from sacl_fast.ops.slim_channels import take_pixels
 from sacl_fast.ops.xcorr_loss import LossParts
 from sacl_fast.optim import build_optimizer, learning_rate
 from sacl_fast.slim.slicer import Mode
+from sacl_fast.slim.tensor import SlimTensor
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
@@ -24,6 +29,28 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     if precision == "fp16" and device.type == "cpu":
         raise UserError("precision 'fp16' needs a GPU; 'fp32' and 'bf16' work on a CPU")
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def stay_within_memory(model: nn.Module) -> None:
+    """Compute some convolutions differently, in training of which oneDNN overwrites memory.
+
+    For the weight gradient of a 1x1 convolution with a stride, in channels-last memory, of fewer
+    than 16 channels it reserves too little (seen with version 3.10 in torch 2.11, AVX-512).
+    """
+    for module in model.modules():
+        if (
+            isinstance(module, nn.Conv2d)
+            and (module.kernel_size, module.padding) == ((1, 1), (0, 0))
+            and (module.stride != (1, 1) and module.groups == 1 and module.in_channels < 16)
+        ):
+            module.forward = partial(_convolve_what_is_read, module)
+
+
+def _convolve_what_is_read(conv: nn.Conv2d, input: Tensor) -> Tensor:
+    if isinstance(input, SlimTensor):  # whose rule does so
+        return type(conv).forward(conv, input)
+    down, right = conv.stride
+    return F.conv2d(take_pixels(input, (down, right)), conv.weight, conv.bias)
 
 
 class TrainingStep:
@@ -39,6 +66,8 @@ class TrainingStep:
         self.amp_dtype = autocast_dtype(config.precision, device)
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.method = method.to(device, memory_format=memory_format)  # type: ignore[call-overload]
+        if device.type == "cpu":
+            stay_within_memory(method)
         self.model: nn.Module = self.method
         if ranks.world_size > 1:
             synchronized = config.encoder.sync_batch_norm

@@ -1,14 +1,17 @@
 """What a training step asks of PyTorch."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sacl_fast.config import Config, EncoderConfig, ProjectorConfig, SlimConfig
 from sacl_fast.data.views import CIFAR
 from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.method import build_method
-from sacl_fast.engine.step import TrainingStep
+from sacl_fast.engine.step import TrainingStep, stay_within_memory
 
 
 class Convolutions(TorchDispatchMode):
@@ -26,14 +29,14 @@ class Convolutions(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("width", [0.25, 1])
+@pytest.mark.parametrize("name, width", [("resnet20", 0.25), ("resnet20", 1), ("repvgg_a0", 1)])
 @pytest.mark.parametrize("mode", ["mask", "skip"])
 @pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_narrow_strided_pointwise_convolutions_are_not_channels_last(width, mode, backend):
+def test_narrow_strided_pointwise_convolutions_are_not_channels_last(name, width, mode, backend):
     """There oneDNN overwrites memory, now and then until something breaks."""
     config = Config(
         views=CIFAR,
-        encoder=EncoderConfig(name="resnet20", width=width),
+        encoder=EncoderConfig(name=name, width=width),
         projector=ProjectorConfig(hidden=16, out=24),
         slim=SlimConfig(mode=mode, ratio=0.25),
         backend=backend,
@@ -51,4 +54,21 @@ def test_narrow_strided_pointwise_convolutions_are_not_channels_last(width, mode
         if kernel == [1, 1] and stride != (1, 1) and channels < 16
     ]
     assert not any(narrow)
-    assert any(last for *_, last in convolutions.seen) or width < 1
+    assert any(last for *_, last in convolutions.seen)
+
+
+def test_what_stays_within_memory_is_the_same_convolution():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1, (2, 3)), nn.Conv2d(8, 4, 1, 2, bias=False)).double()
+    changed = copy.deepcopy(model)
+    stay_within_memory(changed)
+    changed = copy.deepcopy(changed)
+    x = torch.randn(2, 3, 9, 14, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    results = []
+    for m in (model, changed):
+        own = x.clone().requires_grad_()
+        y = m(own)
+        results.append((y, *torch.autograd.grad(y.square().sum(), [own, *m.parameters()])))
+    assert "forward" in vars(changed[0]) and changed[0].forward.args[0] is changed[0]
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
