@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--contiguous", action="store_true", help="not channels-last")
-    parser.add_argument("--give-back", action="store_true", help="memory, as without training")
+    parser.add_argument("--give-back", action="store_true", help="freed memory to the system")
     parser.add_argument("--seconds", type=float, default=2.0, help="timed, for each figure")
     parser.add_argument("--layers", action="store_true", help="each layer by itself")
     parser.add_argument("--json", type=Path, help="write the figures here")

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from timm.layers import ScaledStdConv2d
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -72,3 +73,9 @@ def test_what_stays_within_memory_is_the_same_convolution():
     assert "forward" in vars(changed[0]) and changed[0].forward.args[0] is changed[0]
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_a_convolution_with_a_forward_of_its_own_keeps_it():
+    model = nn.Sequential(ScaledStdConv2d(4, 8, 1, stride=2, padding=0))
+    stay_within_memory(model)
+    assert "forward" not in vars(model[0])
