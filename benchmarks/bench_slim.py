@@ -1,11 +1,13 @@
-"""Slim encoders: milliseconds of dense, mask and skip, forward and backward, against their work.
+"""Slim encoders: milliseconds of dense, mask, skip and recorded, forward and backward.
 
     python benchmarks/bench_slim.py --encoders mobilenetv1_100 resnet50 --size 112 --batch 32
     python benchmarks/bench_slim.py --encoders mobilenetv1_100 --layers
 
-``ideal``, of an encoder: the ratio of the FLOPs that skipping leaves, forward, to the dense ones:
-what the ratio of the times would be if the convolutions were all and as efficient. ``compact`` is
-the same for the exported module, which does not compute what only running statistics need.
+``recorded`` is skip as training runs it, from a recording of itself (``RecordedEncoder``), which is
+made before the timing. ``ideal``, of an encoder: the ratio of the FLOPs that skipping leaves,
+forward, to the dense ones: what the ratio of the times would be if the convolutions were all and as
+efficient. ``compact`` is the same for the exported module, which does not compute what only running
+statistics need.
 
 ``--layers`` takes apart: each convolution with batch norm and ReLU after it, given what the slim
 encoder gives it (live channels and constants). Its ``flops`` and ``bytes`` are the ratios of skip's
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -29,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sacl_fast.encoders import build_encoder
 from sacl_fast.engine.memory import keep_freed_memory
-from sacl_fast.slim import Slicer
+from sacl_fast.slim import RecordedEncoder, Slicer
 from sacl_fast.slim.channels import channels
 from sacl_fast.slim.compact import compact, cost
 from sacl_fast.slim.slicer import Mode
@@ -71,19 +74,24 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = images.to(memory_format=torch.channels_last)
 
-    def step(slicer: Slicer, mode: Mode) -> None:
+    def step(run: Callable[[torch.Tensor], torch.Tensor]) -> None:
         with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-            with slicer.mode(mode):
-                out = encoder(images)
-            out.float().square().mean().backward()
+            run(images).float().square().mean().backward()
+
+    def in_mode(slicer: Slicer, mode: Mode, images: torch.Tensor) -> torch.Tensor:
+        with slicer.mode(mode):
+            return encoder(images)
 
     dense_flops = flops(encoder, Slicer(encoder, 1.0), "dense", images)
     rows = []
     for ratio in options.ratios:
         slicer = Slicer(encoder, ratio)
         modes: tuple[Mode, ...] = get_args(Mode)
-        runs = {mode: partial(step, slicer, mode) for mode in modes}
-        times = time_in_turns(runs, device, seconds=3 * options.seconds)
+        runs = {mode: partial(step, partial(in_mode, slicer, mode)) for mode in modes}
+        runs["recorded"] = partial(step, RecordedEncoder(slicer))
+        for _ in range(4):
+            runs["recorded"]()
+        times = time_in_turns(runs, device, seconds=4 * options.seconds)
         dense_ms = times["dense"]["p50"]
         small, large = (cost(m, options.size) for m in (compact(encoder, slicer.masks), encoder))
         row = {
@@ -100,6 +108,7 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         print(
             f"{name:22} s={ratio:<5g} dense {dense_ms:7.1f} ms"
             f"  mask {row['of_dense']['mask']:.2f}  skip {row['of_dense']['skip']:.2f}"
+            f"  recorded {row['of_dense']['recorded']:.2f}"
             f"  ideal {row['ideal']:.2f}  compact {row['compact']:.2f}",
             flush=True,
         )

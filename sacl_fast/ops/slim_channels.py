@@ -138,7 +138,7 @@ def _parts_of(ctx: Any, grad: Tensor) -> list[Tensor | None]:
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
-    if not _channels_last(x):
+    if not _channels_last(x) or x.shape[2:] == (1, 1):
         return x.index_select(1, index)
     n, _, h, w = x.shape
     return _rows(x).index_select(1, index).view(n, h, w, -1).permute(0, 3, 1, 2)
@@ -146,7 +146,7 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
 
 def _add(full: Tensor, index: Tensor, x: Tensor) -> None:
     """``full[:, index] += x``."""
-    if _channels_last(full):
+    if _channels_last(full) and full.shape[2:] != (1, 1):
         rows = _rows(full)
         rows.scatter_add_(1, index.expand(len(rows), -1), _rows(x))
     else:

@@ -27,7 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sacl_fast.config import SlimConfig
 from sacl_fast.errors import UserError, nearest
 from sacl_fast.ops.slim_conv import BACKEND
-from sacl_fast.slim.channels import Channels, channels
+from sacl_fast.slim.channels import Channels, all_channels, channels
 from sacl_fast.slim.tensor import KeptFilters, dense, dense_for_custom_functions, finishing
 
 Mode = Literal["dense", "mask", "skip"]
@@ -85,6 +85,7 @@ class Slicer(nn.Module):
         self._encoder = [encoder]
         self._kept: dict[str, Channels] = {}
         self._convs: list[tuple[str, nn.Conv2d]] = []
+        self._whole: list[nn.Conv2d] = []
         self._norm_sites: list[tuple[nn.Module, str, str]] = []
         self.slim_norms = nn.ModuleDict()
 
@@ -99,6 +100,8 @@ class Slicer(nn.Module):
                 key = _key(name)
                 self._convs.append((key, module))
                 self.register_buffer(key, torch.ones(module.out_channels, dtype=torch.bool))
+            elif isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1):
+                self._whole.append(module)
             elif isinstance(module, _BatchNorm) and batch_norm == "separate":
                 parent, _, child = name.rpartition(".")
                 self._norm_sites.append((modules[parent], child, _key(name)))
@@ -107,10 +110,23 @@ class Slicer(nn.Module):
         self.refresh()
 
     @property
+    def encoder(self) -> nn.Module:
+        return self._encoder[0]
+
+    @property
+    def skips(self) -> bool:
+        """Whether filters are zeroed, now, that mode ``skip`` can leave out."""
+        return self.enabled and self.ratio < 1 and bool(self._convs)
+
+    @property
     def active(self) -> bool:
         """Whether the slim encoder differs from the dense one."""
-        masked = self.enabled and self.ratio < 1 and bool(self._convs)
-        return masked or bool(self._norm_sites)
+        return self.skips or bool(self._norm_sites)
+
+    @property
+    def kept(self) -> tuple[Channels, ...]:
+        """The filters that are kept in each convolution."""
+        return tuple(self._kept.values())
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -155,6 +171,8 @@ class Slicer(nn.Module):
                     for key, conv in self._convs:
                         undo.callback(self._slim(key, conv, mode))
                     if mode == "skip":
+                        for conv in self._whole:
+                            undo.callback(_keep_whole(conv))
                         undo.callback(BACKEND.reset, BACKEND.set(self.backend))
                         hook = self._encoder[0].register_forward_hook(lambda *call: dense(call[2]))
                         undo.callback(hook.remove)
@@ -189,6 +207,13 @@ def _swap_module(parent: nn.Module, child: str, module: nn.Module) -> Callable[[
     module.train(own.training)
     setattr(parent, child, module)
     return lambda: setattr(parent, child, own)
+
+
+def _keep_whole(conv: nn.Conv2d) -> Callable[[], None]:
+    """Have ``slim_pointwise`` compute a convolution of which all filters are kept, too: a
+    squeeze-excite block's takes it 0.4 to 0.6 of the time (32 images, two CPU cores)."""
+    kept = all_channels(conv.out_channels)
+    return _replace_parameters(conv, lambda p: KeptFilters(p, None, kept))
 
 
 def _replace_parameters(

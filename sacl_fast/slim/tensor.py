@@ -207,15 +207,15 @@ class KeptFilters(_Wrapper):
     """A convolution's weight or bias of which only some filters are kept, the others being 0."""
 
     parameter: Tensor
-    mask: Tensor
+    mask: Tensor | None
     kept: Channels
 
     @staticmethod
-    def __new__(cls, parameter: Tensor, mask: Tensor, kept: Channels) -> KeptFilters:
+    def __new__(cls, parameter: Tensor, mask: Tensor | None, kept: Channels) -> KeptFilters:
         """
         Args:
             parameter: (Cout, ...).
-            mask: (Cout,), true where the filter is kept.
+            mask: (Cout,), true where the filter is kept; None: all are.
             kept: the same as numbers.
         """
         made = Tensor._make_wrapper_subclass(
@@ -226,6 +226,8 @@ class KeptFilters(_Wrapper):
         return made  # type: ignore[no-any-return]
 
     def dense(self) -> Tensor:
+        if self.mask is None:
+            return self.parameter
         return self.parameter * self.mask.view(-1, *[1] * (self.parameter.ndim - 1))
 
     @property

@@ -18,7 +18,7 @@ from sacl_fast.encoders.batch_norm import (
 )
 from sacl_fast.engine.method import SaclXd
 from sacl_fast.losses import SaclXdLoss
-from sacl_fast.slim import Slicer
+from sacl_fast.slim import RecordedEncoder, Slicer
 
 SIZE = 16
 
@@ -114,6 +114,41 @@ def test_ranks_equal_one_process(
             )
             error = (got[key].double() - value.double()).abs().max() / scale
             assert error < 1e-6, f"{key} on rank {rank}: {error:.1e}"
+
+
+def run_recorded(rank, world_size, port, synchronized):
+    """Five steps of the method with its slim passes recorded, beside those of one without."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    if not synchronized:  # batch norms are made before there are ranks to synchronise with
+        methods = [build("resnet20", "shared", slim_mode="skip") for _ in range(2)]
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    if synchronized:
+        methods = [build("resnet20", "shared", slim_mode="skip") for _ in range(2)]
+    recorded = RecordedEncoder(methods[0].slicer)
+    methods[0].recorded = recorded
+    ways, skips = [], methods[0].slicer.mode
+    methods[0].slicer.mode = lambda way: ways.append(way) or skips(way)  # type: ignore
+    models = [DistributedDataParallel(m, broadcast_buffers=False) for m in methods]
+    for step in range(5):
+        a, b = (v + rank + step for v in views(4))
+        ways.clear()
+        for model in models:
+            model.zero_grad()
+            one_step(model, a, b)
+        for part in ("parameters", "buffers"):
+            pairs = zip(*(getattr(m, f"named_{part}")() for m in methods), strict=True)
+            for (name, ours), (_, theirs) in pairs:
+                if part == "parameters":
+                    ours, theirs = ours.grad, theirs.grad
+                torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9, msg=name)
+    assert ("skip" in ways) == synchronized, ways  # whose batch norms communicate
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("synchronized", [False, True])
+def test_recorded_passes_among_ranks(synchronized):
+    mp.spawn(run_recorded, (2, free_port(), synchronized), nprocs=2)
 
 
 def run_local(rank, world_size, port, folder):

@@ -79,3 +79,33 @@ def test_a_convolution_with_a_forward_of_its_own_keeps_it():
     model = nn.Sequential(ScaledStdConv2d(4, 8, 1, stride=2, padding=0))
     stay_within_memory(model)
     assert "forward" not in vars(model[0])
+
+
+def step_of(steps_per_epoch=30, **slim) -> TrainingStep:
+    torch.manual_seed(0)
+    config = Config(
+        views=CIFAR,
+        encoder=EncoderConfig(name="resnet20", width=0.5),
+        projector=ProjectorConfig(hidden=16, out=24),
+        slim=SlimConfig(mode="skip", **slim),
+        device="cpu",
+    )
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    return TrainingStep(build_method(config), config, ranks, steps_per_epoch=steps_per_epoch)
+
+
+def test_slim_passes_are_recorded_where_that_pays():
+    assert step_of(30).method.recorded is not None
+    assert step_of(29).method.recorded is None
+    assert step_of(1000, refresh_steps=29).method.recorded is None
+
+
+def test_training_is_the_same_with_recorded_passes():
+    views = torch.randn(2, 6, 3, 32, 32).flatten(0, 1)
+    views = views.contiguous(memory_format=torch.channels_last).chunk(2)
+    recorded, plain = step_of(), step_of()
+    plain.method.recorded = None
+    for i in range(6):
+        if i == 4:
+            recorded.method.slicer.refresh(), plain.method.slicer.refresh()
+        assert torch.equal(recorded(*views, i)[0], plain(*views, i)[0])

@@ -8,30 +8,27 @@ from sacl_fast.ops import compiled
 from sacl_fast.ops.slim_pointwise import is_compiled, slim_pointwise
 
 pytestmark = pytest.mark.skipif(not is_compiled(), reason=str(compiled.obstacle()))
-N, H, W = 3, 4, 5
+N = 3
 # Input channels, filters; live inputs, kept filters, constant inputs (the rest is not given).
 SIZES = [
     *((7, 5, 3, 2, 4), (24, 40, 24, 40, 0), (48, 33, 17, 16, 20), (1, 1, 1, 1, 0)),
     *((9, 20, 1, 8, 5), (9, 20, 4, 1, 5)),  # one channel is in every order of memory at once
 ]
-OFFSETS = {
-    "none": None,
-    "bias": (1, 1, 1),
-    "sample": (N, 1, 1),
-    "place": (1, H, W),
-    "all": (N, H, W),
-}
+# Samples and image of an offset: 1 for one value, 0 for all of them
+OFFSETS = {"none": None, "bias": (1, 1), "sample": (0, 1), "place": (1, 0), "all": (0, 0)}
+FEW, MANY = (4, 5), (13, 14)  # pixels: products of matrices, convolutions
 
 
-def inputs(sizes, samples, offset, batch=N, seed=0):
+def inputs(sizes, samples, offset, batch=N, image=FEW, seed=0):
     g = torch.Generator().manual_seed(seed)
     C, filters, live, kept, constants = sizes
     order, out = torch.randperm(C, generator=g), torch.randperm(filters, generator=g)[:kept]
-    x = torch.randn(batch, live, H, W, generator=g).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(batch, live, *image, generator=g).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(filters, C, 1, 1, generator=g)
     rest = torch.randn(samples, constants, 1, 1, generator=g) if constants else None
     if offset is not None:
-        offset = torch.randn(offset[0], kept, *offset[1:], generator=g)
+        places = (1, 1) if offset[1] else image
+        offset = torch.randn(offset[0] or batch, kept, *places, generator=g)
     indices = (
         None if live == C else order[:live],
         None if kept == filters else out,
@@ -55,8 +52,9 @@ def run(tensors, indices, backend, shared_index=None):
 @pytest.mark.parametrize("samples", [1, N])
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_equals_pytorch(sizes, offset, samples):
-    tensors, indices = inputs(sizes, samples, OFFSETS[offset])
+@pytest.mark.parametrize("image", [FEW, MANY], ids=str)
+def test_equals_pytorch(sizes, offset, samples, image):
+    tensors, indices = inputs(sizes, samples, OFFSETS[offset], image=image)
     exact = run([None if t is None else t.double() for t in tensors], indices, "torch")
     for got, expected in zip(run(tensors, indices, "cpu"), exact, strict=True):
         assert got.shape == expected.shape
@@ -68,12 +66,13 @@ def test_equals_pytorch(sizes, offset, samples):
 @pytest.mark.parametrize("offset", ["none", "bias", "place"])
 @pytest.mark.parametrize("shares", [1, 9])
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
-def test_with_a_map_that_all_samples_share(offset, samples, shares, memory_format):
+@pytest.mark.parametrize("image", [FEW, MANY], ids=str)
+def test_with_a_map_that_all_samples_share(offset, samples, shares, memory_format, image):
     sizes = (48, 33, 17, 16, 20 if samples else 0)
-    tensors, indices = inputs(sizes, samples, OFFSETS[offset])
+    tensors, indices = inputs(sizes, samples, OFFSETS[offset], image=image)
     taken = set(torch.cat([i for i in (indices[0], indices[2]) if i is not None]).tolist())
     shared_index = torch.tensor([c for c in range(48) if c not in taken][:shares])
-    shared = torch.randn(1, shares, H, W).contiguous(memory_format=memory_format)
+    shared = torch.randn(1, shares, *image).contiguous(memory_format=memory_format)
     tensors = [*tensors, shared]
     exact = [None if t is None else t.double() for t in tensors]
     ours = run(tensors, indices, "cpu", shared_index)
@@ -84,10 +83,10 @@ def test_with_a_map_that_all_samples_share(offset, samples, shares, memory_forma
 
 def test_the_reference_is_a_convolution_of_all_channels():
     (x, weight, rest, _), (in_index, out_index, rest_index) = inputs(SIZES[2], N, None)
-    full = torch.zeros(N, 48, H, W)
-    full[:, in_index], full[:, rest_index] = x, rest.expand(-1, -1, H, W)
+    full = torch.zeros(N, 48, *FEW)
+    full[:, in_index], full[:, rest_index] = x, rest.expand(-1, -1, *FEW)
     others = torch.tensor([c for c in range(48) if not full[:, c].any()][:5])
-    full[:, others] = shared = torch.randn(1, 5, H, W)
+    full[:, others] = shared = torch.randn(1, 5, *FEW)
     y = slim_pointwise(
         *(x, weight, in_index, out_index, rest, rest_index, None, shared, others), backend="torch"
     )
@@ -96,7 +95,7 @@ def test_the_reference_is_a_convolution_of_all_channels():
 
 def test_one_sample_and_one_place():
     for batch in (1, 2):
-        tensors, indices = inputs((6, 8, 4, 5, 2), 1, (1, 1, 1), batch)
+        tensors, indices = inputs((6, 8, 4, 5, 2), 1, (1, 1), batch)
         tensors[0] = tensors[0][:, :, :1, :1].contiguous(memory_format=torch.channels_last)
         exact = run([t.double() for t in tensors], indices, "torch")
         for got, expected in zip(run(tensors, indices, "cpu"), exact, strict=True):
@@ -104,13 +103,14 @@ def test_one_sample_and_one_place():
 
 
 def test_a_wrong_offset_is_refused():
-    tensors, indices = inputs(SIZES[0], 1, (1, 1, W))
+    tensors, indices = inputs(SIZES[0], 1, (1, 0))
+    tensors[-1] = tensors[-1][:, :, :1]
     with pytest.raises(RuntimeError, match="offset"):
         run(tensors, indices, "cpu")
 
 
 def test_the_operators_keep_the_rules_of_torch_library():
-    (x, weight, rest, offset), (in_index, out_index, rest_index) = inputs(SIZES[2], N, (1, H, W))
+    (x, weight, rest, offset), (in_index, out_index, rest_index) = inputs(SIZES[2], N, (1, 0))
     op, lists = torch.ops.sacl_fast, (in_index, out_index, rest.flatten(1), rest_index)
     weight, offset = weight.flatten(1), offset.contiguous(memory_format=torch.channels_last)
     torch.library.opcheck(op.slim_pointwise, (x, weight, *lists, offset))

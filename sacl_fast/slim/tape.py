@@ -1,0 +1,329 @@
+"""A pass of a module, and its backward, as the list of PyTorch operators that ran.
+
+``record`` runs a module as ever, while a ``TorchDispatchMode`` writes down each operator that runs,
+below autograd and autocast and with real tensors: those of forward in one ``torch.fx`` graph, those
+of backward in another. They make a ``Recording``, a function of the module's input that runs the
+same operators, has the same gradients, and leaves nothing for Python to decide.
+
+Sizes and numbers are part of it, so it is for inputs of the same form. Where it would not hold for
+all of those, there is an ``Obstacle`` in its place: values read by the host, sizes that depend on
+values, random numbers drawn in backward (recomputation), communication. What Python alone sees, a
+counter or one tensor in another's place, shows when two recordings differ.
+"""
+
+from __future__ import annotations
+
+import operator
+import pickle
+import random
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.autograd.function import once_differentiable
+from torch.fx.graph import CodeGen
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_CONSTANTS = (
+    *(type(None), bool, int, float, complex, str),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+# Where an operator has a tensor from: a node's result, or the external tensor of that number.
+_Source = fx.Node | int
+_INPUT, _GRADIENT = 0, -1  # the module's input, the gradient of its output
+
+
+class Obstacle(str):
+    """Why a pass cannot be recorded."""
+
+
+def record(
+    run: Callable[[Tensor], Tensor], x: Tensor, done: Callable[[Recording | Obstacle], object]
+) -> Tensor:
+    """``run(x)``, as it would be without; ``done`` is given the recording when it is complete.
+
+    With gradient, that is after the first backward through the result.
+    """
+    tape, drawn = _Tape(x), _random_state()
+    with tape, _casts_of_its_own(x.device):
+        out = run(x)
+    if type(out) is not Tensor:
+        tape.obstacle = Obstacle(f"it returns a {type(out).__name__}")
+    elif _random_state() != drawn:
+        tape.obstacle = Obstacle("it draws random numbers that are not PyTorch's")
+    if tape.obstacle is None and out.requires_grad:
+        tape.begin_backward()
+        return _Recorded.apply(tape, [out], done, x, *tape.leaves)  # type: ignore[no-any-return]
+    done(tape.obstacle or Recording(tape, out))
+    return out
+
+
+class Recording:
+    """The operators of a pass; called with an input, they run. Made by ``record``."""
+
+    def __init__(
+        self, tape: _Tape, out: Tensor, gradients: Sequence[Tensor | None] | None = None
+    ) -> None:
+        """``gradients``: of the input and ``tape.leaves``; None where nothing wants any."""
+        self._differentiable = gradients is not None
+        self._strides = torch.empty_like(out, device="meta").stride()  # of the output's gradient
+        wanted = [None if g is None else tape.source(g) for g in gradients or ()]
+        self._backward = _Function(tape.backward, wanted)
+        # For backward, autograd keeps results of forward, and of what it is asked the gradient of.
+        # What else backward reads, buffers and indices, is at hand.
+        needed = self._backward.inputs
+        results = [s for s in needed if isinstance(s, fx.Node)]
+        asked = [_INPUT, *(i for i, t in enumerate(tape.external) if t.requires_grad)]
+        self._asked = [s for s in needed if s in asked]
+        self._kept = [*results, *self._asked]
+        self._forward = _Function(tape.forward, [tape.source(out), *results])
+        self._constants = tape.external[1:]
+        # Buffers without autograd's notice: it may have saved them for the backward of other
+        # passes, which does not depend on them (torch's batch norm updates them so, too).
+        self._external: dict[_Source, Tensor] = {
+            i: t if t.requires_grad else t.data for i, t in enumerate(self._constants, 1)
+        }
+        self._leaves = tape.leaves
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._differentiable:
+            return _Replay.apply(self, x, *self._leaves)  # type: ignore[no-any-return]
+        return self.forward(x)[0]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The output, and what to keep for backward."""
+        results = self._forward({**self._external, _INPUT: x}, x.device)
+        asked = (x if s == _INPUT else self._external[s] for s in self._asked)
+        return (*results, *asked)
+
+    def backward(self, gradient: Tensor, kept: list[Tensor]) -> tuple[Tensor | None, ...]:
+        """The gradients of the input, None where it wants none, and of the leaves.
+
+        Empties ``kept``, so that memory is free as soon as it has been used.
+        """
+        given = self._external | dict(zip(self._kept, kept, strict=True))
+        kept.clear()
+        given[_GRADIENT] = _with_strides(gradient, self._strides)
+        return self._backward(given, gradient.device)
+
+    def agrees_with(self, other: Recording) -> bool:
+        """Whether both run the same operators on the same parameters, buffers and constants."""
+        own, others = self._constants, other._constants
+        return (
+            self._forward.code == other._forward.code
+            and self._backward.code == other._backward.code
+            and len(own) == len(others)
+            and all(map(operator.is_, own, others))
+        )
+
+
+class _Recorded(torch.autograd.Function):
+    """The result of a pass that is being recorded: its backward runs on the graph that autograd
+    made, and is recorded too."""
+
+    @staticmethod
+    def forward(ctx: Any, tape: _Tape, result: list[Tensor], done: Any, *wanted: Tensor) -> Tensor:
+        ctx.tape, ctx.result, ctx.done, ctx.wanted = tape, result, done, wanted
+        return result[0].detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (out,), (x, *leaves) = ctx.result, ctx.wanted
+        first, ctx.done = ctx.done, None
+        gradient = _with_strides(gradient, torch.empty_like(out, device="meta").stride()).detach()
+        ctx.tape.know(gradient, _GRADIENT)
+        wanted = [t for t in (x, *leaves) if t.requires_grad]
+        with ctx.tape if first else nullcontext():
+            found = iter(torch.autograd.grad(out, wanted, gradient, True, allow_unused=True))
+        gradients = [next(found) if t.requires_grad else None for t in (x, *leaves)]
+        if first:
+            first(ctx.tape.obstacle or Recording(ctx.tape, out, gradients))
+        return None, None, None, *gradients
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, recording: Recording, x: Tensor, *_: Tensor) -> Tensor:
+        out, *kept = recording.forward(x)
+        ctx.recording = recording
+        ctx.save_for_backward(*kept)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        kept = list(ctx.saved_tensors)
+        ctx.maybe_clear_saved_tensors()  # unless the graph is retained
+        return None, *ctx.recording.backward(gradient, kept)
+
+
+class _Tape(TorchDispatchMode):
+    """Writes down the operators that run while it is on: forward first, then backward."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.obstacle: Obstacle | None = None
+        self.forward = self._graph = _Graph()
+        self.backward = _Graph()
+        self.external = [x]
+        """Tensors that no operator made: the input, then parameters, buffers, constants."""
+        self._sources = WeakTensorKeyDictionary({x: _INPUT})
+        self._detached: set[_Source] = set()
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What wants a gradient, besides the input."""
+        return [t for t in self.external[1:] if t.requires_grad]
+
+    def begin_backward(self) -> None:
+        self._graph = self.backward
+
+    def know(self, tensor: Tensor, source: _Source) -> None:
+        self._sources[tensor] = source
+
+    def source(self, tensor: Tensor) -> _Source:
+        if tensor not in self._sources:
+            self._sources[tensor] = len(self.external)
+            self.external.append(tensor)
+        source: _Source = self._sources[tensor]
+        return source
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if self.obstacle is None:
+            try:
+                self._write(func, args, kwargs, out)
+            except _Unrecordable as reason:
+                self.obstacle = Obstacle(f"{func} {reason}")
+        return out
+
+    def _write(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        if not isinstance(func, torch._ops.OpOverload):
+            raise _Unrecordable("is more than an operator")
+        if func is torch.ops.aten.detach.default:  # the same values, as autograd keeps them
+            source = self.source(args[0])
+            self._detached.add(source)
+            return self.know(out, source)
+        if _DEPENDENT.intersection(func.tags) and not _takes_by_number(func, args):
+            raise _Unrecordable("gives what depends on values")
+        if torch.Tag.inplace_view in func.tags and self.source(args[0]) in self._detached:
+            raise _Unrecordable("changes the shape of a tensor that others have, in place")
+        if torch.Tag.nondeterministic_seeded in func.tags and self._graph is self.backward:
+            raise _Unrecordable("draws random numbers in backward")
+        named = {name: self._argument(a) for name, a in kwargs.items()}
+        node = self._graph.fx.call_function(func, self._argument(args), named)
+        if isinstance(out, Tensor):
+            self._note(out, node)
+        elif isinstance(out, tuple | list):
+            for i, result in enumerate(out):
+                if isinstance(result, Tensor):
+                    self._note(result, self._graph.fx.call_function(operator.getitem, (node, i)))
+                elif result is not None:
+                    raise _Unrecordable("gives something other than tensors")
+        elif out is not None and node.all_input_nodes:
+            raise _Unrecordable("gives something other than tensors")
+
+    def _note(self, result: Tensor, node: fx.Node) -> None:
+        if result not in self._sources:  # an in-place operator gives what it was given
+            self.know(result, node)
+
+    def _argument(self, a: Any) -> Any:
+        if isinstance(a, Tensor):
+            return self._graph.read(self.source(a))
+        if isinstance(a, tuple | list):
+            return type(a)(map(self._argument, a))
+        if not isinstance(a, _CONSTANTS):
+            raise _Unrecordable(f"takes a {type(a).__name__}")
+        return a
+
+
+class _Unrecordable(Exception):
+    """What an operator does."""
+
+
+class _Graph:
+    """The operators of one direction, and where they have tensors from that none of them made."""
+
+    def __init__(self) -> None:
+        self.fx = fx.Graph()
+        self.inputs: dict[_Source, fx.Node] = {}
+
+    def read(self, source: _Source) -> fx.Node:
+        if isinstance(source, fx.Node) and source.graph is self.fx:
+            return source
+        if source not in self.inputs:
+            self.inputs[source] = self.fx.placeholder(f"x{len(self.inputs)}")
+        return self.inputs[source]
+
+
+class _Function:
+    """A graph as Python code: what the results need of it."""
+
+    def __init__(self, graph: _Graph, results: Sequence[_Source | None]) -> None:
+        graph.fx.output(tuple(None if s is None else graph.read(s) for s in results))
+        graph.fx.eliminate_dead_code()
+        for node in graph.inputs.values():
+            if not node.users:
+                graph.fx.erase_node(node)
+        self.inputs = [s for s, node in graph.inputs.items() if node.users]
+        graph.fx.set_codegen(_TakesItsInputs())
+        written = graph.fx.python_code("self")
+        self.code = written.src
+        self._globals = written.globals
+
+    def __call__(self, given: dict[_Source, Tensor], device: torch.device) -> Any:
+        """Empties ``given``."""
+        inputs = [given[s] for s in self.inputs]
+        given.clear()
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            return self._run(None, inputs)
+
+    @cached_property
+    def _run(self) -> Callable[..., Any]:
+        exec(compile(self.code, f"<{__name__}>", "exec"), self._globals)
+        return self._globals["forward"]
+
+
+class _TakesItsInputs(CodeGen):
+    """Code that is given its inputs in a list and empties it."""
+
+    def gen_fn_def(self, free_vars: list[str], *_: Any, **__: Any) -> str:
+        names = [variable.partition(":")[0] for variable in free_vars if variable != "self"]
+        return f"def forward(self, inputs):\n    [{', '.join(names)}] = inputs\n    inputs.clear()"
+
+
+def _takes_by_number(func: Any, args: Any) -> bool:
+    indices = args[1] if func is torch.ops.aten.index.Tensor else [None]
+    kinds = {None if i is None else i.dtype for i in indices}
+    return func is torch.ops.aten.index.Tensor and not kinds & {torch.bool, torch.uint8}
+
+
+def _casts_of_its_own(device: torch.device) -> AbstractContextManager[Any]:
+    """Within it, autocast does not take the casts of weights that it has made for others."""
+    kind = device.type
+    if not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False)
+
+
+def _with_strides(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    if x.stride() == strides:
+        return x
+    return x.new_empty_strided(x.shape, strides).copy_(x)
+
+
+def _random_state() -> Any:
+    return random.getstate(), pickle.dumps(np.random.get_state())

@@ -1,0 +1,409 @@
+"""The recorded slim encoder against mode ``skip``, to the bit, and what makes it record anew."""
+
+import copy
+import logging
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from sacl_fast.encoders import build_encoder
+from sacl_fast.encoders.resnet20 import ResNet20
+from sacl_fast.slim import RecordedEncoder, Slicer
+
+SIZE = 64
+RECORDED = 2
+"""Passes of a kind that run as ever and are recorded."""
+
+
+class Pair:
+    """An encoder that is recorded and its twin that is not, in step with one another."""
+
+    def __init__(self, encoder: nn.Module, ratio: float = 0.4, **options) -> None:
+        self.encoder, self.twin = encoder, copy.deepcopy(encoder)
+        self.slicer, self.twins = (Slicer(e, ratio, **options) for e in (self.encoder, self.twin))
+        self.recorded = RecordedEncoder(self.slicer)
+        self.skipped = 0
+        mode = self.slicer.mode
+
+        def counted(name):
+            self.skipped += 1
+            return mode(name)
+
+        self.slicer.mode = counted  # type: ignore[method-assign]
+
+    def modules(self):
+        return (self.encoder, self.slicer), (self.twin, self.twins)
+
+    def skip(self, x):
+        with self.twins.mode("skip"):
+            return self.twin(x)
+
+    def step(self, x, seed=0) -> bool:
+        """Both forward, backward and update, which must be equal; whether it was a replay."""
+        before = self.skipped
+        ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        for run, own in ((self.recorded, ours), (self.skip, theirs)):
+            torch.manual_seed(seed)
+            out = run(own)
+            assert type(out) is torch.Tensor
+            weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+            (out.square() + weights * out).sum().backward()
+            torch.manual_seed(seed)  # where it stands after each does not count
+            with torch.no_grad():
+                run(own)
+        self.compare()
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0)
+        with torch.no_grad():
+            for parts in self.modules():
+                for p in (p for part in parts for p in part.parameters()):
+                    if p.grad is not None:
+                        p -= 0.01 * p.grad / (p.grad.norm() + 1e-3)
+                        p.grad = None
+        return self.skipped == before
+
+    def compare(self) -> None:
+        for part, other in zip(*self.modules(), strict=True):
+            for (name, p), q in zip(part.named_parameters(), other.parameters(), strict=True):
+                assert (p.grad is None) == (q.grad is None), name
+                assert p.grad is None or torch.equal(p.grad, q.grad), name
+            for (name, p), q in zip(part.named_buffers(), other.buffers(), strict=True):
+                assert torch.equal(p, q), name
+
+    def replays(self, x, **options) -> bool:
+        """Whether passes of this kind are replayed, once they have been seen."""
+        seen = [self.step(x, **options) for _ in range(RECORDED + 2)]  # or one more
+        assert not any(seen[:RECORDED])
+        return seen[-1]
+
+
+def images(n=4, size=SIZE, dtype=torch.float32):
+    torch.manual_seed(1)
+    return torch.randn(n, 3, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
+def encoder_of(name="mobilenetv3_small_100", dtype=torch.float32, **options) -> nn.Module:
+    torch.manual_seed(0)
+    encoder = build_encoder(name, image_size=SIZE, **{"width": 0.5, **options}).train()
+    return encoder.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # compiled operators, PyTorch's
+@pytest.mark.parametrize(
+    "name",
+    ["mobilenetv1_100", "mobilenetv3_small_100", "efficientnet_b0", "resnet18", "regnety_002"],
+)
+def test_equals_skip_to_the_bit(name, dtype):
+    width = 1.0 if name == "regnety_002" else 0.5
+    pair = Pair(encoder_of(name, dtype, width=width))
+    assert pair.replays(images(dtype=dtype))
+    assert pair.step(2 * images(dtype=dtype))  # other values
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "ghostnet_050"])
+def test_what_the_algebra_makes_dense_is_recorded_too(name):
+    assert Pair(encoder_of(name, width=1.0)).replays(images())
+
+
+def test_random_numbers_are_drawn_anew():
+    pair = Pair(encoder_of("efficientnet_b0", drop_path=0.5))
+    assert pair.replays(images())
+    x = images()
+    assert not torch.equal(pair.recorded(x), pair.recorded(x))
+    pair = Pair(encoder_of("efficientnet_b0", drop_path=0.5))
+    seeds = iter(range(10))
+    assert [pair.step(images(), seed=next(seeds)) for _ in range(6)] == [False] * 2 + [True] * 4
+
+
+def test_separate_batch_norms():
+    assert Pair(encoder_of(), batch_norm="separate").replays(images())
+
+
+def test_masks_decide():
+    pair = Pair(encoder_of())
+    assert pair.replays(images())
+    for slicer in (pair.slicer, pair.twins):
+        slicer.refresh()
+    again = pair.step(images())
+    kept = pair.slicer.kept
+    with torch.no_grad():
+        for encoder in (pair.encoder, pair.twin):
+            for conv in (m for m in encoder.modules() if isinstance(m, nn.Conv2d)):
+                conv.weight.copy_(conv.weight.flip(0))
+    for slicer in (pair.slicer, pair.twins):
+        slicer.refresh()
+    assert kept != pair.slicer.kept and pair.replays(images())
+    for slicer in (pair.slicer, pair.twins):
+        slicer.enabled = False  # dense, which is not recorded
+    assert not any(pair.step(images()) for _ in range(5))
+    for slicer in (pair.slicer, pair.twins):
+        slicer.enabled = True
+    assert pair.step(images())
+    del again
+
+
+def test_the_form_of_the_images_decides():
+    pair = Pair(encoder_of("resnet18"))
+    assert pair.replays(images())
+    assert pair.replays(images(n=3))  # the last batch of an epoch
+    assert pair.step(images())  # and the others are not forgotten
+    assert pair.replays(images().contiguous())
+    assert pair.replays(images(size=48))
+
+
+def test_the_mode_of_modules_and_weights_decides():
+    pair = Pair(encoder_of("resnet18"))
+    assert pair.replays(images())
+
+    def both(change):
+        for encoder in (pair.encoder, pair.twin):
+            change(encoder)
+
+    both(lambda e: e.eval())
+    assert pair.replays(images())
+    both(lambda e: e.bn1.train())
+    assert pair.replays(images())
+    both(lambda e: e.conv1.requires_grad_(False))
+    assert pair.replays(images())
+    both(lambda e: setattr(e.layer1[0].bn1, "weight", nn.Parameter(torch.full((32,), 0.7))))
+    assert pair.replays(images())
+    both(lambda e: e.load_state_dict({k: v * 1.01 for k, v in e.state_dict().items()}))
+    assert pair.step(images())  # the same memory
+    both(lambda e: e.double())
+    pair.slicer.double(), pair.twins.double()
+    assert pair.replays(images(dtype=torch.float64))
+
+
+def test_inference_and_frozen_encoders():
+    pair = Pair(encoder_of("resnet18").eval())
+    for _ in range(5):
+        with torch.inference_mode():
+            assert torch.equal(pair.recorded(images()), pair.skip(images()))
+    for p in (*pair.encoder.parameters(), *pair.twin.parameters()):
+        p.requires_grad_(False)
+    for _ in range(5):
+        before = pair.skipped
+        out = pair.recorded(images())
+        assert not out.requires_grad and torch.equal(out, pair.skip(images()))
+    assert pair.skipped == before
+
+
+def test_all_weights_learn_under_autocast():
+    """Whose cache of weights in half precision holds those of the passes before."""
+    encoder, x = encoder_of("resnet18"), images()
+    slicer = Slicer(encoder, 0.5)
+    recorded = RecordedEncoder(slicer)
+    results = []
+    for _ in range(RECORDED + 2):
+        encoder.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            (encoder(x).float().sum() + recorded(x).float().square().sum()).backward()
+        results.append([p.grad.clone() for p in encoder.parameters()])
+        with torch.no_grad():
+            for p in encoder.parameters():
+                p *= 1.0  # in place; another cast
+    for first, *others in zip(*results, strict=True):
+        for other in others:
+            assert (other - first).norm() < 0.05 * first.norm() + 1e-3
+    with torch.no_grad():
+        for p in encoder.parameters():
+            p.zero_()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not recorded(x).any()  # no cast of old weights
+
+
+def test_gradients_as_autograd_gives_them():
+    pair, x = Pair(encoder_of("mobilenetv1_100")), images()
+    for _ in range(RECORDED + 1):
+        pair.recorded(x).sum().backward()
+        pair.skip(x).sum().backward()
+    out, twin = pair.recorded(x), pair.skip(x)
+    for _ in range(2):  # a retained graph
+        for o in (out, twin):
+            o.sum().backward(retain_graph=True)  # an expanded gradient
+        pair.compare()
+    with pytest.raises(RuntimeError, match="twice"):
+        weight = pair.encoder.conv_stem.weight
+        (gradient,) = torch.autograd.grad(out.square().sum(), weight, create_graph=True)
+        gradient.sum().backward()
+    out = pair.recorded(x)
+    with torch.no_grad():
+        for p in pair.encoder.parameters():
+            p.add_(1)
+    with pytest.raises(RuntimeError, match=r"modified .*inplace"):
+        out.sum().backward()
+    pair.recorded(x)  # a result that nobody differentiates
+    assert pair.recorded(x).requires_grad
+
+
+def test_hooks_are_called():
+    pair, x, seen = Pair(encoder_of("resnet18")), images(), []
+    for _ in range(4):
+        pair.recorded(x).sum().backward()
+    handle = pair.encoder.layer1.register_forward_hook(lambda *call: seen.append(call[0]))
+    for _ in range(5):
+        pair.recorded(x)
+    assert len(seen) == 5
+    handle.remove()
+    weight = pair.encoder.conv1.weight
+    handle = weight.register_hook(lambda gradient: seen.append(gradient))
+    for _ in range(5):
+        pair.recorded(x).sum().backward()
+    assert len(seen) == 10
+    handle.remove()
+    before = pair.skipped
+    pair.recorded(x)
+    assert pair.skipped == before
+
+
+def test_copies_record_for_themselves():
+    pair, x = Pair(encoder_of("resnet18")), images()
+    del pair.slicer.mode  # the counter, which cannot be copied
+    for _ in range(RECORDED + 1):
+        with torch.no_grad():
+            pair.recorded(x)
+    for made in (copy.deepcopy(pair.recorded), pickle.loads(pickle.dumps(pair.recorded))):
+        with torch.no_grad():
+            for p in made.slicer.encoder.parameters():
+                p.zero_()
+            assert not made(x).any()
+            assert pair.recorded(x).any()
+
+
+class Odd(ResNet20):
+    """A ResNet-20 that does something more to the output of its stem."""
+
+    def __init__(self, what) -> None:
+        super().__init__(0.5)
+        self.what, self.calls, self.seen = what, 0, torch.ones(1)
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(self.what(self, x))
+
+
+def _reads(module, x):
+    return x * 2 if x.mean() > 0 else x * 3
+
+
+def _selects(module, x):
+    return x + x[x > 0].sum()
+
+
+def _counts(module, x):
+    return x * module.calls
+
+
+def _rebinds(module, x):
+    module.seen = module.seen * 0.5 + x.detach().mean() * 0.5
+    return x * module.seen
+
+
+def _draws(module, x):
+    return x * random.random()
+
+
+def _draws_with_numpy(module, x):
+    return x * np.random.rand()
+
+
+def _draws_in_backward(module, x):
+    return checkpoint(lambda x: nn.functional.dropout(x, 0.5), x, use_reentrant=False)
+
+
+def _reshapes(module, x):
+    x = x * 2
+    other = x.detach()
+    return x + other.unsqueeze_(0).squeeze(0)
+
+
+def _indexes_by_mask(module, x):
+    x = x.clone()
+    x[x[:, 0, 0, 0] > 0] = 1.0
+    return x
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        (_reads, "depends on values"),
+        (_selects, "depends on values"),
+        (_counts, "each pass"),
+        (_rebinds, "each pass"),
+        (_draws, "random numbers that are not PyTorch's"),
+        (_draws_with_numpy, "random numbers that are not PyTorch's"),
+        (_draws_in_backward, "random numbers in backward"),
+        (_reshapes, "in place"),
+    ],
+)
+def test_what_cannot_be_recorded_stays_right(what, reason, caplog):
+    torch.manual_seed(0)
+    pair, results = Pair(Odd(what).to(memory_format=torch.channels_last)), []
+    with caplog.at_level(logging.INFO, logger="sacl_fast.slim.recorded"):
+        for seed in range(6):
+            for run, encoder in ((pair.recorded, pair.encoder), (pair.skip, pair.twin)):
+                torch.manual_seed(seed)
+                random.seed(seed)
+                np.random.seed(seed)
+                encoder.zero_grad()
+                x = images() * (1 if seed % 2 else -1)
+                x = x.requires_grad_()
+                out = run(x)
+                out.square().sum().backward()
+                results.append(out)
+            assert torch.equal(*results[-2:])
+            pair.compare()
+    (message,) = {r.message for r in caplog.records}
+    assert reason in message, message
+    assert len(caplog.records) == 1
+
+
+def test_indices_by_number_are_recorded():
+    order = torch.tensor([2, 1, 0])
+    encoder = Odd(lambda module, x: x[:, module.order])
+    encoder.register_buffer("order", order)
+    assert Pair(encoder.to(memory_format=torch.channels_last)).replays(images())
+
+
+def test_cumulative_batch_norm_reads_its_counter():
+    encoder = encoder_of("resnet18")
+    encoder.bn1.momentum = None
+    pair = Pair(encoder)
+    assert not any(pair.step(images()) for _ in range(6))
+
+
+def test_memory_is_that_of_skip():
+    """At the peak, of live tensors: what backward has read is not held until its end."""
+    from torch.profiler import ProfilerActivity, profile
+
+    encoder, x = encoder_of("resnet18"), images(n=16, size=64)
+    slicer = Slicer(encoder, 0.5)
+    recorded = RecordedEncoder(slicer)
+
+    def skip(x):
+        with slicer.mode("skip"):
+            return encoder(x)
+
+    def peak(run) -> int:
+        encoder.zero_grad()
+        with profile(
+            activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        ) as profiler:
+            run(x).sum().backward()
+        assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+        events = profiler.profiler.kineto_results.events()
+        held = peak = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                peak = max(peak, held)
+        return peak
+
+    for _ in range(RECORDED + 1):
+        recorded(x).sum().backward()
+        skip(x).sum().backward()
+    assert peak(recorded) < 1.15 * peak(skip)
