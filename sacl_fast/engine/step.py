@@ -80,7 +80,8 @@ class TrainingStep:
             self.model = DistributedDataParallel(method, broadcast_buffers=not synchronized)
         self.method.slicer.backend = self.backends["slim_conv"].backend
         self.method.slim_mode, self.slim_mode_reason = self._slim_mode()
-        if (config.slim.refresh_steps or steps_per_epoch) >= _STEPS_WORTH_RECORDING:
+        steps = config.slim.refresh_steps or steps_per_epoch
+        if self.method.slim_mode == "skip" and steps >= _STEPS_WORTH_RECORDING:
             self.method.recorded = RecordedEncoder(method.slicer)
         self.criterion = SaclXdLoss(config.loss, backend=self.backends["xcorr_loss"].backend)
         self.optimizer = build_optimizer(method.parameters(), config.optim)

@@ -347,7 +347,8 @@ class Run:
         for op, resolution in self.step.backends.items():
             if op != "augment":  # the loader's, which has said so
                 yield f"{op}: {resolution.backend} ({resolution.reason})"
-        yield f"slim passes: {self.method.slim_mode} ({self.step.slim_mode_reason})"
+        recorded = "" if self.method.recorded is None else ", recorded"
+        yield f"slim passes: {self.method.slim_mode}{recorded} ({self.step.slim_mode_reason})"
 
     def _result(self, *, finished: bool) -> RunResult:
         return RunResult(self.folder, self.steps_done, finished, self.knn, self.knn_before)

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 import sacl_fast
+from sacl_fast.encoders import build_encoder
 from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.metrics import read_metrics
 from sacl_fast.engine.step import TrainingStep
+from sacl_fast.slim import RecordedEncoder, Slicer
 
 pytestmark = pytest.mark.gpu
 
@@ -35,6 +37,31 @@ def test_loss_and_gradients_equal_the_cpus(tiny):
     largest = max(g.abs().max() for g in expected_grads.values())
     for name, grad in grads.items():
         assert (grad - expected_grads[name]).abs().max() / largest < 1e-3, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recorded_slim_passes(dtype):
+    """Their backward runs, and is recorded, in a thread of autograd's."""
+    torch.manual_seed(0)
+    encoder = build_encoder("mobilenetv3_small_100", image_size=64).cuda()
+    encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    slicer, gradients, skipped = Slicer(encoder, 0.5), [], []
+    mode = slicer.mode
+    slicer.mode = lambda name: skipped.append(name) or mode(name)  # type: ignore
+    recorded, x = RecordedEncoder(slicer), torch.randn(8, 3, 64, 64, device="cuda")
+    for step in range(6):
+        encoder.zero_grad()
+        with torch.autocast("cuda", dtype, enabled=dtype is not torch.float32):
+            if step == 0:
+                with slicer.mode("skip"):
+                    out = encoder(x)
+            else:
+                out = recorded(x)
+        out.float().square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in encoder.parameters()]))
+    for other in gradients[1:]:
+        assert (other - gradients[0]).norm() < 1e-2 * gradients[0].norm()
+    assert len(skipped) < 5  # the last ones ran from the recording
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

@@ -22,6 +22,7 @@ from sacl_fast.engine.distributed import process_group
 from sacl_fast.engine.metrics import read_metrics
 from sacl_fast.engine.trainer import NonFiniteLoss, Run
 from sacl_fast.errors import UserError
+from sacl_fast.slim import Slicer
 
 
 def losses(folder: str | Path) -> dict[int, float]:
@@ -251,6 +252,36 @@ def test_resuming_another_runs_checkpoint_starts_from_it(tiny):
     checkpoint = list_checkpoints(Path(tiny.out) / "checkpoints")[-1]
     result = sacl_fast.train(replace(tiny, out=f"{tiny.out}-2", resume=str(checkpoint)))
     assert result.finished and list(losses(result.folder)) == [4, 5, 6]
+
+
+def test_resumed_between_recorded_slim_passes(tiny, monkeypatch):
+    """Which the run that goes on records anew, where the other one had them already."""
+    ways, mode = [], Slicer.mode
+
+    def noted(slicer, way):
+        ways.append(way)
+        return mode(slicer, way)
+
+    monkeypatch.setattr(Slicer, "mode", noted)
+    tiny = replace(
+        tiny,
+        epochs=5,
+        encoder=replace(tiny.encoder, name="mobilenetv3_small_050", width=1.0),
+        slim=replace(tiny.slim, mode="skip", refresh_steps=1000),
+        eval=replace(tiny.eval, every=0),
+        checkpoint=replace(tiny.checkpoint, every_steps=8, keep=10),
+    )
+    whole = sacl_fast.train(tiny)
+    assert ways.count("skip") < 0.5 * ways.count("dense")
+    (middle,) = (
+        path
+        for path in list_checkpoints(whole.folder / "checkpoints")
+        if path.stem[5:].endswith("8")
+    )
+    resumed = sacl_fast.train(replace(tiny, out=f"{tiny.out}-2", resume=str(middle)))
+    rest = losses(resumed.folder)
+    assert list(rest) == list(range(9, 16))
+    assert rest.items() <= losses(whole.folder).items()
 
 
 def test_a_full_disk_loses_nothing(tiny):
