@@ -23,13 +23,13 @@ from sacl_fast.slim.tape import Obstacle, Recording, record
 logger = logging.getLogger(__name__)
 
 _KINDS = 4  # remembered: with and without gradient, each for two sizes of a batch
-
-
-_TRIES = 3  # the first one may fill caches that later ones read
+_TRIES = 3  # of a kind: the first one may fill caches that later ones read
 
 
 @dataclass
-class _Pass:
+class _Kind:
+    """What is known of passes of one kind."""
+
     tried: int = 0
     last: Recording | None = None
     confirmed: Recording | None = None
@@ -44,8 +44,9 @@ class RecordedEncoder:
     Passes are recorded until two of one kind agree, and then that recording runs. A kind is: the
     masks, the images' shape, strides and type, gradient mode, autocast, each module's training
     flag, and the memory of parameters and buffers. What ``forward`` reads from Python besides, such
-    as a drop rate, is taken to stay: ``forget`` after changing that. A pass that cannot be recorded
-    or always differs is left as it is, and a line of the log says why; so is an encoder with hooks.
+    as a drop rate, is taken to stay: ``forget`` after changing that. Where passes cannot be
+    recorded, differ, or are seldom of one kind, they are left as they are, and a line of the log
+    says why; so are those of an encoder with hooks.
 
     (Under autocast, weights are cast in each pass. And where images have shrunk to one pixel their
     memory format is ambiguous, so that rounding may differ from that of mode ``skip``; it is the
@@ -54,44 +55,54 @@ class RecordedEncoder:
 
     def __init__(self, slicer: Slicer) -> None:
         self.slicer = slicer
-        self._passes: OrderedDict[Hashable, _Pass] = OrderedDict()
+        self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
+        self._in_vain = 0
         self._obstacle: Obstacle | None = None
 
     def __call__(self, x: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, D)
         kind = None if self._obstacle else self._kind(x)
         if kind is None:
             return self._skip(x)
-        own = self._passes.setdefault(kind, _Pass())
-        self._passes.move_to_end(kind)
-        if len(self._passes) > _KINDS:
-            self._passes.popitem(last=False)
+        own = self._kinds.setdefault(kind, _Kind())
+        self._kinds.move_to_end(kind)
+        if len(self._kinds) > _KINDS:
+            _, oldest = self._kinds.popitem(last=False)
+            self._in_vain += oldest.confirmed is None
+        if self._in_vain > _KINDS:
+            self._give_up(Obstacle("masks or images change their form too often"))
         if own.confirmed is not None:
             return own.confirmed(x)
+        if own.tried == _TRIES or self._obstacle:
+            return self._skip(x)
+        own.tried += 1
         return record(self._skip, x, lambda found: self._note(own, found))
 
     def forget(self) -> None:
         """Record anew."""
-        self._passes.clear()
+        self._kinds.clear()
 
     def __getstate__(self) -> dict[str, Any]:  # of a copy, whose parameters are others
-        return {**vars(self), "_passes": OrderedDict()}
+        return {**vars(self), "_kinds": OrderedDict()}
 
     def _skip(self, x: Tensor) -> Tensor:
         with self.slicer.mode("skip"):
             return self.slicer.encoder(x)  # type: ignore[no-any-return]
 
-    def _note(self, own: _Pass, found: Recording | Obstacle) -> None:
-        if isinstance(found, Recording):
-            last, own.last, own.tried = own.last, found, own.tried + 1
-            if last is not None and last.agrees_with(found):
-                own.last, own.confirmed = None, found
-            if own.confirmed is not None or own.tried < _TRIES:
-                return
-            found = Obstacle("each pass runs different operators or on different tensors")
+    def _note(self, own: _Kind, found: Recording | Obstacle) -> None:
+        if isinstance(found, Obstacle):
+            return self._give_up(found)
+        last, own.last = own.last, found
+        if last is not None and last.agrees_with(found):
+            own.last, own.confirmed = None, found
+            self._in_vain = 0
+        elif last is not None and own.tried == _TRIES:
+            self._give_up(Obstacle("each pass runs different operators or on different tensors"))
+
+    def _give_up(self, obstacle: Obstacle) -> None:
         if self._obstacle is None:
-            logger.info("slim encoder: not recorded, so that Python's time stays: %s", found)
-        self._obstacle = found
-        self._passes.clear()
+            logger.info("slim encoder: not recorded, so that Python's time stays: %s", obstacle)
+        self._obstacle = obstacle
+        self._kinds.clear()
 
     def _kind(self, x: Tensor) -> Hashable:
         """What a recording is for; None where there can be none."""

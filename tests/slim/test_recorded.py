@@ -362,6 +362,33 @@ def test_what_cannot_be_recorded_stays_right(what, reason, caplog):
     assert len(caplog.records) == 1
 
 
+def test_passes_that_are_never_alike_are_not_recorded_for_ever(caplog):
+    encoder = Odd(lambda module, x: x)
+    recorded = RecordedEncoder(Slicer(encoder, 0.5))
+    with caplog.at_level(logging.INFO, logger="sacl_fast.slim.recorded"), torch.no_grad():
+        for size in range(20, 40):
+            recorded(images(size=size))
+    (record,) = caplog.records
+    assert "too often" in record.message
+
+
+def test_passes_that_nobody_differentiates_are_not_recorded_for_ever(monkeypatch):
+    from sacl_fast.slim import recorded as module
+
+    recorded, calls, record = (
+        RecordedEncoder(Slicer(Odd(lambda module, x: x), 0.5)),
+        [],
+        module.record,
+    )
+    monkeypatch.setattr(module, "record", lambda *given: calls.append(1) or record(*given))
+    results = [recorded(images()) for _ in range(6)]
+    assert len(calls) == 3
+    for result in results:  # all at once, later
+        result.sum().backward()
+    recorded(images()).sum().backward()
+    assert len(calls) == 3
+
+
 def test_indices_by_number_are_recorded():
     order = torch.tensor([2, 1, 0])
     encoder = Odd(lambda module, x: x[:, module.order])
