@@ -73,7 +73,7 @@ class Recording:
     ) -> None:
         """``gradients``: of the input and ``tape.leaves``; None where nothing wants any."""
         self._differentiable = gradients is not None
-        self._strides = torch.empty_like(out, device="meta").stride()  # of the output's gradient
+        self._strides = _gradient_strides(out)
         wanted = [None if g is None else tape.source(g) for g in gradients or ()]
         self._backward = _Function(tape.backward, wanted)
         # For backward, autograd keeps results of forward, and of what it is asked the gradient of.
@@ -138,7 +138,7 @@ class _Recorded(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (out,), (x, *leaves) = ctx.result, ctx.wanted
         first, ctx.done = ctx.done, None
-        gradient = _with_strides(gradient, torch.empty_like(out, device="meta").stride()).detach()
+        gradient = _with_strides(gradient, _gradient_strides(out)).detach()
         ctx.tape.know(gradient, _GRADIENT)
         wanted = [t for t in (x, *leaves) if t.requires_grad]
         with ctx.tape if first else nullcontext():
@@ -317,6 +317,11 @@ def _casts_of_its_own(device: torch.device) -> AbstractContextManager[Any]:
     if not torch.is_autocast_enabled(kind):
         return nullcontext()
     return torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False)
+
+
+def _gradient_strides(out: Tensor) -> tuple[int, ...]:
+    """Those that the gradient of an output is brought to, whoever gives it: none are 0."""
+    return torch.empty_like(out, device="meta").stride()
 
 
 def _with_strides(x: Tensor, strides: tuple[int, ...]) -> Tensor:

@@ -47,6 +47,7 @@ class Pair:
         """Both forward, backward and update, which must be equal; whether it was a replay."""
         before = self.skipped
         ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        results = []
         for run, own in ((self.recorded, ours), (self.skip, theirs)):
             torch.manual_seed(seed)
             out = run(own)
@@ -55,7 +56,8 @@ class Pair:
             (out.square() + weights * out).sum().backward()
             torch.manual_seed(seed)  # where it stands after each does not count
             with torch.no_grad():
-                run(own)
+                results.append((out, run(own)))
+        assert all(map(torch.equal, *results))
         self.compare()
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0)
         with torch.no_grad():
@@ -128,7 +130,6 @@ def test_masks_decide():
     assert pair.replays(images())
     for slicer in (pair.slicer, pair.twins):
         slicer.refresh()
-    again = pair.step(images())
     kept = pair.slicer.kept
     with torch.no_grad():
         for encoder in (pair.encoder, pair.twin):
@@ -143,7 +144,6 @@ def test_masks_decide():
     for slicer in (pair.slicer, pair.twins):
         slicer.enabled = True
     assert pair.step(images())
-    del again
 
 
 def test_the_form_of_the_images_decides():
@@ -321,12 +321,6 @@ def _reshapes(module, x):
     return x + other.unsqueeze_(0).squeeze(0)
 
 
-def _indexes_by_mask(module, x):
-    x = x.clone()
-    x[x[:, 0, 0, 0] > 0] = 1.0
-    return x
-
-
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
@@ -387,6 +381,15 @@ def test_passes_that_nobody_differentiates_are_not_recorded_for_ever(monkeypatch
         result.sum().backward()
     recorded(images()).sum().backward()
     assert len(calls) == 3
+
+
+def test_a_mask_that_keeps_the_shape_is_recorded():
+    def doubles_some(module, x):
+        return x.masked_fill(x > 0.5, 0.0) + torch.where(x[:, :1] < 0, x, 2 * x)
+
+    pair = Pair(Odd(doubles_some).to(memory_format=torch.channels_last))
+    assert pair.replays(images())
+    assert pair.step(-images())
 
 
 def test_indices_by_number_are_recorded():
