@@ -22,3 +22,10 @@ def nearest(given: str, valid: Iterable[str], *, show: int = 12) -> str:
         return f"did you mean {' or '.join(close)}?"
     more = f" and {len(valid) - show} more" if len(valid) > show else ""
     return f"valid: {', '.join(valid[:show])}{more}"
+
+
+def reason_of(error: BaseException) -> str:
+    """Why something failed, in a few words: the first line of what the system or a library says."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__

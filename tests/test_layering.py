@@ -14,13 +14,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # Parts of sacl_fast; "data.views" is one module of a part. A part may always import itself.
-COMMON = ("errors", "config", "_version")
+COMMON = ("errors", "files", "config", "_version")
 METHOD = ("ops", "losses", "slim", "encoders", "optim")
 RUN = (*METHOD, "data", "engine", "evaluation", "presets")
 
 OURS: dict[str, tuple[str, ...]] = {
     "_version": (),
     "errors": (),
+    "files": (),
     "config": (),
     "presets": ("data.views",),
     "ops": (),
@@ -51,6 +52,7 @@ OURS_LAZILY: dict[str, tuple[str, ...]] = {
 OTHERS: dict[str, tuple[str, ...]] = {
     "_version": (),
     "errors": (),
+    "files": (),
     "config": ("tyro", "yaml"),
     "presets": ("tyro", "yaml"),
     "cli": ("tyro", "rich"),
