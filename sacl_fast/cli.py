@@ -171,7 +171,20 @@ def _parse(
     except SystemExit as stopped:
         if stopped.code in (0, None):
             raise
-        raise UserError(f"{_in_one_sentence(said.getvalue())}{where}") from None
+        sentence = _of_settings(stopped, said.getvalue()) or _in_one_sentence(said.getvalue())
+        raise UserError(f"{sentence}{where}") from None
+
+
+def _of_settings(stopped: SystemExit, box: str) -> str | None:
+    """What a class of settings said of a value, where that ended the parsing. A part of the
+    setting's name that the class cannot know stands in tyro's box."""
+    error: BaseException | None = stopped
+    while error is not None and not isinstance(error, UserError):
+        error = error.__context__
+    if error is None:
+        return None
+    place = re.search(r"Error parsing ([\w.]+):", box)
+    return re.sub(r"^\w+\.\*", place[1], str(error)) if place else str(error)
 
 
 def _in_one_sentence(box: str) -> str:
