@@ -15,11 +15,13 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sacl_fast._version import __version__
-from sacl_fast.config import Config, to_flags
+from sacl_fast.config import Config
+from sacl_fast.config_file import layered, read_config_file
 from sacl_fast.errors import UserError, nearest
+from sacl_fast.files import user_path
 from sacl_fast.presets import PRESETS, get_preset
 
 if TYPE_CHECKING:
@@ -110,7 +112,7 @@ def _views(args: list[str]) -> None:
     from sacl_fast.data.contact_sheet import contact_sheet
     from sacl_fast.data.sources import open_sources
 
-    path = Path(config.out or "views.png")
+    path = user_path(config.out or "views.png", "out")
     sheet = contact_sheet(open_sources(config.data, config.seed).train, config)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,19 +150,43 @@ def parse_config(command: str, args: Sequence[str], *, extra: str = "") -> Confi
         SystemExit: after printing help.
     """
     rest = list(args)
-    config = get_preset(rest.pop(0) if rest and not rest[0].startswith("-") else "demo")
+    preset = rest.pop(0) if rest and not rest[0].startswith("-") else None
     file = _take_value(rest, "--config")
-    if file is not None:
-        config = _parse(command, config, to_flags(_read_yaml(Path(file))), f" (in {file})")
+    config = get_preset(preset or "demo") if file is None else _with_file(preset, file)
     others = f"Preset {config.preset}; others: {', '.join(PRESETS)}."
     layers = "--config FILE: YAML, layered between preset and options."
-    return _parse(command, config, rest, description=" ".join((others, layers, extra)))
+    config = _parse(command, config, rest, description=" ".join((others, layers, extra)))
+    _check_warmup(config, rest)
+    return config
 
 
-def _parse(
-    command: str, default: Config, args: list[str], where: str = "", *, description: str = ""
-) -> Config:
-    """``default`` with the options of ``args``; ``where`` they stand is added to what is wrong."""
+def _with_file(preset: str | None, file: str) -> Config:
+    """The preset with the settings of a file; without one, the preset that the file names, so that
+    the 'config.yaml' of a run is that run again, name and all."""
+    values = read_config_file(user_path(file, "--config"))
+    named = values.pop("preset", None)
+    try:
+        if preset is None and named is not None:
+            base = get_preset(named if isinstance(named, str) and named in PRESETS else "demo")
+            return layered(base, {"preset": named, **values})
+        return layered(get_preset(preset or "demo"), values)
+    except UserError as error:
+        raise UserError(f"{error} (in {file})") from None
+
+
+def _check_warmup(config: Config, args: list[str]) -> None:
+    """Refuse a warm-up that was asked for and fills the run; a preset's is shortened instead."""
+    warmup = config.optim.warmup_epochs
+    given = {arg.partition("=")[0].replace("_", "-") for arg in args}
+    if "--optim.warmup-epochs" in given and warmup and warmup >= config.epochs:
+        raise UserError(
+            f"optim.warmup_epochs is {warmup} in a run of {config.epochs} epochs, so that the "
+            f"learning rate would only rise; less than epochs works, such as {config.epochs // 10}"
+        )
+
+
+def _parse(command: str, default: Config, args: list[str], *, description: str = "") -> Config:
+    """``default`` with the options of ``args``."""
     import tyro
 
     prog = f"sacl-fast {command}"
@@ -171,8 +197,8 @@ def _parse(
     except SystemExit as stopped:
         if stopped.code in (0, None):
             raise
-        sentence = _of_settings(stopped, said.getvalue()) or _in_one_sentence(said.getvalue())
-        raise UserError(f"{sentence}{where}") from None
+        box = said.getvalue()
+        raise UserError(_of_settings(stopped, box) or _in_one_sentence(box)) from None
 
 
 def _of_settings(stopped: SystemExit, box: str) -> str | None:
@@ -204,20 +230,6 @@ def _in_one_sentence(box: str) -> str:
         if line.startswith("--")
     ]
     return sentence + (f"; did you mean {' or '.join(dict.fromkeys(meant))}?" if meant else "")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read configuration {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no configuration; a mapping such as 'epochs: 10' works")
-    return {key: value for key, value in values.items() if key != "preset"}
 
 
 def _take_flag(args: list[str], flag: str) -> bool:

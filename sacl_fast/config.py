@@ -34,6 +34,7 @@ from sacl_fast.errors import UserError
 _PROCESSES = Range(-1, 512)
 _NOT_NONE = Rule(lambda number: number != 0, "1 or more works, or -1 (auto)")
 _ODD = Rule(lambda number: number % 2 == 1, "an odd number works")
+_FILE_NAME = Rule(lambda text: "/" not in text and text[0] != ".", "a name without '/' works")
 _STANDARDISED = "the loss standardises every feature over the batch"
 _Strength = Annotated[float, Range(0, 100)]
 _Aspect = Annotated[float, Range(0.001, 1000)]
@@ -302,7 +303,7 @@ class CheckpointConfig(Settings, path="checkpoint"):
 class Config(Settings):
     """A run of SACL-XD pre-training."""
 
-    preset: tyro.conf.Suppress[str] = "custom"
+    preset: tyro.conf.Suppress[Annotated[str, _FILE_NAME]] = "custom"
     """The preset this configuration started from."""
     out: Annotated[str, A_PATH] | None = None
     """Run folder (default: runs/PRESET/DATE-TIME)."""
@@ -363,21 +364,3 @@ def to_dict(config: Any) -> dict[str, Any]:
         return [plain(v) for v in value] if isinstance(value, tuple) else value
 
     return plain(config)
-
-
-def to_flags(values: dict[str, Any], prefix: str = "") -> list[str]:
-    """The command-line options that say the same as a (partial) dictionary of 'to_dict'."""
-    flags: list[str] = []
-    for key, value in values.items():
-        name = f"{prefix}{str(key).strip('_').replace('_', '-')}"
-        if isinstance(value, dict):
-            flags += to_flags(value, f"{name}.")
-        elif isinstance(value, bool):
-            head, _, tail = name.rpartition(".")
-            dot = "." if head else ""
-            flags.append(f"--{name}" if value else f"--{head}{dot}no-{tail}")
-        elif isinstance(value, (list, tuple)):
-            flags += [f"--{name}", *map(str, value)]
-        else:
-            flags += [f"--{name}", str(value)]
-    return flags

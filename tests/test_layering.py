@@ -24,6 +24,7 @@ OURS: dict[str, tuple[str, ...]] = {
     "files": (),
     "checks": (),
     "config": (),
+    "config_file": (),
     "presets": ("data.views",),
     "ops": (),
     "losses": METHOD,
@@ -33,12 +34,12 @@ OURS: dict[str, tuple[str, ...]] = {
     "data": (),
     "engine": RUN,
     "evaluation": RUN,
-    "cli": ("presets",),
+    "cli": ("presets", "config_file"),
     "__init__": ("presets",),
     "__main__": ("cli",),
     "sacl_kernels": (),
     "benchmarks": (*RUN, "cli", "sacl_kernels", "_C"),
-    "tests": (*RUN, "cli", "sacl_kernels", "_C"),
+    "tests": (*RUN, "cli", "config_file", "sacl_kernels", "_C"),
 }
 
 # Besides those, inside functions.
@@ -56,6 +57,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "files": (),
     "checks": (),
     "config": ("tyro", "yaml"),
+    "config_file": ("yaml",),
     "presets": ("tyro", "yaml"),
     "cli": ("tyro", "rich"),
     "__init__": (),
