@@ -14,13 +14,15 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from sacl_fast._version import __version__
+from sacl_fast.checks import check
 from sacl_fast.config import Config
 from sacl_fast.config_file import layered, read_config_file
-from sacl_fast.errors import UserError, nearest
+from sacl_fast.errors import UserError, nearest, reason_of
 from sacl_fast.files import user_path
 from sacl_fast.presets import PRESETS, get_preset
 
@@ -189,6 +191,10 @@ def _parse(command: str, default: Config, args: list[str], *, description: str =
     """``default`` with the options of ``args``."""
     import tyro
 
+    for option, shell in pairwise(args):
+        if option in ("--tyro-print-completion", "--tyro-write-completion"):
+            check(shell, Literal["bash", "zsh", "tcsh", "fish"], option)
+
     prog = f"sacl-fast {command}"
     said = io.StringIO()
     try:
@@ -199,6 +205,8 @@ def _parse(command: str, default: Config, args: list[str], *, description: str =
             raise
         box = said.getvalue()
         raise UserError(_of_settings(stopped, box) or _in_one_sentence(box)) from None
+    except OSError as error:  # the one file that tyro writes
+        raise UserError(f"cannot write the completion: {reason_of(error)}") from None
 
 
 def _of_settings(stopped: SystemExit, box: str) -> str | None:
@@ -223,20 +231,24 @@ def _in_one_sentence(box: str) -> str:
     paragraphs = [paragraph.splitlines() for paragraph in re.split(r"\n{2,}", text)]
     sentence = re.sub(r"^Error parsing [\w.]+: ", "", " ".join(paragraphs[0]))
     meant = [
-        line.split()[0]
+        line.split()[0].rstrip(",")
         for paragraph in paragraphs
         if paragraph[0].startswith("Perhaps you meant")
         for line in paragraph
         if line.startswith("--")
     ]
-    return sentence + (f"; did you mean {' or '.join(dict.fromkeys(meant))}?" if meant else "")
+    if len(sentence) > 500:  # somebody's file in the place of an option
+        sentence = f"{sentence[:300]}...{sentence[-100:]}"
+    meant = list(dict.fromkeys(meant))
+    if len(meant) > 4:
+        meant = [*meant[:3], f"one of {len(meant) - 3} others"]
+    return sentence + (f"; did you mean {' or '.join(meant)}?" if meant else "")
 
 
 def _take_flag(args: list[str], flag: str) -> bool:
-    if flag not in args:
-        return False
-    args.remove(flag)
-    return True
+    given = flag in args
+    args[:] = [arg for arg in args if arg != flag]
+    return given
 
 
 def _take_value(args: list[str], option: str) -> str | None:
