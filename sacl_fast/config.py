@@ -95,13 +95,16 @@ class DataConfig:
     """Batches each worker prepares ahead."""
     max_bad_share: float = 0.1
     """Unreadable images are skipped and named; beyond this share of the data the run fails."""
+    max_file_bytes: int = 2**28
+    """Image files, and images in shards, of more bytes than this are unreadable (2^28: 256 MiB), as
+    is what is no file: pipes and devices."""
     cache_dir: str | None = None
-    """Where listings of large folders and unpacked archives are kept (default: the user's cache
-    folder)."""
+    """Where listings of large folders, indices of shards and unpacked archives are kept (default:
+    the user's cache folder). Others must not be able to write there."""
 
     def __post_init__(self) -> None:
         _require_not_negative("data", limit=self.limit)
-        _require_positive("data", prefetch=self.prefetch)
+        _require_positive("data", prefetch=self.prefetch, max_file_bytes=self.max_file_bytes)
         _require(self.workers >= -1, f"data.workers is {self.workers}; -1 (auto) or more works")
         _require_probability("data", max_bad_share=self.max_bad_share)
 

@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def of(root: Path, **options) -> str:
-    options = {"cache_dir": str(root.parent / "cache"), **options}
+    options = {"cache_dir": str(root.parent / "cache"), "max_bad_share": 1.0, **options}
     return fingerprint(open_sources(DataConfig(root=str(root), **options), 0).train)
 
 
