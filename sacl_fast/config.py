@@ -93,9 +93,12 @@ class DataConfig(Settings, path="data"):
     """Batches each worker prepares ahead."""
     max_bad_share: Probability = 0.1
     """Unreadable images are skipped and named; beyond this share of the data the run fails."""
+    max_file_bytes: Count = 2**28
+    """Image files, and images in shards, of more bytes than this are unreadable (2^28: 256 MiB), as
+    is what is no file: pipes and devices."""
     cache_dir: Annotated[str, A_PATH] | None = None
-    """Where listings of large folders and unpacked archives are kept (default: the user's cache
-    folder)."""
+    """Where listings of large folders, indices of shards and unpacked archives are kept (default:
+    the user's cache folder). Others must not be able to write there."""
 
 
 @dataclass(frozen=True, kw_only=True)
