@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from sacl_fast._version import __version__
 from sacl_fast.config import Config, to_flags
-from sacl_fast.errors import UserError, nearest
+from sacl_fast.errors import SaidByAnother, UserError, nearest
 from sacl_fast.presets import PRESETS, get_preset
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args[0] not in commands:
             raise UserError(f"unknown command {args[0]!r}; {nearest(args[0], commands)}")
         commands[args[0]](args[1:])
+    except SaidByAnother:
+        return 2
     except UserError as error:
         print(f"sacl-fast: {error}", file=sys.stderr)
         return 2

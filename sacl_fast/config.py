@@ -415,6 +415,10 @@ class Config:
     """'auto': go on from the newest checkpoint of the run folder (without 'out': of the newest
     unfinished run of the preset), or start where there is none. 'never': start. Or the path of
     a checkpoint."""
+    resume_at: Literal["step", "next_epoch"] = "step"
+    """Where to go on from a checkpoint. 'step': after its last step, with the images, seed and
+    batch size it was trained with; others are refused. 'next_epoch': where they are others, with
+    the next epoch."""
     seed: int = 0
     epochs: int = 100
     batch_size: int = 256
