@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -34,6 +35,15 @@ def read_bytes(path: str) -> bytes:
             return file.read()
     except OSError as error:
         raise BadImage(error.strerror or str(error)) from error
+
+
+def file_identity(path: str, name: str) -> bytes:
+    """``name`` and the size of the file ``path``, -1 where there is none."""
+    try:
+        size = os.stat(path).st_size
+    except OSError:
+        size = -1
+    return os.fsencode(f"{name}\0{size}")
 
 
 def read_rgb(path: str) -> Image.Image:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sacl_fast.data.decode import read_bytes, read_rgb
+from sacl_fast.data.decode import file_identity, read_bytes, read_rgb
 from sacl_fast.errors import UserError
 
 
@@ -39,9 +39,14 @@ class FileListSource:
         return int(self.labels[index])
 
     def name(self, index: int) -> str:
+        return os.path.join(self.folder, self._path(index))
+
+    def identity(self, index: int) -> bytes:
+        return file_identity(self.name(index), self._path(index))
+
+    def _path(self, index: int) -> str:
         start = self.ends[index - 1] + 1 if index > 0 else 0
-        path = os.fsdecode(self.paths[start : self.ends[index]].tobytes())
-        return os.path.join(self.folder, path)
+        return os.fsdecode(self.paths[start : self.ends[index]].tobytes())
 
 
 def read_file_list(path: Path, labelled: bool) -> FileListSource:

@@ -19,7 +19,7 @@ from PIL import Image
 from sacl_fast.config import DataConfig
 from sacl_fast.data import archives
 from sacl_fast.data.cache import cache_folder, exclusive
-from sacl_fast.data.decode import BadImage, read_bytes, read_rgb
+from sacl_fast.data.decode import BadImage, file_identity, read_bytes, read_rgb
 from sacl_fast.data.file_list import read_file_list
 from sacl_fast.data.manifest import EXTENSIONS, Manifest, list_images
 from sacl_fast.data.shapes import CLASSES, draw_shapes
@@ -70,6 +70,11 @@ class Source(Protocol):
         """What to call the image in messages."""
         ...
 
+    def identity(self, index: int) -> bytes:
+        """What tells the image from another in its place, at the cost of a look at the file at
+        most: its name within the data set and its size, or its pixels."""
+        ...
+
 
 class Splits(NamedTuple):
     train: Source
@@ -102,6 +107,9 @@ class ArraySource:
     def name(self, index: int) -> str:
         return f"{self.title}[{index}]"
 
+    def identity(self, index: int) -> bytes:
+        return self.images[index].tobytes()
+
 
 class FolderSource:
     """Image files of a listing, with labels (N,) and class names, or without."""
@@ -129,6 +137,10 @@ class FolderSource:
         folder = manifest.folders[self.folder_of[index]]
         return os.path.join(manifest.root, folder, manifest.name(index))
 
+    def identity(self, index: int) -> bytes:
+        path = self.name(index)
+        return file_identity(path, path.removeprefix(self.manifest.root))
+
 
 class Subset:
     """The images of ``source`` at ``indices`` (M,)."""
@@ -152,6 +164,9 @@ class Subset:
 
     def name(self, index: int) -> str:
         return self.source.name(self.indices[index])
+
+    def identity(self, index: int) -> bytes:
+        return self.source.identity(self.indices[index])
 
 
 def open_sources(config: DataConfig, seed: int, *, download: bool = True) -> Splits:

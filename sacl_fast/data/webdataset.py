@@ -86,6 +86,10 @@ class WebDatasetSource:
     def name(self, index: int) -> str:
         return f"{self.shards[self.shard_of[index]]}@{self.offsets[index]}"
 
+    def identity(self, index: int) -> bytes:
+        shard = os.path.basename(self.shards[self.shard_of[index]])
+        return os.fsencode(f"{shard}\0{self.offsets[index]}\0{self.sizes[index]}")
+
 
 def find_shards(root: Path) -> list[Path]:
     """The shard ``root``, or those in the folder ``root``, sorted."""
