@@ -47,9 +47,9 @@ _CONTENT: dict[str, type | tuple[type, ...]] = {
 }
 # What zipfile and pickle raise of bytes that are something else: pickle's documentation names
 # some and calls the list open.
-_NOT_READABLE = (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError,
-                 ArithmeticError, AssertionError, MemoryError, ImportError, pickle.UnpicklingError,
-                 struct.error, zipfile.BadZipFile, zlib.error)  # fmt: skip
+_NOT_READABLE = (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError,
+                 AttributeError, ArithmeticError, AssertionError, MemoryError, ImportError,
+                 pickle.UnpicklingError, struct.error, zipfile.BadZipFile, zlib.error)  # fmt: skip
 
 
 class UnusableCheckpoint(UserError):
@@ -94,7 +94,7 @@ def save_checkpoint(path: Path, state: dict[str, Any], *, keep: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:
             hashing = _Hashing(file)
-            torch.save({"format": FORMAT, **state}, hashing)
+            torch.save({"format": FORMAT, **state}, hashing)  # type: ignore[arg-type]
             file.write(hashing.seal())
     except OSError as error:
         raise UserError(

@@ -92,13 +92,15 @@ def encode_encoder(state: Mapping[str, torch.Tensor], metadata: Mapping[str, str
                 f"the encoder's state holds {name}, a {type(tensor).__name__}, which no "
                 "safetensors file can; encoders whose state is tensors work"
             )
-        tensor = tensor.detach().cpu().contiguous()
-        place = tensor.untyped_storage().data_ptr()
-        own[name] = tensor.clone() if place in seen else tensor
-        seen.add(place)
+        own[name] = tensor.detach()
     try:
+        for name, tensor in own.items():
+            tensor = tensor.cpu().contiguous()
+            place = tensor.untyped_storage().data_ptr()
+            own[name] = tensor.clone() if place in seen else tensor
+            seen.add(place)
         return safetensors.torch.save(own, dict(metadata))
-    except (safetensors.SafetensorError, ValueError, RuntimeError, TypeError, KeyError) as error:
+    except (safetensors.SafetensorError, ValueError, RuntimeError, TypeError, LookupError) as error:
         raise UserError(
             f"the encoder cannot be written as safetensors: {reason_of(error)}"
         ) from error

@@ -111,13 +111,20 @@ class RunLock:
     def _take(self) -> int:
         """The lock file, opened, locked where the file system can, and ours by its content."""
         dead: Process | None = None
+        end = time.monotonic() + PATIENCE
         while True:
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             file = os.open(self.path, flags, 0o666)
             try:
                 locked = _lock(file)
                 if locked is False:
-                    raise self._in_use(_read_soon(file))
+                    other = _read_soon(file)
+                    if other is None or _runs(other) or time.monotonic() > end:
+                        raise self._in_use(other)
+                    os.close(file)  # it was killed, and takes a while to let go
+                    file = -1
+                    time.sleep(0.05)
+                    continue
                 other = _read(file)
                 if other is not None and other != dead:
                     if _runs(other):

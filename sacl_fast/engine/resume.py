@@ -20,6 +20,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sacl_fast.config import Config, to_dict
 from sacl_fast.data.fingerprint import fingerprint
 from sacl_fast.data.sources import Source
@@ -28,11 +30,13 @@ from sacl_fast.engine.checkpoint import (
     UnusableCheckpoint,
     list_checkpoints,
     load_checkpoint,
+    restore_random_state,
     step_of,
 )
 from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.metrics import rewind_metrics
 from sacl_fast.engine.run_folder import CHECKPOINTS, METRICS, SUPERSEDED
+from sacl_fast.engine.step import TrainingStep
 from sacl_fast.errors import UserError, reason_of
 from sacl_fast.files import kind_of, user_path
 from sacl_fast.optim import learning_rate
@@ -111,10 +115,36 @@ def find_continuation(
     chosen = ranks.on_first(choose)
     if chosen is None:
         return None
-    path, *rest = chosen
-    return ranks.together(
-        lambda: found[0] if found else Continuation(path, load_checkpoint(path), *rest)
-    )
+    path, step, moved, finished = chosen
+    if not found:
+        return ranks.together(
+            lambda: Continuation(path, load_checkpoint(path), step, moved, finished)
+        )
+    return ranks.together(lambda: found[0])
+
+
+def restore(found: Continuation, method: torch.nn.Module, step: TrainingStep, ranks: Ranks) -> None:
+    """Put a checkpoint's weights, optimiser state and random numbers into place. Weight decay,
+    momentum and the like stay as they are configured now.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    state, optimizer = found.state, step.optimizer
+    configured = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    try:
+        method.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if step.scaler.is_enabled() and state["scaler"]:
+            step.scaler.load_state_dict(state["scaler"])
+        if len(state["random"]) == ranks.world_size:
+            restore_random_state(state["random"][ranks.rank], ranks.device)
+    except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        raise UserError(
+            f"checkpoint {found.path} does not fit this run: {reason_of(error)}"
+        ) from error
+    for group, settings in zip(optimizer.param_groups, configured, strict=True):
+        group.update(settings)
 
 
 def resume_candidates(config: Config, folder: Path) -> list[Path]:

@@ -20,7 +20,6 @@ from sacl_fast.engine.checkpoint import (
     checkpoint_path,
     mark_best,
     random_state,
-    restore_random_state,
     save_checkpoint,
 )
 from sacl_fast.engine.clock import Clock
@@ -34,10 +33,10 @@ from sacl_fast.engine.memory import keep_freed_memory
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.metrics import MetricWriter, read_metrics
 from sacl_fast.engine.plots import plot_curves
-from sacl_fast.engine.resume import Continuation, data_record, find_continuation, set_aside
+from sacl_fast.engine.resume import Continuation, data_record, find_continuation, restore, set_aside
 from sacl_fast.engine.signals import StopRequest, stop_signals
 from sacl_fast.engine.step import TrainingStep
-from sacl_fast.errors import UserError, reason_of
+from sacl_fast.errors import UserError
 from sacl_fast.ops.xcorr_loss import LossParts
 
 logger = logging.getLogger(__name__)
@@ -338,29 +337,12 @@ class Run:
             model=self.method.state_dict(),
         )
         if found is not None:
-            self.ranks.together(lambda: self._restore(found))
+            self.ranks.together(lambda: restore(found, self.method, self.step, self.ranks))
+            self.steps_done = found.step
+            self.knn, self.knn_before = found.state["knn"], found.state["knn_before"]
+            self.best_knn = found.state["best_knn"]
             logger.info("resumed from %s after step %d", found.path, self.steps_done)
         return found
-
-    def _restore(self, found: Continuation) -> None:
-        state, optimizer, scaler = found.state, self.step.optimizer, self.step.scaler
-        settings = [dict(group, params=None) for group in optimizer.param_groups]
-        try:
-            self.method.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            if scaler.is_enabled() and state["scaler"]:
-                scaler.load_state_dict(state["scaler"])
-            if len(state["random"]) == self.ranks.world_size:
-                restore_random_state(state["random"][self.ranks.rank], self.ranks.device)
-        except (RuntimeError, ValueError, TypeError, LookupError) as error:
-            raise UserError(
-                f"checkpoint {found.path} does not fit this run: {reason_of(error)}"
-            ) from error
-        for group, configured in zip(optimizer.param_groups, settings, strict=True):
-            group |= configured | {"params": group["params"]}  # decay, momentum: as of now
-        self.steps_done = found.step
-        self.knn, self.knn_before = state["knn"], state["knn_before"]
-        self.best_knn = state["best_knn"]
 
     def _open_records(self) -> None:
         """Try what the run will write, clear the folder of what it supersedes, and open it."""
