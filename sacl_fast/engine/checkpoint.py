@@ -101,7 +101,7 @@ def save_checkpoint(path: Path, state: dict[str, Any], *, keep: int) -> None:
             f"cannot write checkpoint {path}: {reason_of(error)} ({_what_is_kept(path.parent)})"
         ) from error
     before = [old for old in list_checkpoints(path.parent) if step_of(old) < step_of(path)]
-    for old in before[: len(before) - keep + 1]:
+    for old in before[: max(0, len(before) + 1 - keep)]:
         try:
             old.unlink(missing_ok=True)
         except OSError as error:
