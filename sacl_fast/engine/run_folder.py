@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -186,8 +187,8 @@ def _unfinished_runs(runs: Path) -> list[Path]:
 
 def _remove_if_empty(folder: Path) -> None:
     with contextlib.suppress(OSError):
-        (folder / CHECKPOINTS).rmdir()
-    with contextlib.suppress(OSError):
+        if os.listdir(folder) == [CHECKPOINTS]:
+            (folder / CHECKPOINTS).rmdir()
         folder.rmdir()
 
 

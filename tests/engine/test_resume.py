@@ -16,13 +16,13 @@ import sacl_fast
 from sacl_fast.config import to_dict
 from sacl_fast.engine.checkpoint import (
     UnusableCheckpoint,
+    changed_settings,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
 )
 from sacl_fast.engine.distributed import process_group
 from sacl_fast.engine.metrics import MetricWriter, read_metrics
-from sacl_fast.engine.resume import changed_settings
 from sacl_fast.engine.run_folder import claimed_run_folder
 from sacl_fast.engine.trainer import Run
 from sacl_fast.errors import UserError
