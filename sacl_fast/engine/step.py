@@ -133,7 +133,7 @@ class TrainingStep:
         return learning_rate(
             step,
             base=self.config.base_lr,
-            warmup_steps=self.config.optim.warmup_epochs * self.steps_per_epoch,
+            warmup_steps=round(self.config.warmup_epochs * self.steps_per_epoch),
             total_steps=self.config.epochs * self.steps_per_epoch,
         )
 
