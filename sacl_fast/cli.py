@@ -22,8 +22,8 @@ from sacl_fast._version import __version__
 from sacl_fast.checks import check
 from sacl_fast.config import Config
 from sacl_fast.config_file import layered, read_config_file
-from sacl_fast.errors import UserError, nearest, reason_of
-from sacl_fast.files import user_path
+from sacl_fast.errors import SaidByAnother, UserError, nearest, reason_of
+from sacl_fast.files import kind_of, user_path
 from sacl_fast.presets import PRESETS, get_preset
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args[0] not in commands:
             raise UserError(f"unknown command {args[0]!r}; {nearest(args[0], commands)}")
         commands[args[0]](args[1:])
+    except SaidByAnother:
+        return 2
     except UserError as error:
         print(f"sacl-fast: {error}", file=sys.stderr)
         return 2
@@ -127,10 +129,10 @@ def _views(args: list[str]) -> None:
 def _index(args: list[str]) -> None:
     if len(args) != 1 or args[0].startswith("-"):
         raise UserError("index takes a folder of .tar shards, or one shard")
-    from sacl_fast.data.webdataset import index_shards
+    from sacl_fast.data.shard_index import index_shards
 
-    root = Path(args[0]).expanduser()
-    if not root.exists():
+    root = user_path(args[0], "index")
+    if kind_of(root) is None:
         raise UserError(f"{root} does not exist (from {Path.cwd()})")
     for path in index_shards(root):
         print(path)

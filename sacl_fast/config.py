@@ -96,9 +96,12 @@ class DataConfig(Settings, path="data"):
     """Batches each worker prepares ahead."""
     max_bad_share: Probability = 0.1
     """Unreadable images are skipped and named; beyond this share of the data the run fails."""
+    max_file_bytes: Count = 2**28
+    """Image files, and images in shards, of more bytes than this are unreadable (2^28: 256 MiB), as
+    is what is no file: pipes and devices."""
     cache_dir: Annotated[str, A_PATH] | None = None
-    """Where listings of large folders and unpacked archives are kept (default: the user's cache
-    folder)."""
+    """Where listings of large folders, indices of shards and unpacked archives are kept (default:
+    the user's cache folder). Others must not be able to write there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,6 +318,10 @@ class Config(Settings):
     """'auto': go on from the newest checkpoint of the run folder (without 'out': of the newest
     unfinished run of the preset), or start where there is none. 'never': start. Or the path of
     a checkpoint."""
+    resume_at: Literal["step", "next_epoch"] = "step"
+    """Where to go on from a checkpoint. 'step': after its last step, with the images, seed and
+    batch size it was trained with; others are refused. 'next_epoch': where they are others, with
+    the next epoch."""
     seed: Annotated[int, Range(0, 2**53 - 1, because=_EXACT)] = 0
     epochs: Count = 100
     batch_size: Annotated[int, Range(2, because=_STANDARDISED)] = 256
