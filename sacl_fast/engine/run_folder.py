@@ -9,6 +9,7 @@
     curves.png           the metrics as curves
     checkpoints/         step_NNNNNNNN.pt (the last ones), best.pt (best kNN)
     encoder.safetensors  the dense encoder after training, under timm's names
+    encoder_slim.safetensors  the slim one likewise, where it is another
     superseded/          what a run left that went on from an earlier step (see resume.py)
     run.lock             whose folder it is, while a run writes there (see lock.py)
 """
@@ -38,7 +39,8 @@ logger = logging.getLogger(__name__)
 
 CONFIG, ENVIRONMENT, METRICS = "config.yaml", "environment.json", "metrics.jsonl"
 VIEWS, CURVES, CHECKPOINTS = "views.png", "curves.png", "checkpoints"
-ENCODER, SUPERSEDED = "encoder.safetensors", "superseded"
+ENCODER, ENCODER_SLIM = "encoder.safetensors", "encoder_slim.safetensors"
+SUPERSEDED = "superseded"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from sacl_fast.config import Config, to_dict
 from sacl_fast.data.contact_sheet import contact_sheet
 from sacl_fast.data.sources import open_sources
 from sacl_fast.data.view_loader import open_view_loader
+from sacl_fast.encoders.file import encode_encoder, encoder_metadata, save_encoder
 from sacl_fast.engine import run_folder as files
 from sacl_fast.engine.checkpoint import (
     checkpoint_path,
@@ -26,7 +27,6 @@ from sacl_fast.engine.clock import Clock
 from sacl_fast.engine.collapse import CollapseAlarm, effective_rank, embedding_std
 from sacl_fast.engine.console import RunConsole
 from sacl_fast.engine.distributed import Ranks, process_group
-from sacl_fast.engine.encoder_file import encode_encoder, encoder_metadata, save_encoder
 from sacl_fast.engine.environment import environment
 from sacl_fast.engine.evaluator import Evaluator
 from sacl_fast.engine.memory import keep_freed_memory
@@ -116,6 +116,7 @@ class Run:
         self.knn: dict[str, float] = {}
         self.knn_before: dict[str, float] = {}
         self.best_knn = -1.0
+        self.final_states: dict[str, dict[str, torch.Tensor]] = {}
         self.lost = False
         """Whether the run folder vanished; known to the first rank."""
         self.data = ranks.on_first(lambda: data_record(self.splits.train))
@@ -152,6 +153,7 @@ class Run:
         """The rest of an epoch; returns early where a stop was asked for."""
         config, per_epoch, slicer = self.config, self.loader.steps_per_epoch, self.method.slicer
         slicer.enabled = epoch >= config.slim.warmup_epochs
+        slicer.statistics = None  # of the weights before this epoch
         clock = Clock(config.batch_size)
         for batch in clock.waiting(self.loader.epoch(epoch, self.steps_done % per_epoch)):
             loss, parts, z1 = self.step(batch.view_a, batch.view_b, self.steps_done)
@@ -186,6 +188,9 @@ class Run:
         best = False
         if last or (config.eval.every and done % config.eval.every == 0):
             best = self._evaluate(done).get("knn_dense", -1.0) >= self.best_knn > -1.0
+        if last and self.ranks.first:
+            # Before the last checkpoint, which is to have the slim encoder's statistics.
+            self.final_states = self.evaluator.final_states(self.method)
         every = config.checkpoint.every_steps
         due = done % config.checkpoint.every_epochs == 0 or (every and self.steps_done % every == 0)
         if last or best or due:
@@ -202,23 +207,32 @@ class Run:
         self._say_if_lost()
 
     def _finish(self) -> None:
-        path = self.folder / files.ENCODER
         if self.resumed is not None and self.resumed.finished:
             self.console.message(f"all {self.config.epochs} epochs were done before")
-        if not self.ranks.from_first(path.exists()):
-            self.ranks.on_first(lambda: self._save_encoder(path))
+        self.ranks.on_first(self._save_encoders)
         self._say_if_lost()
 
-    def _save_encoder(self, path: Path) -> None:
+    def _save_encoders(self) -> None:
+        names = {"dense": files.ENCODER, "slim": files.ENCODER_SLIM}
+        widths = ("dense", "slim") if self.method.slicer.active else ("dense",)
+        if all((self.folder / names[width]).exists() for width in widths):
+            return
         self.claim.check()
-        state = self.evaluator.final_encoder_state(self.method)
-        save_encoder(path, state, self._encoder_metadata())
+        states = self.final_states or self.evaluator.final_states(self.method)
+        for width in reversed(widths):  # the dense one says that the run is finished
+            metadata = self._encoder_metadata(slim=width == "slim")
+            save_encoder(self.folder / names[width], states[width], metadata)
 
-    def _encoder_metadata(self) -> dict[str, str]:
+    def _encoder_metadata(self, *, slim: bool = False) -> dict[str, str]:
         epochs = self.steps_done / self.loader.steps_per_epoch
         images = len(self.splits.train)
         return encoder_metadata(
-            self.config, epochs=epochs, steps=self.steps_done, images=images, knn=self.knn
+            self.config,
+            epochs=epochs,
+            steps=self.steps_done,
+            images=images,
+            knn=self.knn,
+            slim=slim,
         )
 
     def _say_if_lost(self) -> None:

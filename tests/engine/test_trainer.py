@@ -215,7 +215,7 @@ def test_weights_that_are_not_finite_are_never_saved(tiny):
 def test_an_encoder_that_does_not_fit_leaves_nothing(tmp_path):
     code = (
         "import resource, sys, torch; from pathlib import Path\n"
-        "from sacl_fast.engine.encoder_file import save_encoder\n"
+        "from sacl_fast.encoders.file import save_encoder\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))\n"
         "save_encoder(Path(sys.argv[1]), {'weight': torch.zeros(10_000)}, {})"
     )

@@ -10,7 +10,7 @@ from torch import nn
 
 from sacl_fast.config import Config, EncoderConfig, LossConfig, ViewsConfig
 from sacl_fast.encoders import build_encoder
-from sacl_fast.engine.encoder_file import (
+from sacl_fast.encoders.file import (
     encode_encoder,
     encoder_metadata,
     read_encoder_metadata,

@@ -1,5 +1,10 @@
 """The trained encoder as a safetensors file that says what it is.
 
+``encoder.safetensors`` holds the dense encoder and ``encoder_slim.safetensors`` the slim one, both
+under timm's names, with batch-norm statistics of their own. The slim one has its zeroed filters as
+zeros: as it stands it loads wherever the dense one does, and ``slim.compact.load_compact`` makes it
+smaller.
+
 The file's metadata are texts; lists and numbers among them are JSON:
 
 ==============  ===============================================================================
@@ -18,6 +23,7 @@ key             value
 ``images``      in the training set
 ``knn_dense``   last kNN accuracy of the dense encoder in percent; absent without labels
 ``knn_slim``    that of the slim encoder
+``slim_ratio``  share of the filters that are kept; only in the slim encoder's file
 ``format``      ``pt``, for the libraries that ask for it
 ==============  ===============================================================================
 """
@@ -25,23 +31,33 @@ key             value
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
+from torch import nn
 
 from sacl_fast import _version
 from sacl_fast.config import Config
+from sacl_fast.encoders.build import build_encoder
 from sacl_fast.errors import UserError, reason_of
-from sacl_fast.files import kind_of, whole_file
+from sacl_fast.files import kind_of, user_path, whole_file
 
 
 def encoder_metadata(
-    config: Config, *, epochs: float, steps: int, images: int, knn: Mapping[str, float]
+    config: Config,
+    *,
+    epochs: float,
+    steps: int,
+    images: int,
+    knn: Mapping[str, float],
+    slim: bool = False,
 ) -> dict[str, str]:
-    """The metadata of the encoder that a run with ``config`` trained so far."""
+    """The metadata of the dense or slim encoder that a run with ``config`` trained so far."""
     encoder, views = config.encoder, config.views
     distilled = config.loss.distillation != "none"
     values = {
@@ -58,6 +74,7 @@ def encoder_metadata(
         "steps": steps,
         "images": images,
         **{name: round(accuracy, 4) for name, accuracy in knn.items()},
+        **({"slim_ratio": config.slim.ratio} if slim else {}),
     }
     texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in values.items()}
     return texts | {"format": "pt"}
@@ -106,13 +123,42 @@ def encode_encoder(state: Mapping[str, torch.Tensor], metadata: Mapping[str, str
         ) from error
 
 
-def read_encoder_metadata(path: str | Path) -> dict[str, str]:
+def load_encoder(path: str | os.PathLike[str]) -> nn.Module:
+    """The encoder of a file that a run wrote, dense or slim: (N, 3, H, W) -> (N, F), in eval mode.
+
+    Images are to be normalised by the ``mean`` and ``std`` of ``read_encoder_metadata``.
+
+    Raises:
+        UserError: there is no such file, it does not say which encoder it holds, or it holds
+            another.
+    """
+    metadata = read_encoder_metadata(path)
+    if missing := [
+        key for key in ("encoder", "width", "stem", "image_size") if key not in metadata
+    ]:
+        raise UserError(
+            f"{path} does not say which encoder it holds (no {', '.join(missing)} in its "
+            "metadata); build it with sacl_fast.encoders.build_encoder and load_state_dict"
+        )
+    try:
+        width, size = float(metadata["width"]), int(metadata["image_size"])
+        stem: Any = metadata["stem"]
+        encoder = build_encoder(metadata["encoder"], width=width, stem=stem, image_size=size)
+        encoder.load_state_dict(safetensors.torch.load_file(path))
+    except (ValueError, RuntimeError, OSError, safetensors.SafetensorError) as error:
+        raise UserError(
+            f"{path} does not hold the encoder that it names: {reason_of(error)}"
+        ) from error
+    return encoder.eval()
+
+
+def read_encoder_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """What an encoder's file says of itself, see above; empty for files without metadata.
 
     Raises:
         UserError: there is no such file, or it is no safetensors file.
     """
-    path = Path(path)
+    path = user_path(path, "path")
     if kind_of(path) != "file":
         raise UserError(f"no encoder at {path}")
     try:
