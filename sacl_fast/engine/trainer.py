@@ -33,6 +33,7 @@ from sacl_fast.engine.memory import keep_freed_memory
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.metrics import MetricWriter, read_metrics
 from sacl_fast.engine.plots import plot_curves
+from sacl_fast.engine.preflight import check_run, remarks
 from sacl_fast.engine.resume import Continuation, data_record, find_continuation, restore, set_aside
 from sacl_fast.engine.signals import StopRequest, stop_signals
 from sacl_fast.engine.step import TrainingStep
@@ -68,6 +69,7 @@ def train(config: Config) -> RunResult:
     Raises:
         UserError: what is asked for cannot be done; the sentence says what can.
     """
+    check_run(config)
     with (
         process_group(config.device) as ranks,
         files.claimed_run_folder(config, ranks) as claim,
@@ -87,8 +89,14 @@ class Run:
         self.ranks = ranks
         self.claim = claim
         self.folder: Path = claim.path
+        if ranks.device.type == "cpu":
+            keep_freed_memory()
         torch.manual_seed(config.seed)  # the same initial weights on every rank
+        self.method = build_method(config)  # first: what cannot be built needs no data
         self.splits = open_sources(config.data, config.seed)
+        if ranks.first:
+            for remark in remarks(config, len(self.splits.train)):
+                logger.warning(remark)
         self.loader = open_view_loader(
             self.splits.train,
             config,
@@ -96,14 +104,11 @@ class Run:
             rank=ranks.rank,
             world_size=ranks.world_size,
         )
-        if ranks.device.type == "cpu":
-            keep_freed_memory()
-        self.method = build_method(config)
         self.method.slicer.enabled = config.slim.warmup_epochs == 0
         self.step = TrainingStep(
             self.method, config, ranks, steps_per_epoch=self.loader.steps_per_epoch
         )
-        # Drop path differs between ranks. A seed from the clock has 61 bits, torch's has 64.
+        # Drop path differs between ranks. A seed may have 53 bits, torch's has 64.
         torch.manual_seed((config.seed * 65_537 + ranks.rank) % 2**64)
         self.evaluator = Evaluator(self.splits, config, ranks.device, self.step.amp_dtype)
         self.alarm = CollapseAlarm(config.log.min_std, config.log.min_rank)

@@ -24,6 +24,7 @@ from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sacl_fast.checks import Pattern, Ratio, checked
 from sacl_fast.config import SlimConfig
 from sacl_fast.encoders.recalibrate import recalibrated
 from sacl_fast.errors import UserError, nearest
@@ -44,7 +45,8 @@ class Masks(dict[str, Tensor]):
     that has not been estimated."""
 
 
-def strongest_filters(weight: Tensor, ratio: float) -> Tensor:
+@checked
+def strongest_filters(weight: Tensor, ratio: Ratio) -> Tensor:
     """Mask (Cout,) of the ``max(1, int(ratio * Cout))`` filters of largest L1 norm.
 
     Args:
@@ -73,22 +75,22 @@ class Slicer(nn.Module):
     """See ``Masks``. They are of the weights and masks as they were then: whoever changes weights
     sets them to None, as ``refresh`` does."""
 
+    @checked
     def __init__(
         self,
         encoder: nn.Module,
-        ratio: float = 0.5,
+        ratio: Ratio = 0.5,
         *,
-        exclude: tuple[str, ...] = SlimConfig.exclude,
+        exclude: tuple[Pattern, ...] = SlimConfig.exclude,
         batch_norm: Literal["shared", "separate"] = "shared",
     ) -> None:
         """Slims every ``Conv2d`` of ``encoder`` that is not part of a squeeze-excite block and in
         whose name no pattern of ``exclude`` is found.
 
         Raises:
-            UserError: a ratio outside (0, 1].
+            UserError: a ratio outside (0, 1], or another value that cannot be.
         """
         super().__init__()
-        SlimConfig(ratio=ratio, exclude=exclude, batch_norm=batch_norm)  # checks the values
         self.ratio = ratio
         self.enabled = True
         """Off while slimming has not started (``slim.warmup_epochs``): all filters are kept."""
