@@ -8,10 +8,12 @@ imported once everything is understood, so that help and typing errors answer at
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from sacl_fast._version import __version__
 from sacl_fast.config import Config, to_flags
-from sacl_fast.errors import UserError, nearest
+from sacl_fast.errors import OtherRankFailed, UserError, nearest
+from sacl_fast.output import make_courtesy, open_standard_streams
 from sacl_fast.presets import PRESETS, get_preset
 
 if TYPE_CHECKING:
@@ -41,37 +44,72 @@ sacl-fast train --help lists the options. sacl-fast --version prints the version
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status (0: done, 2: bad input)."""
-    args = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Callable[[list[str]], None]] = {
+    """Run a command; returns the exit status.
+
+    0: done; 1: a bug, another process's failure, or output that cannot be written; 2: bad input;
+    128 + n: a run that signal n ended, unfinished.
+    """
+    open_standard_streams()
+    make_courtesy("stderr")
+    status = _run(list(sys.argv[1:] if argv is None else argv))
+    if argv is None and status == 128 + signal.SIGINT:
+        from sacl_fast.engine.signals import die_of
+
+        die_of(signal.SIGINT)
+    return status
+
+
+def _run(args: list[str]) -> int:
+    commands: dict[str, Callable[[list[str]], int | None]] = {
         "train": _train,
         "views": _views,
         "index": _index,
         "doctor": _doctor,
     }
-    if not args or args[0] in ("-h", "--help", "help"):
-        print(_USAGE.format(presets=", ".join(PRESETS)), end="")
-        return 0
-    if args[0] in ("-V", "--version"):
-        print(f"sacl-fast {__version__}")
-        return 0
     try:
-        if args[0] not in commands:
+        if not args or args[0] in ("-h", "--help", "help"):
+            print(_USAGE.format(presets=", ".join(PRESETS)), end="")
+            status = 0
+        elif args[0] in ("-V", "--version"):
+            print(f"sacl-fast {__version__}")
+            status = 0
+        elif args[0] in commands:
+            status = commands[args[0]](args[1:]) or 0
+        else:
             raise UserError(f"unknown command {args[0]!r}; {nearest(args[0], commands)}")
-        commands[args[0]](args[1:])
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"sacl-fast: {error}", file=sys.stderr)
         return 2
+    except OtherRankFailed as error:
+        if not error.said:
+            print(f"sacl-fast: {error}", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # the reader of our output has seen enough: | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _write_no_more()
         return 0
     except KeyboardInterrupt:
         print("sacl-fast: interrupted", file=sys.stderr)
-        return 130
-    return 0
+        return 128 + signal.SIGINT
+    except OSError as error:
+        if error.filename is not None or not _is_full(error):
+            raise
+        _write_no_more()
+        print(f"sacl-fast: cannot write the output: {error.strerror}", file=sys.stderr)
+        return 1
 
 
-def _train(args: list[str]) -> None:
+def _is_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
+
+
+def _write_no_more() -> None:
+    """Let what is left in the buffer go: the interpreter would fail on it once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _train(args: list[str]) -> int:
     dry_run = _take_flag(args, "--dry-run")
     config = parse_config(
         "train", args, extra="--dry-run: print the resolved configuration, sizes and costs only."
@@ -80,19 +118,22 @@ def _train(args: list[str]) -> None:
         from sacl_fast.engine.dry_run import print_dry_run
 
         print_dry_run(config)
-        return
-    from sacl_fast.engine.trainer import train
+        return 0
+    from sacl_fast.engine.launch import read_launch
+    from sacl_fast.engine.signals import ended_by_signals
 
-    logging.basicConfig(format="%(message)s")
-    if _first_process():
-        logging.getLogger("sacl_fast").setLevel(logging.INFO)
-    result = train(config)
-    if result.finished and _first_process():
-        _print_result(result)
+    make_courtesy("stdout")
+    with ended_by_signals():
+        first = read_launch().rank == 0
+        from sacl_fast.engine.trainer import train
 
-
-def _first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+        logging.basicConfig(format="%(message)s")
+        if first:
+            logging.getLogger("sacl_fast").setLevel(logging.INFO)
+        result = train(config)
+        if result.finished and first:
+            _print_result(result)
+    return 0 if result.finished else 128 + result.stopped_by
 
 
 def _print_result(result: RunResult) -> None:
@@ -101,6 +142,12 @@ def _print_result(result: RunResult) -> None:
             before = result.knn_before.get(f"knn_{width}")
             change = "" if before is None else f"{before:.2f} % before training, "
             print(f"kNN accuracy, {width} encoder: {change}{after:.2f} % after")
+            if before is not None and after < before:
+                print(
+                    f"warning: the {width} encoder is worse than before training; more epochs, "
+                    "another --optim.lr or larger batches may help, and curves.png shows where it "
+                    "fell"
+                )
     print(f"pictures: {result.folder / 'curves.png'}, {result.folder / 'views.png'}")
     print(f"encoder:  {result.folder / 'encoder.safetensors'}")
 

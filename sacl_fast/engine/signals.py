@@ -43,8 +43,8 @@ class StopRequest:
         return self.number != 0 and time.monotonic() - self._since >= self.patience
 
     def check(self) -> None:
-        """Raise ``Stopped`` where waiting should end."""
-        if self.requested:
+        """Raise ``Stopped`` if asked to; for whoever keeps no other process waiting."""
+        if self.number:
             raise Stopped(self.number)
 
     def ask(self, number: int) -> None:
@@ -58,11 +58,15 @@ class StopRequest:
         """Have signals ask, where this thread may handle them. ``tell`` is for a person to read,
         and is called where the signal interrupts."""
 
+        def say(text: str) -> None:
+            with contextlib.suppress(RuntimeError):  # it interrupted a write to the same stream
+                tell(text)
+
         def stop(number: int, frame: FrameType | None) -> None:
             name = signal.Signals(number).name
             if not self.number:
                 self.ask(number)
-                tell(f"{name}: stopping after this step with a checkpoint; again ends at once")
+                say(f"{name}: stopping after this step with a checkpoint; again ends at once")
             elif number in again(self.number) and time.monotonic() - self._since > _one_signal():
                 end_at_once(number, "the last checkpoint is what --resume auto goes on from")
 
@@ -71,7 +75,7 @@ class StopRequest:
             return (signal.SIGINT, first) if first == signal.SIGTERM else (signal.SIGINT,)
 
         def hang_up(number: int, frame: FrameType | None) -> None:
-            tell(f"the terminal is gone; training goes on as process {os.getpid()}")
+            say(f"the terminal is gone; training goes on as process {os.getpid()}")
 
         with _handled({**dict.fromkeys(_STOP, stop), **_of_terminal(stop, hang_up)}):
             yield
