@@ -110,3 +110,9 @@ def make_courtesy(name: str) -> None:
         write_through=False,
     )
     setattr(sys, name, courtesy)
+
+
+def is_courtesy(stream: TextIO) -> bool:
+    """Whether a stream drops what it cannot write."""
+    buffer = getattr(stream, "buffer", None)
+    return isinstance(getattr(buffer, "raw", None), _Courtesy)
