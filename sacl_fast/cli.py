@@ -108,6 +108,13 @@ def _of_output(error: OSError) -> bool:
 
 
 def _train(args: list[str]) -> int:
+    from sacl_fast.engine.signals import ended_by_signals
+
+    with ended_by_signals():  # but for the steps, after which it stops with a checkpoint
+        return _train_or_describe(args)
+
+
+def _train_or_describe(args: list[str]) -> int:
     dry_run = _take_flag(args, "--dry-run")
     config = parse_config(
         "train", args, extra="--dry-run: print the resolved configuration, sizes and costs only."
@@ -118,19 +125,17 @@ def _train(args: list[str]) -> int:
         print_dry_run(config)
         return 0
     from sacl_fast.engine.launch import read_launch
-    from sacl_fast.engine.signals import ended_by_signals
 
     make_courtesy("stdout")
-    with ended_by_signals():
-        first = read_launch().rank == 0
-        from sacl_fast.engine.trainer import train
+    first = read_launch().rank == 0
+    from sacl_fast.engine.trainer import train
 
-        logging.basicConfig(format="%(message)s")
-        if first:
-            logging.getLogger("sacl_fast").setLevel(logging.INFO)
-        result = train(config)
-        if result.finished and first:
-            _print_result(result)
+    logging.basicConfig(format="%(message)s")
+    if first:
+        logging.getLogger("sacl_fast").setLevel(logging.INFO)
+    result = train(config)
+    if result.finished and first:
+        _print_result(result)
     return 0 if result.finished else 128 + result.stopped_by
 
 
@@ -246,7 +251,9 @@ def _parse(command: str, default: Config, args: list[str], *, description: str =
             raise
         box = said.getvalue()
         raise UserError(_of_settings(stopped, box) or _in_one_sentence(box)) from None
-    except OSError as error:  # the one file that tyro writes
+    except OSError as error:
+        if error.filename is None:  # of standard output; else the one file that tyro writes
+            raise
         raise UserError(f"cannot write the completion: {reason_of(error)}") from None
 
 
