@@ -153,6 +153,8 @@ def process_group(requested_device: str) -> Iterator[Ranks]:
     try:
         yield Ranks(launch.rank, launch.world_size, device, store)
     except BaseException as error:
+        if isinstance(error, Stopped) and error.everywhere:
+            raise
         earlier = _tell_the_others(store, launch.rank, error)
         if earlier is not None:
             raise earlier from error

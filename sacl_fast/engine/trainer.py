@@ -75,6 +75,8 @@ def train(config: Config) -> RunResult:
 
     Raises:
         UserError: what is asked for cannot be done; the sentence says what can.
+        OtherRankFailed: another process of the run failed or was killed.
+        Stopped: by a signal, but not at a step that all processes could stop at.
     """
     with process_group(config.device) as ranks:
         run = Run(config, ranks)
@@ -149,6 +151,8 @@ class Run:
                 self._finish()
             except Stopped as stopped:
                 self._end_stopped(stopped)
+                if self.ranks.world_size > 1 and not stopped.everywhere:
+                    raise
                 return self._result(finished=False, stopped_by=stopped.number)
             return self._result(finished=True)
 
@@ -209,22 +213,18 @@ class Run:
 
     def _end_stopped(self, stopped: Stopped) -> None:
         """Save, where all ranks stopped at the same step, and say how to go on."""
-        name = signal.Signals(stopped.number).name
-        again = f"--resume auto --out {shlex.quote(str(self.folder))}"
+        where, goes_on = f"after step {self.steps_done}", "goes on from there"
         if self.steps_done == 0:
-            self.console.message(f"stopped by {name} before the first step; {again} begins anew")
-            return
-        if self.ranks.world_size > 1 and not stopped.everywhere:
-            self.console.message(
-                f"stopped by {name} after step {self.steps_done} while the other processes were "
-                f"elsewhere; {again} goes on from the last checkpoint"
-            )
-            return
-        self._save()
-        self._write_picture(files.CURVES)
-        self.console.message(
-            f"stopped by {name} after step {self.steps_done}; {again} goes on from there"
-        )
+            where, goes_on = "before the first step", "begins anew"
+        elif self.ranks.world_size > 1 and not stopped.everywhere:
+            where += " while the other processes were elsewhere"
+            goes_on = "goes on from the last checkpoint"
+        else:
+            self._save()
+            self._write_picture(files.CURVES)
+        self.console.close()  # so that this is the last line
+        name, folder = signal.Signals(stopped.number).name, shlex.quote(str(self.folder))
+        self.console.message(f"stopped by {name} {where}; --resume auto --out {folder} {goes_on}")
 
     def _finish(self) -> None:
         if self.ranks.first:
