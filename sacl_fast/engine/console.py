@@ -66,7 +66,7 @@ class RunConsole:
         if quiet:
             return
         if self._stream.isatty():
-            rich = Console(file=self._stream, highlight=False)
+            rich = _Console(file=self._stream, highlight=False)
             self._rich = None if rich.is_dumb_terminal else rich
         self._logger.addHandler(self._handler)
         self._logger.propagate = False  # a handler further up would print it again
@@ -112,7 +112,8 @@ class RunConsole:
             self._print_plain(text)
         else:
             style = "bold yellow" if warning else ""
-            self._write(lambda: rich.print(Text(text, style=style)))
+            # A command that is copied from it must not be broken into lines.
+            self._write(lambda: rich.print(Text(text, style=style), soft_wrap=True))
 
     def close(self) -> None:
         """Leave the last state of the display standing, and logging as it was before."""
@@ -167,6 +168,11 @@ class RunConsole:
                     self._waiting.pop(0)()
         finally:
             self._busy = False
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """A terminal that nobody reads is no reason to exit, which is what rich would do."""
 
 
 class _Handler(logging.Handler):

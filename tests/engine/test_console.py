@@ -37,7 +37,9 @@ def plain(**options: bool) -> tuple[RunConsole, io.StringIO]:
 
 
 @contextlib.contextmanager
-def terminal(monkeypatch: pytest.MonkeyPatch, columns: int = 100) -> Iterator[tuple]:
+def terminal(
+    monkeypatch: pytest.MonkeyPatch, columns: int = 100, encoding: str = "utf-8"
+) -> Iterator[tuple]:
     """A stream that is a terminal of that width, and a function that returns what was written."""
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -53,7 +55,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch, columns: int = 100) -> Iterator[tu
 
     reader = threading.Thread(target=drain)
     reader.start()
-    stream = os.fdopen(slave, "w", encoding="utf-8")
+    stream = os.fdopen(slave, "w", encoding=encoding)
 
     def text() -> str:
         if not stream.closed:
@@ -277,25 +279,23 @@ def test_what_cannot_be_written_is_dropped(monkeypatch, error, tty):
 def test_a_terminal_that_goes_away(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     master, slave = pty.openpty()
-    with os.fdopen(slave, "w") as stream, RunConsole(10, 100, 256, stream=stream) as console:
+    stream = os.fdopen(slave, "w")
+    with RunConsole(10, 100, 256, stream=stream) as console:
         console.update(10, 0.1, READING)
         os.close(master)
         console.update(20, 0.2, READING)
         with console.doing("evaluating"):
             console.message("nobody reads this")
+    with contextlib.suppress(OSError):  # of what is left in its buffer
+        stream.close()
 
 
 def test_an_ascii_terminal(monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "30")
-    master, slave = pty.openpty()
-    with os.fdopen(slave, "w", encoding="ascii") as stream:
+    with terminal(monkeypatch, columns=30, encoding="ascii") as (stream, text):
         with RunConsole(10, 100, 256, stream=stream) as console:
             console.message("run folder rün")
             console.update(10, 0.1, READING)
-        os.set_blocking(master, False)
-        said = without_codes(os.read(master, 65536).decode())
-    os.close(master)
+        said = without_codes(text())
     assert r"run folder r\xfcn" in said and "loss 12.35" in said
 
 

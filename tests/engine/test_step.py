@@ -12,7 +12,12 @@ from sacl_fast.config import Config, EncoderConfig, ProjectorConfig, SlimConfig
 from sacl_fast.data.views import CIFAR
 from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.method import build_method
-from sacl_fast.engine.step import TrainingStep, stay_within_memory
+from sacl_fast.engine.step import (
+    TrainingStep,
+    autocast_dtype,
+    precision_reason,
+    stay_within_memory,
+)
 
 
 class Convolutions(TorchDispatchMode):

@@ -1,10 +1,14 @@
 """A whole run: what it leaves behind, that it can be repeated, stopped, killed and resumed."""
 
+import fcntl
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -138,6 +142,54 @@ def test_signals_write_a_checkpoint_and_exit_cleanly(tiny, number):
     assert resumed.finished and resumed.steps == 90
     sacl_fast.train(replace(tiny, out=f"{tiny.out}-whole"))
     assert losses(folder) == losses(f"{tiny.out}-whole")
+
+
+def in_a_terminal(arguments: list[str]) -> tuple[subprocess.Popen[bytes], int]:
+    """A process whose terminal it is, and the other end of that."""
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        arguments,
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        env=os.environ | {"TERM": "xterm"},
+    )
+    os.close(slave)
+    return process, master
+
+
+def read_until(master: int, sign: str) -> str:
+    said = b""
+    deadline = time.monotonic() + 200
+    while sign.encode() not in said:
+        assert time.monotonic() < deadline, said.decode()
+        if select.select([master], [], [], 0.1)[0]:
+            said += os.read(master, 65536)
+    return said.decode()
+
+
+def test_a_run_outlives_its_terminal(tiny):
+    """Which sends SIGHUP to everything in it, workers included, and can be written no more."""
+    tiny = replace(tiny, data=replace(tiny.data, workers=1), eval=replace(tiny.eval, every=0))
+    process, master = in_a_terminal(command(tiny))
+    read_until(master, "loss")
+    os.close(master)
+    assert process.wait(timeout=200) == 0
+    assert len(losses(tiny.out)) == 6 and (Path(tiny.out) / "encoder.safetensors").exists()
+
+
+def test_ctrl_c_in_a_terminal(tiny):
+    tiny = replace(tiny, epochs=10_000, eval=replace(tiny.eval, every=0))
+    process, master = in_a_terminal(command(tiny))
+    read_until(master, "loss")
+    os.write(master, b"\x03")
+    said = read_until(master, "goes on from there")
+    assert process.wait(timeout=100) == -signal.SIGINT
+    assert "again ends at once" in said and "stopped by SIGINT after step" in said
+    assert "Traceback" not in said
+    os.close(master)
 
 
 def test_a_stop_at_the_end_of_an_epoch_leaves_its_evaluation_to_the_next_start(tiny):
