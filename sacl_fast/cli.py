@@ -24,7 +24,14 @@ from sacl_fast._version import __version__
 from sacl_fast.checks import check
 from sacl_fast.config import Config
 from sacl_fast.config_file import layered, read_config_file
-from sacl_fast.errors import OtherRankFailed, Stopped, UserError, nearest, reason_of
+from sacl_fast.errors import (
+    OtherRankFailed,
+    SaidByAnother,
+    Stopped,
+    UserError,
+    nearest,
+    reason_of,
+)
 from sacl_fast.files import kind_of, user_path
 from sacl_fast.output import is_courtesy, make_courtesy, open_standard_streams
 from sacl_fast.presets import PRESETS, get_preset
@@ -83,6 +90,8 @@ def _run(args: list[str]) -> int:
             raise UserError(f"unknown command {args[0]!r}; {nearest(args[0], commands)}")
         sys.stdout.flush()
         return status
+    except SaidByAnother:
+        return 2
     except UserError as error:
         print(f"sacl-fast: {error}", file=sys.stderr)
         return 2

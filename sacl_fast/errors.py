@@ -14,6 +14,10 @@ class UserError(ValueError):
     """
 
 
+class SaidByAnother(UserError):
+    """The same on a process beside the one that prints the sentence."""
+
+
 class OtherRankFailed(RuntimeError):
     """Another process of this run failed, so this one ends; what it says is the other's reason."""
 

@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from sacl_fast.engine.checkpoint import changed_settings
 from sacl_fast.engine.launch import Launch, read_launch
 from sacl_fast.engine.signals import StopRequest
-from sacl_fast.errors import OtherRankFailed, Stopped, UserError, reason_of
+from sacl_fast.errors import OtherRankFailed, SaidByAnother, Stopped, UserError, reason_of
 
 T = TypeVar("T")
 
@@ -61,21 +60,48 @@ class Ranks:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return int(largest.item())
 
-    def from_first(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes, on every rank; it may take any time. ``Stopped`` there is so here."""
+    def on_first(self, function: Callable[[], T]) -> T:
+        """What ``function`` returns on rank 0, on every rank; it may take hours.
+
+        Raises:
+            UserError: on every rank, where it fails there; one of them says so.
+            Stopped: on every rank, where it is stopped there.
+        """
         if self.world_size == 1:
-            return make()
-        box: list[Any] = [None]
+            return function()
+        value, failed, stopped = None, None, 0
         if self.first:
             try:
-                box = [make()]
-            except Stopped as stopped:
-                box = [_StoppedBy(stopped.number)]
+                value = function()
+            except UserError as error:
+                failed = error
+            except Stopped as error:
+                stopped = error.number
         self.wait()
+        box: list[Any] = [(value, failed and str(failed), stopped)]
         dist.broadcast_object_list(box, src=0)
-        if isinstance(box[0], _StoppedBy):
-            raise Stopped(box[0].number, everywhere=True)
-        return box[0]
+        value, sentence, stopped = box[0]
+        if stopped:
+            raise Stopped(stopped, everywhere=True)
+        _fail_together(failed, sentence)
+        return value
+
+    def together(self, function: Callable[[], T]) -> T:
+        """What ``function`` returns, on each rank its own.
+
+        Raises:
+            UserError: on every rank, where it fails on any; one of them says so.
+        """
+        value, failed = None, None
+        try:
+            value = function()
+        except UserError as error:
+            failed = error
+        sentences = self.gather(failed and str(failed))
+        told = next((rank for rank, sentence in enumerate(sentences) if sentence), None)
+        if told is not None:
+            _fail_together(failed if told == self.rank else None, sentences[told])
+        return value  # type: ignore[return-value]
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank."""
@@ -120,13 +146,6 @@ class Ranks:
             here = store.add(key, 0)
 
 
-@dataclass(frozen=True)
-class _StoppedBy:
-    """What rank 0 hands on in place of what it was to make."""
-
-    number: int
-
-
 @contextmanager
 def process_group(requested_device: str) -> Iterator[Ranks]:
     """Join the processes that were started together, if this is one of several.
@@ -153,7 +172,10 @@ def process_group(requested_device: str) -> Iterator[Ranks]:
     try:
         yield Ranks(launch.rank, launch.world_size, device, store)
     except BaseException as error:
-        if isinstance(error, Stopped) and error.everywhere:
+        together = isinstance(error, SaidByAnother) or (
+            isinstance(error, Stopped) and error.everywhere
+        )
+        if together:
             raise
         earlier = _tell_the_others(store, launch.rank, error)
         if earlier is not None:
@@ -214,6 +236,13 @@ def _is_of_a_lost_rank(error: RuntimeError) -> bool:
     """Whether a collective or the store failed, rather than something of this rank's own."""
     signs = ("gloo", "Connection closed by peer", "NCCL", "a rank that is waited for")
     return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+
+
+def _fail_together(error: UserError | None, sentence: str | None) -> None:
+    if error is not None:
+        raise error
+    if sentence is not None:
+        raise SaidByAnother(sentence)
 
 
 def pick_device(requested: str, local_rank: int | None = None) -> torch.device:

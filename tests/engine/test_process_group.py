@@ -33,7 +33,7 @@ def takes_long(ranks: Ranks) -> str:
         time.sleep(5)
         return "made by 0"
 
-    value = ranks.from_first(make)
+    value = ranks.on_first(make)
     ranks.wait()
     return f"{value}, {ranks.largest(ranks.rank)}, {ranks.gather(ranks.rank)}"
 
@@ -56,7 +56,7 @@ def rank_0_stops_in_its_evaluation(ranks: Ranks) -> str:
     def make() -> None:
         raise Stopped(signal.SIGUSR1)
 
-    ranks.from_first(make)
+    ranks.on_first(make)
     return "went on"
 
 
@@ -179,6 +179,6 @@ def test_one_process_needs_no_others():
     ranks = Ranks(0, 1, torch.device("cpu"))
     ranks.wait()
     ranks.same_settings({"seed": 0})
-    assert ranks.from_first(lambda: 3) == 3 and ranks.largest(4) == 4 and ranks.gather(5) == [5]
+    assert ranks.on_first(lambda: 3) == 3 and ranks.largest(4) == 4 and ranks.gather(5) == [5]
     with pytest.raises(Stopped):
-        ranks.from_first(lambda: (_ for _ in ()).throw(Stopped(15)))
+        ranks.on_first(lambda: (_ for _ in ()).throw(Stopped(15)))
