@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from sacl_fast.engine.checkpoint import changed_settings
 from sacl_fast.engine.launch import Launch, read_launch
 from sacl_fast.engine.signals import StopRequest
 from sacl_fast.errors import OtherRankFailed, SaidByAnother, Stopped, UserError, reason_of
@@ -27,7 +26,6 @@ T = TypeVar("T")
 _START_UP = timedelta(minutes=5)
 """From the first rank's start to the last's."""
 _COLLECTIVE = timedelta(minutes=30)
-_OWN = ("data.root:", "data.workers:", "data.prefetch:", "device:")  # of each machine
 _FAILED = "failed"  # the key under which a rank says why it leaves
 
 
@@ -110,18 +108,6 @@ class Ranks:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
-
-    def same_settings(self, settings: dict[str, Any]) -> None:
-        """Refuse to train with processes that were started with other settings than rank 0."""
-        for rank, theirs in enumerate(self.gather(settings)):
-            changes = changed_settings(settings, theirs)
-            told = [c for c in changes if not c.startswith(_OWN)]
-            if told:
-                raise UserError(
-                    f"rank {rank} was started with other settings than rank {self.rank}: "
-                    f"{', '.join(told[:4])}; the same for all work, or WORLD_SIZE=1 if each is to "
-                    "train alone"
-                )
 
     def wait(self) -> None:
         """Wait until every rank is here, however long that takes."""

@@ -18,6 +18,7 @@ from sacl_fast.data.sources import open_sources
 from sacl_fast.data.view_loader import open_view_loader
 from sacl_fast.encoders.file import encode_encoder, encoder_metadata, save_encoder
 from sacl_fast.engine import run_folder as files
+from sacl_fast.engine.agreement import check_same_settings
 from sacl_fast.engine.checkpoint import (
     checkpoint_path,
     mark_best,
@@ -77,7 +78,7 @@ def train(config: Config) -> RunResult:
         Stopped: by a signal, but not at a step that all processes could stop at.
     """
     with process_group(config.device) as ranks:
-        ranks.same_settings(to_dict(config))
+        check_same_settings(config, ranks)
         with files.claimed_run_folder(config, ranks) as claim:
             run = Run(config, ranks, claim)
             try:

@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from sacl_fast.config import Config, DataConfig, OptimConfig
 from sacl_fast.engine import distributed
+from sacl_fast.engine.agreement import check_same_settings
 from sacl_fast.engine.distributed import Ranks, process_group
 from sacl_fast.errors import OtherRankFailed, Stopped, UserError
 
@@ -70,8 +72,9 @@ def rank_1_does_not_wait_for_ever(ranks: Ranks) -> str:
 
 
 def settings_differ(ranks: Ranks) -> str:
-    ranks.same_settings({"seed": 0, "data": {"root": f"/disk{ranks.rank}", "workers": ranks.rank}})
-    ranks.same_settings({"seed": ranks.rank, "optim": {"lr": 0.1 + ranks.rank}})
+    data = DataConfig(root=f"/disk{ranks.rank}", workers=ranks.rank)
+    check_same_settings(Config(data=data), ranks)
+    check_same_settings(Config(seed=ranks.rank, optim=OptimConfig(lr=0.1 + ranks.rank)), ranks)
     return "went on"
 
 
@@ -178,7 +181,7 @@ def test_torchrun_keeps_the_store_over_a_restart(monkeypatch):
 def test_one_process_needs_no_others():
     ranks = Ranks(0, 1, torch.device("cpu"))
     ranks.wait()
-    ranks.same_settings({"seed": 0})
+    check_same_settings(Config(), ranks)
     assert ranks.on_first(lambda: 3) == 3 and ranks.largest(4) == 4 and ranks.gather(5) == [5]
     with pytest.raises(Stopped):
         ranks.on_first(lambda: (_ for _ in ()).throw(Stopped(15)))
