@@ -93,14 +93,17 @@ class DataConfig:
     can have; 0: in the main process)."""
     prefetch: int = 4
     """Batches each worker prepares ahead."""
+    batch_timeout: float = 1800.0
+    """Seconds that a batch may take to load before the run fails (0: any time)."""
     max_bad_share: float = 0.1
-    """Unreadable images are skipped and named; beyond this share of the data the run fails."""
+    """Unreadable images are skipped, and the first ones named; beyond this share of the training
+    images the run fails, and where chance does not explain how many there are in an evaluation."""
     cache_dir: str | None = None
     """Where listings of large folders and unpacked archives are kept (default: the user's cache
     folder)."""
 
     def __post_init__(self) -> None:
-        _require_not_negative("data", limit=self.limit)
+        _require_not_negative("data", limit=self.limit, batch_timeout=self.batch_timeout)
         _require_positive("data", prefetch=self.prefetch)
         _require(self.workers >= -1, f"data.workers is {self.workers}; -1 (auto) or more works")
         _require_probability("data", max_bad_share=self.max_bad_share)

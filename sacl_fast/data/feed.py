@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from sacl_fast.config import Config, ViewConfig, ViewsConfig
 from sacl_fast.data.augment import ViewDraw, draw_view, sample_rng
@@ -44,6 +43,8 @@ class Feed(NamedTuple):
     """(n,) int64"""
     bad: list[tuple[int, str]]
     """unreadable images met, and why"""
+    missed: int = 0
+    """images that others stand for"""
 
     def arrays(self) -> np.ndarray | list[np.ndarray]:
         """The images as DALI takes them."""
@@ -51,7 +52,7 @@ class Feed(NamedTuple):
         return np.split(images, self.ends.numpy()[:-1]) if len(self.ends) else images
 
 
-class FeedReader(Dataset[Feed]):
+class FeedReader:
     """(epoch, indices) to what DALI makes the views of those images from.
 
     For an unreadable image the next readable one is taken, cyclically. ``pack`` makes of a view's
@@ -91,8 +92,9 @@ class FeedReader(Dataset[Feed]):
             blob, ends = np.stack(images), np.empty(0, np.int64)
         else:
             blob, ends = np.concatenate(images), np.cumsum([len(image) for image in images])
+        missed = int((index != wanted).sum())
         blob, ends, index = map(torch.from_numpy, (blob, ends, index))
-        return Feed(blob, ends, a, b, index, list(bad.items()))
+        return Feed(blob, ends, a, b, index, list(bad.items()), missed)
 
     def _load(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
         """An image for DALI, and its width and height. BadImage where it cannot be read."""
