@@ -1,4 +1,9 @@
-"""Unreadable images: counted, the first ones named, and an error where they are too many."""
+"""Unreadable images: counted, the first ones named, and an error where they are too many.
+
+A batch may show more of them than it drew: where one cannot be read, its neighbours are tried, and
+of a folder that is gone all are found at once. So what may be in all is held against all that were
+found, and what chance allows against those that were drawn.
+"""
 
 from __future__ import annotations
 
@@ -29,28 +34,26 @@ class BadImages:
         """Index to reason."""
         self._drawn = self._missed = 0
 
-    def add(self, found: list[tuple[int, str]], *, drawn: int = 0, missed: int = 0) -> None:
-        """Count the images ``found``, in a batch for which ``drawn`` images were drawn at random
-        and ``missed`` of them were unreadable (``found`` may hold their neighbours as well).
-
-        Raises:
-            UserError: they are too many, or it is all but certain that they will be.
-        """
+    def add(self, found: list[tuple[int, str]]) -> None:
+        """Count images, and why they are unreadable. UserError where they are too many."""
         for index, reason in found:
             if index not in self.reasons:
                 self.reasons[index] = reason
                 self._name(index, reason)
         if not found:
-            self._drawn += drawn
             return
-        self._drawn += drawn
-        self._missed += missed
         bad = len(self.reasons)
         most = self.max_share * self.count
         too_many = bad > most if self.sample is None else _is_rare(bad, self.count, self.max_share)
         if too_many or bad == self.count:
             raise UserError(self._sentence(f"at least {bad} of {self.count} images"))
-        if _is_rare(self._missed, self._drawn, self.max_share):
+
+    def drew(self, count: int, missed: int) -> None:
+        """Of ``count`` images, drawn at random for a batch, ``missed`` were unreadable. UserError
+        where it is all but certain that too many of all are: long before they are all seen."""
+        self._drawn += count
+        self._missed += missed
+        if missed and _is_rare(self._missed, self._drawn, self.max_share):
             raise UserError(
                 self._sentence(f"{self._missed} of the first {self._drawn} images drawn")
             )

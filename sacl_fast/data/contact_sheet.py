@@ -30,9 +30,9 @@ def contact_sheet(source: Source, config: Config, *, count: int = 8, epoch: int 
     """
     order = epoch_order(config.seed, epoch, len(source))[:count]
     views = read_views(source, config, epoch, order)
-    BadImages(source, config.data.max_bad_share).add(
-        views.bad, drawn=len(order), missed=views.missed
-    )
+    bad = BadImages(source, config.data.max_bad_share)
+    bad.add(views.bad)
+    bad.drew(len(order), views.missed)
     indices = views.index.tolist()
     scale = max(1, round(_TILE / config.views.size))
     side = config.views.size * scale

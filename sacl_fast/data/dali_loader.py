@@ -94,6 +94,7 @@ class DaliViewLoader(ViewLoader):
                 self._set_aside(error)
                 self._enter(step)
         feed = self._fed.popleft()
+        self._bad.drew(len(feed.index), feed.missed)
         if not self._config.channels_last:
             view_a, view_b = view_a.contiguous(), view_b.contiguous()
         return Batch(view_a, view_b, feed.index, self._labels[feed.index])
@@ -101,7 +102,7 @@ class DaliViewLoader(ViewLoader):
     def _feed(self) -> tuple[np.ndarray | list[np.ndarray], Any, Any]:
         assert self._stream is not None
         feed: Feed = next(self._stream)
-        self._bad.add(feed.bad, drawn=len(feed.index), missed=feed.missed)
+        self._bad.add(feed.bad)
         self._fed.append(feed)
         return feed.arrays(), feed.a, feed.b
 
@@ -185,19 +186,20 @@ def leave_to_pillow(
     """Have the ``reader`` decode by Pillow those images of ``feeds`` that DALI cannot decode.
     Broken ones are then named and replaced as any other; where it was none of them, ``error`` is
     raised."""
-    found: dict[int, str] = {}
     for feed in feeds:
         images = feed.arrays()
         if isinstance(images, np.ndarray):
-            break
+            raise error
         indices = feed.index.tolist()
-        found |= {indices[place]: why for place, why in undecodable(images, device).items()}
-    found = {index: why for index, why in found.items() if index not in reader.by_pillow}
-    if not found:
+        found = {indices[place]: why for place, why in undecodable(images, device).items()}
+        found = {index: why for index, why in found.items() if index not in reader.by_pillow}
+        if found:
+            break
+    else:
         raise error
     for index, reason in found.items():
         name = reader.source.name(index)
-        logger.info("DALI cannot decode %s (%s); leaving it to Pillow", name, reason)
+        logger.debug("DALI cannot decode %s (%s); leaving it to Pillow", name, reason)
     reader.by_pillow |= found.keys()
 
 

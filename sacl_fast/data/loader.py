@@ -46,13 +46,12 @@ class ViewLoader:
     Rank r gets the r-th slice of every global batch of ``config.batch_size`` images, so that all
     ranks together see what one process would. Worker processes live until ``close``.
 
-    A batch that does not come within ``data.batch_timeout``, or some seconds after ``stopping``
-    says that the run is to stop, is a NoBatch (``data/waiting.py``), and so is the death of a
-    worker.
+    A batch that does not come within ``data.batch_timeout`` is a NoBatch (``data/waiting.py``), and
+    so is the death of a worker; one that is waited for while ``stopping`` is true, a Stopped.
     """
 
     stopping: Callable[[], bool] = staticmethod(never)
-    """Whether the run is to stop; may be set."""
+    """Whether waits are to end; may be set."""
 
     def __init__(
         self,
@@ -115,7 +114,8 @@ class ViewLoader:
         """The batch of the next step, which is ``step``."""
         assert self._stream is not None
         views: Views = next(self._stream)
-        self._bad.add(views.bad, drawn=len(views.index), missed=views.missed)
+        self._bad.add(views.bad)
+        self._bad.drew(len(views.index), views.missed)
         return Batch(
             self._normalise(views.a),
             self._normalise(views.b),
@@ -139,7 +139,7 @@ class EvalLoader:
     """
 
     stopping: Callable[[], bool] = staticmethod(never)
-    """Whether the run is to stop; may be set."""
+    """Whether waits are to end; may be set."""
 
     def __init__(
         self, source: Source, indices: np.ndarray, config: Config, device: torch.device

@@ -14,21 +14,15 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-from sacl_fast.errors import UserError
+from sacl_fast.errors import Stopped, UserError
 
 _T = TypeVar("_T")
 
 _SLICE = 0.2  # seconds
-# After the run was asked to stop, a batch that is late may still come: other ranks want the step.
-_GRACE = 5.0
 
 
 class NoBatch(UserError):
     """The next batch cannot be had, and the sentence says why; the steps before it are whole."""
-
-
-class Stopping(NoBatch):
-    """The run is to stop, and the next batch did not come in time for another step."""
 
 
 def never() -> bool:
@@ -37,25 +31,21 @@ def never() -> bool:
 
 class Patience:
     """How long is waited for a batch: ``limit`` seconds (0: for ever), and less where ``stopping``
-    says that the run is to stop, or ``over`` that nobody wants the batch any more."""
+    says that waits are to end, or ``over`` that nobody wants the batch any more."""
 
     def __init__(self, limit: float = 0, stopping: Callable[[], bool] = never) -> None:
         self.limit, self.stopping = limit, stopping
         self.over = False
 
     def slices(self) -> Iterator[float]:
-        """Seconds to wait for the same batch, again and again. NoBatch when it is enough."""
-        began, asked = time.monotonic(), None
+        """Seconds to wait for the same batch, again and again. NoBatch when it took too long,
+        Stopped when it is not to be waited for any longer."""
+        began = time.monotonic()
         while True:
             yield _SLICE
-            now = time.monotonic()
-            if self.over:
-                raise Stopping("the batch is not wanted any more")
-            if self.stopping():
-                asked = now if asked is None else asked
-                if now - asked >= _GRACE:
-                    raise Stopping("stopped while waiting for images that do not come")
-            if self.limit and now - began >= self.limit:
+            if self.over or self.stopping():
+                raise Stopped
+            if self.limit and time.monotonic() - began >= self.limit:
                 raise NoBatch(
                     f"no batch of images came within {self.limit:g} seconds: the disk does not "
                     "answer, or it takes longer; a larger data.batch_timeout waits longer"
@@ -79,7 +69,7 @@ class Background(Generic[_T]):
         self._done.set()
 
     def result(self, patience: Patience) -> _T:
-        """What ``work`` gives or raises; NoBatch where it takes longer than ``patience``."""
+        """What ``work`` gives or raises; NoBatch or Stopped where that takes too long."""
         for seconds in patience.slices():
             if self._done.wait(seconds):
                 break
