@@ -164,6 +164,9 @@ class _ByWorkers:
         batch = self._receive(worker)
         self._due.popleft()
         if isinstance(batch, Failure):
+            if isinstance(batch.error, MemoryError):
+                told = f"a worker process that loads images ran out of memory: {self._remedy}"
+                raise NoBatch(told) from batch.error
             raise batch.error
         self._assign(worker)
         return batch

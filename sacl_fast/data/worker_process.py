@@ -21,6 +21,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from sacl_fast.data.handover import receive_task, send_batch
+from sacl_fast.data.waiting import NoBatch
+from sacl_fast.errors import reason_of
 
 FOR_THE_PARENT = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP})
 
@@ -91,11 +93,16 @@ def _allow_files() -> None:
 
 def _answer(channel: socket.socket, reader: Reader, task: Any) -> None:
     try:
-        send_batch(channel, reader[task])
+        batch = reader[task]
+    except Exception as error:  # the main process raises it
+        batch = Failure(_portable(error))
+    try:
+        send_batch(channel, batch)
     except ConnectionError:
         raise
-    except Exception as error:  # the main process raises it
-        send_batch(channel, Failure(_portable(error)))
+    except OSError as error:
+        told = NoBatch(f"a worker process cannot hand over a batch: {reason_of(error)}")
+        send_batch(channel, Failure(told))
 
 
 def _portable(error: Exception) -> Exception:

@@ -31,8 +31,6 @@ from sacl_fast.data.compiled_views import CompiledViews
 from sacl_fast.data.dali import DaliError, ViewPipeline
 from sacl_fast.data.dali_loader import DaliViewLoader, batches_ahead
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-
 
 @pytest.fixture(params=["compiled", "by DALI alone"], autouse=True)
 def compiled_views(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
@@ -284,6 +282,16 @@ def test_what_only_decoding_shows_is_found_late(
         assert torch.equal(one.index[kept], other.index[kept])
         assert torch.equal(one.view_a[kept], other.view_a[kept])
         assert (one.index[~kept] == broken + 1).all()  # the next readable one
+
+
+def test_a_killed_reader_is_an_error(source: ArraySource) -> None:
+    loader = DaliViewLoader(source, config(readers=2), device=CPU)
+    with pytest.raises(NoBatch, match=r"killed by SIGKILL.*data\.dali\.readers"):
+        for epoch in range(1000):
+            for _ in loader.epoch(epoch):
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)  # type: ignore
+    loader.close()
+    assert not multiprocessing.active_children()
 
 
 def test_a_failure_that_is_no_images_is_passed_on(
