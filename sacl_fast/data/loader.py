@@ -50,9 +50,6 @@ class ViewLoader:
     so is the death of a worker; one that is waited for while ``stopping`` is true, a Stopped.
     """
 
-    stopping: Callable[[], bool] = staticmethod(never)
-    """Whether waits are to end; may be set."""
-
     def __init__(
         self,
         source: Source,
@@ -61,6 +58,7 @@ class ViewLoader:
         device: torch.device,
         rank: int = 0,
         world_size: int = 1,
+        stopping: Callable[[], bool] = never,
     ) -> None:
         _check_batch(len(source), config.batch_size, world_size)
         self.steps_per_epoch = len(source) // config.batch_size
@@ -69,6 +67,7 @@ class ViewLoader:
         self._normalise = Normalise(config.views, device, config.channels_last)
         self._plan = _Plan(config, len(source), rank, world_size)
         self._source, self._config, self._device = source, config, device
+        self._stopping = stopping
         self._stream: Stream | None = None
         self._waits = Patience()  # for a batch of the stream
         self._next_step = -1  # of the stream, counted from the first step of epoch 0
@@ -101,7 +100,7 @@ class ViewLoader:
         """Begin anew at a step, counted from the first of epoch 0."""
         self._end()
         self._plan.start = step
-        self._waits = Patience(self._config.data.batch_timeout, lambda: self.stopping())
+        self._waits = Patience(self._config.data.batch_timeout, self._stopping)
         self._stream = self._open(self._waits)
 
     def _end(self) -> None:
@@ -138,11 +137,14 @@ class EvalLoader:
     are as with ``ViewLoader``.
     """
 
-    stopping: Callable[[], bool] = staticmethod(never)
-    """Whether waits are to end; may be set."""
-
     def __init__(
-        self, source: Source, indices: np.ndarray, config: Config, device: torch.device
+        self,
+        source: Source,
+        indices: np.ndarray,
+        config: Config,
+        device: torch.device,
+        *,
+        stopping: Callable[[], bool] = never,
     ) -> None:
         size = config.eval.batch_size
         self._labels = torch.from_numpy(source.labels)
@@ -150,6 +152,7 @@ class EvalLoader:
         self._normalise = Normalise(config.views, device, config.channels_last)
         self._chunks = [np.asarray(indices[i : i + size]) for i in range(0, len(indices), size)]
         self._source, self._config, self._device = source, config, device
+        self._stopping = stopping
 
     @property
     def bad(self) -> dict[int, str]:
@@ -163,7 +166,7 @@ class EvalLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         config = self._config
         reader = PlainReader(self._source, config.views.size)
-        waits = Patience(config.data.batch_timeout, lambda: self.stopping())
+        waits = Patience(config.data.batch_timeout, self._stopping)
         stream = _stream(reader, self._chunks, config, self._device, waits)
         try:
             for plain in stream:

@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from multiprocessing.connection import wait
@@ -141,6 +142,8 @@ class _ByWorkers:
         self._tasks, self._patience, self._remedy = iter(tasks), patience, remedy
         self._workers: list[_Worker] = []
         self._due: deque[_Worker] = deque()  # who has the next batches, in their order
+        # Also where nobody closes it: at its own end, or at the process's.
+        self._end = weakref.finalize(self, _end, self._workers, os.getpid())
         try:
             for _ in range(workers):
                 self._workers.append(_start(reader, [worker.channel for worker in self._workers]))
@@ -211,17 +214,22 @@ class _ByWorkers:
 
     def close(self) -> None:
         self._patience.over = True
-        for worker in self._workers:
-            worker.channel.close()
-            worker.process.terminate()
-        deadline = time.monotonic() + _END_WITHIN
-        for worker in self._workers:
-            worker.process.join(max(0, deadline - time.monotonic()))
-            if worker.process.is_alive():  # stopped, or within a call that does not return
-                worker.process.kill()
-                worker.process.join(1)
-        self._workers.clear()
         self._due.clear()
+        self._end()
+
+
+def _end(workers: list[_Worker], owner: int) -> None:
+    if os.getpid() != owner:  # a worker inherits what its parent has, other workers included
+        return
+    for worker in workers:
+        worker.channel.close()
+        worker.process.terminate()
+    deadline = time.monotonic() + _END_WITHIN
+    for worker in workers:
+        worker.process.join(max(0, deadline - time.monotonic()))
+        if worker.process.is_alive():  # stopped, or within a call that does not return
+            worker.process.kill()
+            worker.process.join(1)
 
 
 def _start(reader: Reader, others: list[socket.socket]) -> _Worker:

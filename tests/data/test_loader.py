@@ -301,13 +301,11 @@ def test_waiting_for_a_disk_that_does_not_answer_ends(workers: int) -> None:
 def test_waiting_ends_where_the_run_is_to_stop(workers: int) -> None:
     source = Hanging("gone", np.zeros((9, 8, 8, 3), np.uint8), [0] * 9, ())
     asked = iter([False, True])
-    loader = ViewLoader(source, config(workers), device=CPU)
-    loader.stopping = lambda: next(asked)
+    loader = ViewLoader(source, config(workers), device=CPU, stopping=lambda: next(asked))
     with pytest.raises(Stopped):
         next(loader.epoch(0))
     loader.close()
-    evaluation = EvalLoader(source, np.arange(9), config(workers), CPU)
-    evaluation.stopping = lambda: True
+    evaluation = EvalLoader(source, np.arange(9), config(workers), CPU, stopping=lambda: True)
     with pytest.raises(Stopped):
         next(iter(evaluation))
     assert not multiprocessing.active_children()

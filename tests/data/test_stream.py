@@ -221,6 +221,14 @@ def test_a_stopped_worker_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPat
     stream.close()
 
 
+def test_workers_end_with_a_stream_that_nobody_closes() -> None:
+    stream = stream_of(Slow())
+    next(stream)
+    assert multiprocessing.active_children()
+    del stream
+    assert not multiprocessing.active_children()
+
+
 def test_a_dead_worker_raises_nothing_elsewhere() -> None:
     """Its death is told where its batch is due, and by no signal's handler."""
     before = signal.getsignal(signal.SIGCHLD)
