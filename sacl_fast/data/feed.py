@@ -113,8 +113,8 @@ class FeedReader:
 
 
 def intact(data: bytes) -> bool:
-    """Whether the check sums of a PNG are right, which cost a hundredth of decoding it. DALI refuses
-    it otherwise, and all that it is at has to be begun anew. True for any other format."""
+    """Whether the check sums of a PNG are right, which cost a hundredth of decoding it. Otherwise
+    DALI refuses it, and all that it is at has to be begun anew. True for any other format."""
     if not data.startswith(_PNG):
         return True
     view, place = memoryview(data), len(_PNG)

@@ -9,6 +9,7 @@ Here each worker has a socket of its own, whose end is seen, and every wait is o
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -176,10 +177,8 @@ class _ByWorkers:
 
     def _assign(self, worker: _Worker) -> None:
         for task in self._tasks:
-            try:
+            with contextlib.suppress(ConnectionError):  # if it has died: told when its batch is due
                 send_task(worker.channel, task, self._patience)
-            except ConnectionError:  # it has died, which is told when its batch is due
-                pass
             self._due.append(worker)
             return
 

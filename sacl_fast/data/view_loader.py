@@ -57,9 +57,7 @@ def open_view_loader(
 
         operator = " and the compiled operator" if are_compiled(config, device) else ""
     logger.info("views by %s%s (%s)", loader, operator, reason)
-    return kind(
-        source, config, device=device, rank=rank, world_size=world_size, stopping=stopping
-    )
+    return kind(source, config, device=device, rank=rank, world_size=world_size, stopping=stopping)
 
 
 def read_views(source: Source, config: Config, epoch: int, indices: np.ndarray) -> Views:

@@ -32,9 +32,7 @@ def test_the_first_are_named_and_the_rest_summed_up(caplog: pytest.LogCaptureFix
     assert [int(line.split()[1]) for line in lines[5:]] == [
         10, 20, 40, 80, 160, 320, 640, 1280, 2560,
     ]  # fmt: skip
-    assert lines[5] == (
-        "skipped 10 unreadable images of 10000 so far, the last x[9]: no such file"
-    )
+    assert lines[5] == ("skipped 10 unreadable images of 10000 so far, the last x[9]: no such file")
     assert len(bad.reasons) == 3000
 
 
@@ -48,7 +46,14 @@ def test_of_all_images_the_share_is_exact(share: float, most: int) -> None:
 
 @pytest.mark.parametrize(
     ("sample", "share", "most"),
-    [(60, 0.1, 20), (60, 0.0, 0), (10, 0.1, 8), (1000, 0.1, 151), (50_000, 0.1, 5_300), (3, 0.9, 2)],
+    [
+        (60, 0.1, 20),
+        (60, 0.0, 0),
+        (10, 0.1, 8),
+        (1000, 0.1, 151),
+        (50_000, 0.1, 5_300),
+        (3, 0.9, 2),
+    ],
 )
 def test_of_a_sample_as_many_may_be_as_chance_explains(
     sample: int, share: float, most: int

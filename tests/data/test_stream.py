@@ -350,7 +350,15 @@ def test_a_small_or_full_shared_memory_is_enough(size: str) -> None:
     if subprocess.run(["unshare", "-Urm", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("no user namespaces here")
     done = subprocess.run(
-        ["unshare", "-Urm", "sh", "-c", f'{mount} {fill} && exec "$0" -c "$1"', sys.executable, SMALL],
+        [
+            "unshare",
+            "-Urm",
+            "sh",
+            "-c",
+            f'{mount} {fill} && exec "$0" -c "$1"',
+            sys.executable,
+            SMALL,
+        ],
         capture_output=True,
         text=True,
         timeout=300,
