@@ -78,12 +78,11 @@ def test_a_list_of_which_half_is_missing_fails_early() -> None:
     bad = BadImages(source(100_000), 0.1)
     rng = np.random.default_rng(0)
     with pytest.raises(UserError, match=r"\d+ of the first \d+ images drawn are unreadable"):
-        for step in range(10):
+        for _ in range(3):
             drawn = rng.choice(100_000, 32)
             missed = [int(index) for index in drawn if index % 2]
             bad.add(found(*missed))
             bad.drew(32, len(missed))
-    assert step < 3
 
 
 def test_neighbours_are_no_sample() -> None:

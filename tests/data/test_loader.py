@@ -264,7 +264,8 @@ def test_a_killed_worker_is_an_error_not_a_hang(source: ArraySource) -> None:
     ):
         for epoch in range(1000):
             for _ in loader.epoch(epoch):
-                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)  # type: ignore
+                for worker in multiprocessing.active_children()[:1]:
+                    os.kill(worker.pid, signal.SIGKILL)  # type: ignore
     loader.close()
     assert not multiprocessing.active_children()
 
@@ -273,7 +274,8 @@ def test_a_worker_killed_in_evaluation_is_an_error(source: ArraySource) -> None:
     given = config(2, eval=EvalConfig(batch_size=1))
     with pytest.raises(NoBatch, match="killed by SIGKILL"):
         for _ in EvalLoader(source, np.arange(37), given, CPU):
-            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)  # type: ignore
+            for worker in multiprocessing.active_children()[:1]:
+                os.kill(worker.pid, signal.SIGKILL)  # type: ignore
     assert not multiprocessing.active_children()
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +33,11 @@ class Reader:
 
 
 def stream_of(
-    reader=None, tasks=range(20), workers: int = 2, patience: Patience | None = None, **options
+    reader=None,
+    tasks: Iterable[int] = range(20),
+    workers: int = 2,
+    patience: Patience | None = None,
+    **options,
 ) -> Stream:
     return open_stream(
         reader or Reader(), tasks, workers=workers, prefetch=options.pop("prefetch", 2),
@@ -193,7 +197,7 @@ def test_a_wait_in_another_thread_ends_with_the_stream() -> None:
 def test_a_killed_worker_is_named() -> None:
     stream = stream_of(tasks=range(10**9))
     os.kill(next(stream).process, signal.SIGKILL)
-    with pytest.raises(NoBatch, match="was killed by SIGKILL.*fewer take less"):
+    with pytest.raises(NoBatch, match=r"was killed by SIGKILL.*fewer take less"):
         for _ in range(100):
             next(stream)
     stream.close()
@@ -215,7 +219,7 @@ def test_a_stopped_worker_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("sacl_fast.data.stream._END_WITHIN", 0.2)
     stream = stream_of(tasks=range(10**9), patience=Patience(0.5))
     os.kill(next(stream).process, signal.SIGSTOP)
-    with pytest.raises(NoBatch, match="within 0.5 seconds"):
+    with pytest.raises(NoBatch, match=r"within 0\.5 seconds"):
         for _ in range(100):
             next(stream)
     stream.close()
