@@ -94,8 +94,11 @@ class DataConfig(Settings, path="data"):
     can have; 0: in the main process)."""
     prefetch: Annotated[int, Range(1, 256)] = 4
     """Batches each worker prepares ahead."""
+    batch_timeout: NotNegative = 1800.0
+    """Seconds that a batch may take to load before the run fails (0: any time)."""
     max_bad_share: Probability = 0.1
-    """Unreadable images are skipped and named; beyond this share of the data the run fails."""
+    """Unreadable images are skipped, and the first ones named; beyond this share of the training
+    images the run fails, and where chance does not explain how many there are in an evaluation."""
     max_file_bytes: Count = 2**28
     """Image files, and images in shards, of more bytes than this are unreadable (2^28: 256 MiB), as
     is what is no file: pipes and devices."""
