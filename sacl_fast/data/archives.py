@@ -34,6 +34,7 @@ _COUNTED = ".sacl-fast-contents"
 # Images hardly compress. An archive may hold half a GiB, and beyond that a hundred times its size.
 _FREE, _RATIO = 2**29, 100
 _CHUNK = 1 << 20  # bytes copied at a time
+_LONGEST_LINK = 4096  # bytes: longer paths cannot be followed
 
 
 def is_archive(path: Path) -> bool:
@@ -261,7 +262,9 @@ def _zip_members(file, folder: Path, most: float) -> Iterator[_Entry | _End]:
         if name.endswith("/"):
             yield _Entry(_inside(name), "folder")
         elif stat.S_ISLNK(entry.external_attr >> 16):
-            yield _Entry(_inside(name), "link", linked=os.fsdecode(archive.read(entry)))
+            with archive.open(entry) as data:
+                linked = os.fsdecode(data.read(_LONGEST_LINK))
+            yield _Entry(_inside(name), "link", linked=linked)
         else:
             yield _Entry(_inside(name), "file", lambda entry=entry: archive.open(entry))
     yield _End(True)
