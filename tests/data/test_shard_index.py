@@ -70,7 +70,11 @@ def _without_a_line(number: int) -> Callable[[str], str]:
         *(_replaced("v1.2", "v9"), _replaced("v1.2 7", "v1.2 6"), _replaced("v1.2 7\n", "")),
         *(_replaced("png 512 ", "png 1024 "), _replaced("png 512 ", "png 513 ")),
         *(_replaced("png 512 ", "png -512 "), _replaced("png 512 ", "png 5_12x ")),
-        *(_replaced("0.png", "0.pmg"), _replaced("\npng", "\npmg"), _replaced(" 0", " 0 0")),
+        *(
+            _replaced("0.png", "0.pmg"),
+            _replaced("\npng", "\npmg"),
+            _replaced("_folder", " folder"),
+        ),
         *(lambda text: text.replace("png 512 ", "png 512 9999999999"), lambda text: ""),
         *(lambda text: text.replace("png 512 ", f"png {10**30} "), lambda text: "\0" * 99),
     ],
@@ -98,12 +102,12 @@ def test_an_index_of_another_shard(shard: Path, caplog: pytest.LogCaptureFixture
 
 def test_an_index_with_a_wrong_size(shard: Path) -> None:
     index = index_of(shard)
-    text = index.read_text()
-    size = len(png(0))
-    index.write_text(text.replace(f"png 512 {size} ", f"png 512 {size - 30} "))
+    text, size = index.read_text(), len(png(1))
+    assert f"png 3584 {size} " in text
+    index.write_text(text.replace(f"png 3584 {size} ", f"png 3584 {size // 2} "))
     source = opened(shard)
     with pytest.raises(BadImage):  # within the same block: found when it is decoded
-        source.load(0)
+        source.load(1)
     index.write_text(text.replace("cls 1536 2 ", "cls 1536 9 "))
     with pytest.raises(UserError, match=r"has 2 bytes, and the index says 9; .*makes its index an"):
         opened(shard)

@@ -164,7 +164,7 @@ def test_other_images_of_a_sample_are_counted(
 
 
 def test_labels_that_are_missing_or_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    members = samples(0, 3) + [("9.png", png(9)), ("9.cls", b" \n")]
+    members = [*samples(0, 3), ("9.png", png(9)), ("9.cls", b" \n")]
     write_shard(tmp_path / "x" / "0.tar", members)
     assert opened(tmp_path / "x", tmp_path).train.classes == ()
     assert "no labels: 1 of 4 images" in caplog.text
