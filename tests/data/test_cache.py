@@ -65,9 +65,8 @@ def test_a_folder_of_somebody_else(home: Path, tmp_path: Path) -> None:
 
 
 def test_it_is_made_for_its_owner_alone(tmp_path: Path) -> None:
-    for _ in range(2):
-        folder = make_part(tmp_path / "a/b", "shards")
-    assert folder == tmp_path / "a/b/shards"
+    folder = make_part(tmp_path / "a/b", "shards")
+    assert make_part(tmp_path / "a/b", "shards") == folder == tmp_path / "a/b/shards"
     assert [path.stat().st_mode & 0o777 for path in (folder, folder.parent)] == [0o700, 0o700]
 
 
