@@ -102,7 +102,8 @@ class Run:
         self.step = TrainingStep(
             self.method, config, ranks, steps_per_epoch=self.loader.steps_per_epoch
         )
-        torch.manual_seed(config.seed * 65_537 + ranks.rank)  # drop path differs between ranks
+        # Drop path differs between ranks. A seed from the clock has 61 bits, torch's has 64.
+        torch.manual_seed((config.seed * 65_537 + ranks.rank) % 2**64)
         self.evaluator = Evaluator(self.splits, config, ranks.device, self.step.amp_dtype)
         self.alarm = CollapseAlarm(config.log.min_std, config.log.min_rank)
         self.steps_done = 0
