@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".zip")
 
 _COUNTED = ".sacl-fast-contents"
-# Images hardly compress. An archive may hold half a GiB, and beyond that a hundred times its size.
-_FREE, _RATIO = 2**29, 100
+# Images hardly compress. An archive may hold a quarter of a GiB, and beyond that 50 times its size.
+_FREE, _RATIO = 2**28, 50
 _CHUNK = 1 << 20  # bytes copied at a time
 _LONGEST_LINK = 4096  # bytes: longer paths cannot be followed
 
@@ -141,7 +141,11 @@ def _extract(archive: Path, folder: Path) -> bool:
     free = shutil.disk_usage(folder).free
     members = _zip_members if archive.name.lower().endswith(".zip") else _tar_members
     try:
-        with archive.open("rb") as file:
+        file = archive.open("rb")
+    except OSError as error:
+        raise UserError(f"cannot read {archive}: {reason_of(error)}") from None
+    try:
+        with file:
             return _write(members(file, folder, min(most, free)), folder)
     except tarfile.FilterError as error:
         raise UserError(f"{archive} is not safe to unpack: {reason_of(error)}") from None

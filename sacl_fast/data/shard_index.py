@@ -181,7 +181,11 @@ def _read(shard: Path) -> tuple[list[Sample], bool]:
     last, passed = None, 0
     _look_at(shard)
     try:
-        with shard.open("rb") as file:
+        file = shard.open("rb")
+    except OSError as error:
+        raise UserError(f"cannot read the shard {shard}: {reason_of(error)}") from None
+    try:
+        with file:
             whole = WholeTar(file, plain=True)
             for entry in whole:
                 parts = _parts(entry.name)

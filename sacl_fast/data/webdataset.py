@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -170,7 +169,7 @@ def _label(file: BinaryIO, member: Member) -> str | None:
     if member.size > _LONGEST_LABEL:
         raise ValueError(f"{member.name} has {member.size} bytes, and {_LONGEST_LABEL} may be")
     file.seek(member.offset - BLOCK)
-    header = tarfile.TarInfo.frombuf(file.read(BLOCK), "utf-8", "surrogateescape")
-    if header.size != member.size:
-        raise ValueError(f"{member.name} has {header.size} bytes, and the index says {member.size}")
+    size = int(file.read(BLOCK)[124:136].strip(b" \0"), 8)  # as its header says
+    if size != member.size:
+        raise ValueError(f"{member.name} has {size} bytes, and the index says {member.size}")
     return file.read(member.size).decode(errors="surrogateescape").strip() or None
