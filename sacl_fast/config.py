@@ -78,8 +78,8 @@ class DataConfig(Settings, path="data"):
     spelt, those are the two splits."""
     labels: Literal["auto", "folder", "none"] = "auto"
     """Labels are used by kNN evaluation only. 'folder': the first folder level names the class.
-    'none': ignore folders and other labels. 'auto': 'folder' if all images lie in folders and the first level has
-    two or more, else 'none'."""
+    'none': ignore folders and other labels. 'auto': 'folder' if all images lie in folders and the
+    first level has two or more, else 'none'."""
     limit: CountOrZero = 0
     """Use only this many training images, the same ones for the same seed (0: all)."""
     loader: Literal["auto", "dali", "torchvision"] = "auto"
