@@ -93,7 +93,10 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             runs["recorded"]()
         times = time_in_turns(runs, device, seconds=4 * options.seconds)
         dense_ms = times["dense"]["p50"]
-        small, large = (cost(m, options.size) for m in (compact(encoder, slicer.masks), encoder))
+        small, large = (
+            cost(m, options.size)
+            for m in (compact(encoder, slicer.masks, statistics="encoder"), encoder)
+        )
         row = {
             "encoder": name,
             "ratio": ratio,

@@ -22,7 +22,7 @@ from sacl_fast._version import __version__
 from sacl_fast.checks import check
 from sacl_fast.config import Config
 from sacl_fast.config_file import layered, read_config_file
-from sacl_fast.errors import UserError, nearest, reason_of
+from sacl_fast.errors import SaidByAnother, UserError, nearest, reason_of
 from sacl_fast.files import kind_of, user_path
 from sacl_fast.presets import PRESETS, get_preset
 
@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args[0] not in commands:
             raise UserError(f"unknown command {args[0]!r}; {nearest(args[0], commands)}")
         commands[args[0]](args[1:])
+    except SaidByAnother:
+        return 2
     except UserError as error:
         print(f"sacl-fast: {error}", file=sys.stderr)
         return 2

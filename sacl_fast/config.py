@@ -314,6 +314,10 @@ class Config(Settings):
     """'auto': go on from the newest checkpoint of the run folder (without 'out': of the newest
     unfinished run of the preset), or start where there is none. 'never': start. Or the path of
     a checkpoint."""
+    resume_at: Literal["step", "next_epoch"] = "step"
+    """Where to go on from a checkpoint. 'step': after its last step, with the images, seed and
+    batch size it was trained with; others are refused. 'next_epoch': where they are others, with
+    the next epoch."""
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     epochs: Count = 100
     batch_size: Annotated[int, Range(2, because=_STANDARDISED)] = 256

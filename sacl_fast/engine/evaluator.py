@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -11,9 +12,9 @@ from sacl_fast.config import Config
 from sacl_fast.data.loader import EvalLoader
 from sacl_fast.data.sources import Source, Splits
 from sacl_fast.encoders.batch_norm import local_batch_norm
+from sacl_fast.encoders.recalibrate import recalibrated
 from sacl_fast.engine.method import SaclXd
 from sacl_fast.evaluation.evaluate import evaluate_knn, first_images
-from sacl_fast.evaluation.recalibrate import recalibrated
 
 
 class Evaluator:
@@ -63,19 +64,26 @@ class Evaluator:
                 amp_dtype=self.amp_dtype,
             )
 
-    def final_encoder_state(self, method: SaclXd) -> dict[str, torch.Tensor]:
-        """The dense encoder's ``state_dict`` on the CPU, with batch-norm statistics of its own.
+    def final_states(self, method: SaclXd) -> dict[str, dict[str, torch.Tensor]]:
+        """The ``state_dict`` of the encoder, ``dense`` and, where that is another, ``slim``: on the
+        CPU, each with batch-norm statistics of its own.
 
-        The running ones mix the dense and the slim network; see ``evaluation/recalibrate.py``.
+        The running ones mix the two networks; see ``encoders/recalibrate.py``. The slim encoder's
+        are the slicer's from then on.
         """
-        with (
-            torch.random.fork_rng(devices=[]),
-            local_batch_norm(method),
-            method.slicer.mode("dense"),
-            recalibrated(
-                method.encoder,
-                first_images(self.bank, self.config.eval.recalibrate_batches, self.device),
-            ),
-        ):
-            state = copy.deepcopy(method.encoder.state_dict())
-        return {name: value.cpu().contiguous() for name, value in state.items()}
+        states = {}
+        with torch.random.fork_rng(devices=[]), local_batch_norm(method):
+            with method.slicer.mode("dense"), recalibrated(method.encoder, self._first_images()):
+                states["dense"] = _on_cpu(method.encoder.state_dict())
+            if method.slicer.active:
+                method.slicer.recalibrate(self._first_images())
+                states["slim"] = _on_cpu(method.slicer.slim_state())
+        return states
+
+    def _first_images(self) -> Iterator[torch.Tensor]:
+        return first_images(self.bank, self.config.eval.recalibrate_batches, self.device)
+
+
+def _on_cpu(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A copy."""
+    return {name: value.cpu().contiguous() for name, value in copy.deepcopy(state).items()}

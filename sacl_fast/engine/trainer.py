@@ -15,17 +15,13 @@ from sacl_fast.config import Config, to_dict
 from sacl_fast.data.contact_sheet import contact_sheet
 from sacl_fast.data.sources import open_sources
 from sacl_fast.data.view_loader import open_view_loader
+from sacl_fast.encoders.file import encode_encoder, encoder_metadata, save_encoder
 from sacl_fast.engine import run_folder as files
 from sacl_fast.engine.checkpoint import (
-    changed_settings,
-    check_architecture,
     checkpoint_path,
-    load_checkpoint,
     mark_best,
     random_state,
-    restore_random_state,
     save_checkpoint,
-    save_encoder,
 )
 from sacl_fast.engine.clock import Clock
 from sacl_fast.engine.collapse import CollapseAlarm, effective_rank, embedding_std
@@ -37,6 +33,7 @@ from sacl_fast.engine.memory import keep_freed_memory
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.metrics import MetricWriter, read_metrics
 from sacl_fast.engine.plots import plot_curves
+from sacl_fast.engine.resume import Continuation, data_record, find_continuation, restore, set_aside
 from sacl_fast.engine.signals import StopRequest, stop_signals
 from sacl_fast.engine.step import TrainingStep
 from sacl_fast.errors import UserError
@@ -71,8 +68,11 @@ def train(config: Config) -> RunResult:
     Raises:
         UserError: what is asked for cannot be done; the sentence says what can.
     """
-    with process_group(config.device) as ranks:
-        run = Run(config, ranks)
+    with (
+        process_group(config.device) as ranks,
+        files.claimed_run_folder(config, ranks) as claim,
+    ):
+        run = Run(config, ranks, claim)
         try:
             return run.train()
         finally:
@@ -82,10 +82,11 @@ def train(config: Config) -> RunResult:
 class Run:
     """The state of a run, and the loop over it."""
 
-    def __init__(self, config: Config, ranks: Ranks) -> None:
+    def __init__(self, config: Config, ranks: Ranks, claim: files.RunFolder) -> None:
         self.config = config
         self.ranks = ranks
-        self.folder: Path = ranks.from_first(files.choose_run_folder(config))
+        self.claim = claim
+        self.folder: Path = claim.path
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         self.splits = open_sources(config.data, config.seed)
         self.loader = open_view_loader(
@@ -110,13 +111,16 @@ class Run:
         self.knn: dict[str, float] = {}
         self.knn_before: dict[str, float] = {}
         self.best_knn = -1.0
-        self._resume()
+        self.final_states: dict[str, dict[str, torch.Tensor]] = {}
+        self.lost = False
+        """Whether the run folder vanished; known to the first rank."""
+        self.data = ranks.on_first(lambda: data_record(self.splits.train))
+        self.resumed = self._resume()
         self.writer: MetricWriter | None = None
-        if ranks.first:
-            files.make_run_folder(self.folder, config, environment())
-            self.writer = MetricWriter(
-                self.folder, config.log, to_dict(config), self.steps_done or None
-            )
+        ranks.on_first(self._open_records)
+        if self.resumed is not None and self.resumed.moved and not self.resumed.finished:
+            self._save()  # from here on the step counts epochs of these images
+            ranks.on_first(lambda: set_aside(self.folder, after=self.steps_done))
         self.console = RunConsole(
             config.epochs,
             self.loader.steps_per_epoch,
@@ -144,6 +148,7 @@ class Run:
         """The rest of an epoch; returns early where a stop was asked for."""
         config, per_epoch, slicer = self.config, self.loader.steps_per_epoch, self.method.slicer
         slicer.enabled = epoch >= config.slim.warmup_epochs
+        slicer.statistics = None  # of the weights before this epoch
         clock = Clock(config.batch_size)
         for batch in clock.waiting(self.loader.epoch(epoch, self.steps_done % per_epoch)):
             loss, parts, z1 = self.step(batch.view_a, batch.view_b, self.steps_done)
@@ -158,7 +163,8 @@ class Run:
                 self._save()
             # Several ranks must stop at the same step; they agree when they wait anyway.
             if self.ranks.world_size == 1 or reading:
-                stop.everywhere = self.ranks.any(stop.name is not None)
+                self.lost |= reading and self.claim.is_gone()
+                stop.everywhere = self.ranks.any(stop.name is not None or self.lost)
             if stop.everywhere and self.steps_done % per_epoch:
                 return
 
@@ -177,6 +183,9 @@ class Run:
         best = False
         if last or (config.eval.every and done % config.eval.every == 0):
             best = self._evaluate(done).get("knn_dense", -1.0) >= self.best_knn > -1.0
+        if last and self.ranks.first:
+            # Before the last checkpoint, which is to have the slim encoder's statistics.
+            self.final_states = self.evaluator.final_states(self.method)
         every = config.checkpoint.every_steps
         due = done % config.checkpoint.every_epochs == 0 or (every and self.steps_done % every == 0)
         if last or best or due:
@@ -190,12 +199,44 @@ class Run:
             f"stopped by {signal_name or 'a signal to another process'} after step "
             f"{self.steps_done}; --resume auto --out {self.folder} goes on from there"
         )
+        self._say_if_lost()
 
     def _finish(self) -> None:
-        if self.ranks.first:
-            state = self.evaluator.final_encoder_state(self.method)
-            save_encoder(self.folder / files.ENCODER, state)
-        self.ranks.wait()
+        if self.resumed is not None and self.resumed.finished:
+            self.console.message(f"all {self.config.epochs} epochs were done before")
+        self.ranks.on_first(self._save_encoders)
+        self._say_if_lost()
+
+    def _save_encoders(self) -> None:
+        names = {"dense": files.ENCODER, "slim": files.ENCODER_SLIM}
+        widths = ("dense", "slim") if self.method.slicer.active else ("dense",)
+        if all((self.folder / names[width]).exists() for width in widths):
+            return
+        self.claim.check()
+        states = self.final_states or self.evaluator.final_states(self.method)
+        for width in reversed(widths):  # the dense one says that the run is finished
+            metadata = self._encoder_metadata(slim=width == "slim")
+            save_encoder(self.folder / names[width], states[width], metadata)
+
+    def _encoder_metadata(self, *, slim: bool = False) -> dict[str, str]:
+        epochs = self.steps_done / self.loader.steps_per_epoch
+        images = len(self.splits.train)
+        return encoder_metadata(
+            self.config,
+            epochs=epochs,
+            steps=self.steps_done,
+            images=images,
+            knn=self.knn,
+            slim=slim,
+        )
+
+    def _say_if_lost(self) -> None:
+        if self.lost:
+            raise UserError(
+                f"run folder {self.folder} was removed or renamed while the run wrote there: its "
+                f"metrics and earlier checkpoints are no longer in it. The state after step "
+                f"{self.steps_done} is in {self.folder / files.CHECKPOINTS}"
+            )
 
     # What is measured
 
@@ -274,12 +315,15 @@ class Run:
         if not self.step.weights_are_finite():  # the next loss would not be
             raise NonFiniteLoss(self._nonfinite_sentence(self.steps_done + 1))
         random_states = self.ranks.gather(random_state(self.ranks.device))
-        if self.ranks.first:
-            path = checkpoint_path(self.folder / files.CHECKPOINTS, self.steps_done)
+        path = checkpoint_path(self.folder / files.CHECKPOINTS, self.steps_done)
+
+        def write() -> None:
+            self.claim.check()
             save_checkpoint(path, self._state(random_states), keep=self.config.checkpoint.keep)
             if best:
                 mark_best(path)
-        self.ranks.wait()
+
+        self.ranks.on_first(write)
 
     def _state(self, random_states: list[Any]) -> dict[str, Any]:
         return {
@@ -287,6 +331,7 @@ class Run:
             "config": to_dict(self.config),
             "step": self.steps_done,
             "steps_per_epoch": self.loader.steps_per_epoch,
+            "data": self.data,
             "model": self.method.state_dict(),
             "optimizer": self.step.optimizer.state_dict(),
             "scaler": self.step.scaler.state_dict(),
@@ -296,42 +341,44 @@ class Run:
             "best_knn": self.best_knn,
         }
 
-    def _resume(self) -> None:
+    def _resume(self) -> Continuation | None:
         """Take up the state of the newest readable checkpoint, where one is asked for."""
-        candidates = files.resume_candidates(self.config, self.folder)
-        for i, path in enumerate(candidates):
-            try:
-                state = load_checkpoint(path)
-            except UserError as error:
-                if i + 1 == len(candidates):
-                    raise
-                logger.warning("%s; trying the one before", error)
-                continue
-            return self._restore(path, state)
+        found = find_continuation(
+            self.ranks,
+            self.config,
+            self.folder,
+            data=self.data,
+            steps_per_epoch=self.loader.steps_per_epoch,
+            model=self.method.state_dict(),
+        )
+        if found is not None:
+            self.ranks.together(lambda: restore(found, self.method, self.step, self.ranks))
+            self.steps_done = found.step
+            self.knn, self.knn_before = found.state["knn"], found.state["knn_before"]
+            self.best_knn = found.state["best_knn"]
+            logger.info("resumed from %s after step %d", found.path, self.steps_done)
+        return found
 
-    def _restore(self, path: Path, state: dict[str, Any]) -> None:
-        config = to_dict(self.config)
-        check_architecture(path, state["config"], config)
-        if state["steps_per_epoch"] != self.loader.steps_per_epoch:
-            raise UserError(
-                f"checkpoint {path} counts {state['steps_per_epoch']} steps an epoch, this run "
-                f"{self.loader.steps_per_epoch}; the same images and batch_size work"
-            )
-        for change in changed_settings(state["config"], config):
-            if not change.startswith(("out:", "resume:")):
-                logger.warning("resuming with another %s", change)
-        try:
-            self.method.load_state_dict(state["model"])
-            self.step.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"checkpoint {path} does not fit this run: {error}") from error
-        self.step.scaler.load_state_dict(state["scaler"])
-        self.steps_done = state["step"]
-        self.knn, self.knn_before = state["knn"], state["knn_before"]
-        self.best_knn = state["best_knn"]
-        if len(state["random"]) == self.ranks.world_size:
-            restore_random_state(state["random"][self.ranks.rank], self.ranks.device)
-        logger.info("resumed from %s after step %d", path, self.steps_done)
+    def _open_records(self) -> None:
+        """Try what the run will write, clear the folder of what it supersedes, and open it."""
+        encode_encoder(self.method.encoder.state_dict(), self._encoder_metadata())
+        found, config = self.resumed, self.config
+        if found is None or not found.is_in(self.folder):
+            set_aside(self.folder, after=-1)
+        elif not found.finished:
+            set_aside(self.folder, after=self.steps_done, spare=found.path)
+        tensors = [*self.method.state_dict().values()]
+        moments = 2 if config.optim.name == "adamw" else 1
+        tensors += moments * [*self.method.parameters()]
+        files.prepare_run_folder(
+            self.folder,
+            config,
+            environment(),
+            checkpoint_size=sum(tensor.nbytes for tensor in tensors),
+        )
+        self.writer = MetricWriter(
+            self.folder, config.log, to_dict(config), self.steps_done if found else None
+        )
 
     def _describe(self) -> Iterator[str]:
         config, ranks = self.config, self.ranks

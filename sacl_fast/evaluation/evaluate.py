@@ -1,7 +1,8 @@
 """kNN accuracy of the dense and of the slim encoder, while training and after it.
 
 A guest in the training loop: parameters, buffers, training flags and random numbers are left as
-they were, so a run that is evaluated and one that is not stay equal bit for bit.
+they were, so a run that is evaluated and one that is not stay equal bit for bit. The slicer learns
+the slim encoder's batch-norm statistics by the way.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from sacl_fast.config import EvalConfig
+from sacl_fast.encoders.recalibrate import recalibrated
 from sacl_fast.evaluation.features import autocast, extract_features
 from sacl_fast.evaluation.knn import knn_accuracy
-from sacl_fast.evaluation.recalibrate import recalibrated
 
 if TYPE_CHECKING:
     from sacl_fast.slim.slicer import Mode, Slicer
@@ -60,6 +61,8 @@ def evaluate_knn(
                 autocast(device, amp_dtype),
                 recalibrated(encoder, images),
             ):
+                if width == "slim":
+                    slicer.note_statistics()
                 bank = extract_features(encoder, bank_loader, device=device, amp_dtype=amp_dtype)
                 queries = extract_features(
                     encoder, query_loader, device=device, amp_dtype=amp_dtype

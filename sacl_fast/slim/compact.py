@@ -19,8 +19,10 @@ all that it does.
 from __future__ import annotations
 
 import copy
+import logging
+import os
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from timm.layers._fx import get_notrace_functions, get_notrace_modules
@@ -29,7 +31,12 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
+from sacl_fast.checks import check
+from sacl_fast.encoders import load_encoder
+from sacl_fast.errors import UserError, reason_of
 from sacl_fast.slim.compacter import CONVOLUTIONS, Compacter
+
+logger = logging.getLogger(__name__)
 
 
 class Cost(NamedTuple):
@@ -51,7 +58,11 @@ def cost(module: nn.Module, image_size: int, in_chans: int = 3) -> Cost:
 
 
 def compact(
-    encoder: nn.Module, masks: Mapping[str, Tensor], norms: Mapping[str, nn.Module] | None = None
+    encoder: nn.Module,
+    masks: Mapping[str, Tensor],
+    norms: Mapping[str, nn.Module] | None = None,
+    *,
+    statistics: Literal["slim", "encoder"] = "slim",
 ) -> nn.Module:
     """A standalone module that equals the slim encoder in eval mode, on images of any size.
 
@@ -59,25 +70,99 @@ def compact(
         encoder: left as it is.
         masks: ``Slicer.masks``, convolution name -> (Cout,), true where the filter is kept.
         norms: ``Slicer.norms``, batch-norm name -> the slim encoder's own, where it has some.
+        statistics: of batch norms. ``slim``: those estimated for the slim encoder, which ``masks``
+            know after ``Slicer.recalibrate`` and in the last checkpoint of a run. ``encoder``: the
+            encoder's as they are; after training these are of two networks and of no use to either.
 
     Returns:
         A module in eval mode. Where the encoder's graph cannot be followed (its code branches on
-        values), the whole encoder with zeroed filters: equal, but not smaller.
+        values), the whole encoder with zeroed filters: equal, but not smaller; the log says why.
+
+    Raises:
+        UserError: ``statistics`` is ``slim``, and they have not been estimated.
     """
-    encoder = copy.deepcopy(encoder).eval().requires_grad_(False)
+    check(statistics, Literal["slim", "encoder"], "statistics")
+    encoder = _plain_copy(encoder)
     for name, norm in (norms or {}).items():
         own = copy.deepcopy(norm).eval().requires_grad_(False)
         parent, _, child = name.rpartition(".")
         setattr(encoder.get_submodule(parent), child, own)
+    if statistics == "slim" and not all(mask.all() for mask in masks.values()):
+        own = getattr(masks, "statistics", None)
+        if own is None and not norms and _has_statistics(encoder):
+            raise UserError(
+                "the slim encoder's batch-norm statistics are not known, and the encoder's are not "
+                "its own: slicer.recalibrate(batches of images) estimates them, and a run's "
+                "encoder_slim.safetensors and last checkpoint have them (statistics='encoder' "
+                "takes the encoder's)"
+            )
+        for name, value in (own or {}).items():
+            encoder.get_buffer(name).copy_(value)
     for name, mask in masks.items():
         for p in encoder.get_submodule(name).parameters(recurse=False):
             p.mul_(mask.to(p.device).view(-1, *[1] * (p.ndim - 1)))
+    return _compacted(encoder, masks)
+
+
+def load_compact(path: str | os.PathLike[str]) -> nn.Module:
+    """The slim encoder of a run as a smaller module, from its ``encoder_slim.safetensors``.
+
+    Returns:
+        As ``compact``: in eval mode, for images (N, 3, H, W) of any size, normalised by the
+        ``mean`` and ``std`` in the file's metadata (``encoders.read_encoder_metadata``).
+
+    Raises:
+        UserError: there is no such file, or it does not say which encoder it holds.
+    """
+    encoder = _plain_copy(load_encoder(path))
+    # A filter of zeros gives a constant, whoever zeroed it.
+    masks = {
+        name: torch.stack([p.flatten(1).any(1) if p.ndim > 1 else p != 0 for p in parameters]).any(
+            0
+        )
+        for name, module in encoder.named_modules()
+        if isinstance(module, nn.Conv2d) and (parameters := list(module.parameters(recurse=False)))
+    }
+    return _compacted(encoder, masks)
+
+
+def _plain_copy(encoder: nn.Module) -> nn.Module:
+    """A copy in eval mode, without gradient; in mode ``mask``, with the masked weights as its
+    parameters."""
+    masked = [
+        (name, key, value.detach().clone())
+        for name, module in encoder.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, Tensor) and key in ("weight", "bias")
+    ]
+    memo = {id(getattr(encoder.get_submodule(name), key)): value for name, key, value in masked}
+    copied = copy.deepcopy(encoder, memo).eval().requires_grad_(False)
+    for name, key, value in masked:
+        module = copied.get_submodule(name)
+        delattr(module, key)
+        module.register_parameter(key, nn.Parameter(value, requires_grad=False))
+    return copied
+
+
+def _has_statistics(encoder: nn.Module) -> bool:
+    return any(isinstance(m, _BatchNorm) and m.track_running_stats for m in encoder.modules())
+
+
+def _compacted(encoder: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+    """An encoder with zeroed filters, without them."""
     try:
         graph = _Tracer().trace(encoder)
-    except (TypeError, ValueError, RuntimeError, AttributeError, AssertionError, KeyError):
+    except (TypeError, ValueError, RuntimeError, AttributeError, AssertionError, KeyError) as error:
+        logger.warning(
+            "the slim encoder keeps its full size, since its code cannot be followed: %s",
+            reason_of(error),
+        )
         return encoder
     traced = fx.GraphModule(encoder, graph)
-    return Compacter(traced, masks).run() if _with_shapes(traced) else encoder
+    if not _with_shapes(traced):
+        logger.warning("the slim encoder keeps its full size, since it takes no image tried")
+        return encoder
+    return Compacter(traced, masks).run()
 
 
 class _Tracer(fx.Tracer):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Literal, get_args
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sacl_fast.config import SlimConfig
+from sacl_fast.encoders.recalibrate import recalibrated
 from sacl_fast.errors import UserError, nearest
 from sacl_fast.ops.slim_conv import BACKEND
 from sacl_fast.slim.channels import Channels, all_channels, channels
@@ -33,6 +34,14 @@ from sacl_fast.slim.tensor import KeptFilters, dense, finishing
 Mode = Literal["dense", "mask", "skip"]
 # timm's, some of which stand under other names than the patterns of SlimConfig.exclude know.
 _SQUEEZE_EXCITE = (EffectiveSEModule, SEModule, SqueezeExcite)
+
+
+class Masks(dict[str, Tensor]):
+    """Convolution name -> mask (Cout,), true where the filter is kept."""
+
+    statistics: dict[str, Tensor] | None = None
+    """Name of a batch norm's buffer -> its value in the slim encoder of these masks; None where
+    that has not been estimated."""
 
 
 def strongest_filters(weight: Tensor, ratio: float) -> Tensor:
@@ -55,9 +64,14 @@ class Slicer(nn.Module):
     >>> with slicer.mode("mask"):
     ...     slim = encoder(images)
 
-    Its ``state_dict`` holds the masks and, with ``batch_norm="separate"``, the slim encoder's own
-    batch norms; the encoder's keys stay timm's.
+    Its ``state_dict`` holds the masks, with ``batch_norm="separate"`` the slim encoder's own batch
+    norms, and the slim encoder's batch-norm statistics where they have been estimated
+    (``recalibrate``); the encoder's keys stay timm's.
     """
+
+    statistics: dict[str, Tensor] | None = None
+    """See ``Masks``. They are of the weights and masks as they were then: whoever changes weights
+    sets them to None, as ``refresh`` does."""
 
     def __init__(
         self,
@@ -106,6 +120,7 @@ class Slicer(nn.Module):
                 parent, _, child = name.rpartition(".")
                 self._norm_sites.append((modules[parent], child, _key(name)))
                 self.slim_norms[_key(name)] = copy.deepcopy(module)
+        self.register_load_state_dict_pre_hook(_before_loading)
         self.register_load_state_dict_post_hook(_after_loading)
         self.refresh()
 
@@ -129,9 +144,11 @@ class Slicer(nn.Module):
         return tuple(self._kept.values())
 
     @property
-    def masks(self) -> dict[str, Tensor]:
-        """Convolution name -> mask (Cout,), true where the filter is kept."""
-        return {key.replace("/", "."): self.get_buffer(key) for key, _ in self._convs}
+    def masks(self) -> Masks:
+        """Which filters of each convolution are kept, and the statistics that go with them."""
+        masks = Masks({key.replace("/", "."): self.get_buffer(key) for key, _ in self._convs})
+        masks.statistics = self.statistics
+        return masks
 
     @property
     def norms(self) -> dict[str, nn.Module]:
@@ -143,7 +160,58 @@ class Slicer(nn.Module):
         """Choose the filters anew from the weights as they are now."""
         for key, conv in self._convs:
             self.get_buffer(key).copy_(strongest_filters(conv.weight, self.ratio))
+        self.statistics = None
         self._read_masks()
+
+    @torch.no_grad()
+    def recalibrate(self, batches: Iterable[Tensor]) -> None:
+        """Estimate the slim encoder's batch-norm statistics, which it is to be used with.
+
+        The running ones are of training, where both encoders update them. See
+        ``encoders.recalibrate``; the encoder is left as it is.
+
+        Args:
+            batches: images (N, C, H, W) as the encoder is used on them, equally many in each.
+        """
+        with self.mode("mask"), recalibrated(self.encoder, batches):
+            self.note_statistics()
+
+    def note_statistics(self) -> None:
+        """Take those that the encoder has now, recalibrated in mode ``mask``, as the slim
+        encoder's."""
+        self.statistics = {
+            f"{name}.{own}": buffer.detach().clone()
+            for name, norm in self.encoder.named_modules()
+            if isinstance(norm, _BatchNorm)
+            for own, buffer in norm.named_buffers(recurse=False)
+        }
+
+    @torch.no_grad()
+    def slim_state(self) -> dict[str, Tensor]:
+        """The slim encoder's ``state_dict``, under the encoder's names and full-size: filters that
+        are not kept are zeros, batch norms and their statistics are its own.
+
+        Loaded into another encoder of the same kind it gives the slim encoder in eval mode.
+
+        Raises:
+            RuntimeError: the statistics are not known; ``recalibrate`` estimates them.
+        """
+        if self.statistics is None:
+            raise RuntimeError("the slim encoder's statistics are not known: recalibrate first")
+        state = {name: value.detach() for name, value in self.encoder.state_dict().items()}
+        for name, norm in self.norms.items():
+            state |= {f"{name}.{own}": v.detach() for own, v in norm.state_dict().items()}
+        for name, mask in self.masks.items():
+            for own, p in self.encoder.get_submodule(name).named_parameters(recurse=False):
+                key = f"{name}.{own}"
+                state[key] = state[key] * mask.view(-1, *[1] * (p.ndim - 1))
+        return state | self.statistics
+
+    def get_extra_state(self) -> dict[str, Tensor] | None:
+        return self.statistics
+
+    def set_extra_state(self, state: dict[str, Tensor] | None) -> None:
+        self.statistics = state
 
     def _read_masks(self) -> None:
         """Learn on the host which filters are kept: here, so that no step has to ask."""
@@ -188,6 +256,11 @@ class Slicer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"ratio={self.ratio}, convolutions={len(self._convs)}"
+
+
+def _before_loading(slicer: nn.Module, state: dict[str, object], prefix: str, *_: object) -> None:
+    """Checkpoints from before statistics were kept have none."""
+    state.setdefault(f"{prefix}_extra_state", None)
 
 
 def _after_loading(slicer: nn.Module, _: object) -> None:

@@ -6,12 +6,19 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
+import timm
 import torch
 from test_skip import ENCODERS, encoder_of
 from torch import nn
 
+from sacl_fast.config import Config, EncoderConfig, ViewsConfig
+from sacl_fast.encoders import build_encoder, load_encoder
+from sacl_fast.encoders.file import encoder_metadata, save_encoder
+from sacl_fast.encoders.recalibrate import recalibrated
+from sacl_fast.errors import UserError
 from sacl_fast.slim import Slicer
-from sacl_fast.slim.compact import compact, cost
+from sacl_fast.slim.compact import compact, cost, load_compact
 
 
 def slim_output(encoder, slicer, x, mode="mask"):
@@ -21,7 +28,7 @@ def slim_output(encoder, slicer, x, mode="mask"):
 
 def compacted(encoder, slicer, sizes=(33, 64)):
     """The compact module, after comparing it at several image sizes and batch sizes."""
-    module = compact(encoder, slicer.masks)
+    module = compact(encoder, slicer.masks, statistics="encoder")
     assert not module.training
     for n, size in enumerate(sizes, start=1):
         x = torch.randn(n, 3, size, size, dtype=torch.float64)
@@ -121,7 +128,7 @@ def test_separate_batch_norm():
 
 def test_it_loads_where_sacl_fast_is_not_installed(tmp_path):
     encoder = encoder_of("mobilenetv3_small_100", 0.5).eval()
-    module = compact(encoder, Slicer(encoder, 0.5).masks)
+    module = compact(encoder, Slicer(encoder, 0.5).masks, statistics="encoder")
     x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
     torch.save((module, x, module(x)), tmp_path / "module.pt")
     code = f"""
@@ -144,3 +151,72 @@ def test_stating_the_cost_changes_nothing():
     cost(encoder, 32)
     assert encoder.training
     assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
+
+
+def images(n=3):
+    return [torch.randn(8, 3, 33, 33, dtype=torch.float64) for _ in range(n)]
+
+
+def test_statistics_are_the_slim_encoder_s_own():
+    torch.manual_seed(0)
+    encoder = encoder_of("mobilenetv2_100", 0.25).train()
+    slicer, batches = Slicer(encoder, 0.5), images()
+    before = copy.deepcopy(encoder.state_dict())
+    with pytest.raises(UserError, match="batch-norm statistics are not known"):
+        compact(encoder, slicer.masks)
+    slicer.recalibrate(batches)
+    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
+    x = batches[0][:2]
+    with torch.no_grad(), slicer.mode("mask"), recalibrated(encoder, batches):
+        expected = encoder(x)
+        inside = compact(encoder, slicer.masks, statistics="encoder")
+    with slicer.mode("mask"), recalibrated(encoder, batches):  # with gradient, too
+        also_inside = compact(encoder, slicer.masks, statistics="encoder")
+    again = Slicer(copy.deepcopy(encoder), 0.5)
+    again.load_state_dict(slicer.state_dict())
+    modules = (compact(encoder, slicer.masks), compact(again.encoder, again.masks))
+    with torch.no_grad():
+        for module in (*modules, inside, also_inside):
+            assert cost(module, 33).parameters < cost(encoder, 33).parameters
+            torch.testing.assert_close(module(x), expected, rtol=1e-9, atol=1e-9)
+    slicer.refresh()
+    with pytest.raises(UserError, match="batch-norm statistics are not known"):
+        compact(encoder, slicer.masks)
+
+
+def test_a_checkpoint_from_before_statistics_were_kept_is_read():
+    slicer = Slicer(encoder_of("resnet20"), 0.5)
+    state = slicer.state_dict()
+    del state["_extra_state"]
+    slicer.load_state_dict(state)
+    assert slicer.statistics is None
+
+
+@pytest.mark.parametrize("batch_norm", ["shared", "separate"])
+def test_a_slim_encoder_from_its_file(tmp_path, batch_norm):
+    torch.manual_seed(0)
+    encoder = build_encoder("mobilenetv3_small_050", image_size=64)
+    config = EncoderConfig(name="mobilenetv3_small_050")
+    slicer = Slicer(encoder, 0.5, batch_norm=batch_norm)
+    for norm in slicer.slim_norms.values():
+        nn.init.uniform_(norm.weight)
+    slicer.recalibrate([torch.randn(8, 3, 64, 64) for _ in range(3)])
+    metadata = encoder_metadata(
+        Config(encoder=config, views=ViewsConfig(size=64)),
+        epochs=1,
+        steps=2,
+        images=3,
+        knn={},
+        slim=True,
+    )
+    path = tmp_path / "encoder_slim.safetensors"
+    save_encoder(path, slicer.slim_state(), metadata)
+    small, full = load_compact(path), load_encoder(path)
+    assert cost(small, 64).parameters < 0.8 * cost(encoder, 64).parameters
+    x = torch.randn(2, 3, 64, 64)
+    ours = compact(encoder, slicer.masks, slicer.norms)
+    plain = timm.create_model("mobilenetv3_small_050", num_classes=0).eval()
+    plain.load_state_dict(safetensors.torch.load_file(path))
+    with torch.no_grad():
+        for other in (full(x), ours(x), plain(x)):
+            torch.testing.assert_close(small(x), other, rtol=1e-4, atol=1e-4)

@@ -10,8 +10,8 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
+from sacl_fast.encoders.recalibrate import recalibrated
 from sacl_fast.errors import UserError
-from sacl_fast.evaluation.recalibrate import recalibrated
 
 
 def small_encoder() -> nn.Sequential:
