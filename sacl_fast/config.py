@@ -77,12 +77,12 @@ class DataConfig(Settings, path="data"):
     'cifar100': torchvision's data sets, downloaded to 'root' where missing; 'root' may also be an
     unpacked image folder or archive of them."""
     root: Annotated[str, A_PATH] | None = None
-    """Folder, archive or list with the images. If it holds 'train' and 'val' (or 'test'), those
-    are the two splits."""
+    """Folder, archive or list with the images. If it holds 'train' and 'val' (or 'test'), however
+    spelt, those are the two splits."""
     labels: Literal["auto", "folder", "none"] = "auto"
     """Labels are used by kNN evaluation only. 'folder': the first folder level names the class.
-    'none': ignore folders. 'auto': 'folder' if all images lie in folders and the first level has
-    two or more, else 'none'."""
+    'none': ignore folders and other labels. 'auto': 'folder' if all images lie in folders and the
+    first level has two or more, else 'none'."""
     limit: CountOrZero = 0
     """Use only this many training images, the same ones for the same seed (0: all)."""
     loader: Literal["auto", "dali", "torchvision"] = "auto"
