@@ -17,7 +17,7 @@ cut the later ones off.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from sacl_fast.encoders import Projector, build_encoder, output_dim
 from sacl_fast.encoders.batch_norm import synchronize_batch_norm
 from sacl_fast.ops.collectives import RowGather, world_size
 from sacl_fast.slim import RecordedEncoder, Slicer
+from sacl_fast.slim.constant_channels import TOO_MUCH, gradient_growth
 from sacl_fast.slim.slicer import Mode
 
 
@@ -107,14 +108,17 @@ def build_method(config: Config) -> SaclXd:
         out=config.projector.out,
         layers=config.projector.layers,
     )
+    slim = config.slim
+    options: dict[str, Any] = {"exclude": slim.exclude, "batch_norm": slim.batch_norm}
+    growth = None
+    if slim.norm_gradient == "auto":  # while batch norms are local
+        growth = gradient_growth(Slicer(encoder, slim.ratio, **options), config.views.size)
+        options["norm_gradient"] = "damped" if growth > TOO_MUCH else "exact"
+    else:
+        options["norm_gradient"] = slim.norm_gradient
     if config.encoder.sync_batch_norm and world_size() > 1:
         encoder, projector = map(synchronize_batch_norm, (encoder, projector))
-    slicer = Slicer(
-        encoder,
-        config.slim.ratio,
-        exclude=config.slim.exclude,
-        batch_norm=config.slim.batch_norm,
-    )
+    slicer = Slicer(encoder, slim.ratio, **options)
     return SaclXd(
         encoder,
         projector,
