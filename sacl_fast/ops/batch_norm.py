@@ -26,7 +26,7 @@ which sees to ordinary tensors itself."""
 
 
 def damped(x: Tensor, eps: float, *, over_ranks: bool = False) -> Tensor:
-    """``x``, about to be normalised in training, with its gradient times ``min(1, variance / eps)``.
+    """``x``, to be normalised in training, with its gradient times ``min(1, variance / eps)``.
 
     A norm multiplies gradients by ``weight / sqrt(variance + eps)``. Of a channel that hardly
     varies that is ``weight / sqrt(eps)``, 316 times the weight for eps 1e-5, and several such norms

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sacl_fast.config import SlimConfig
+from sacl_fast.encoders.batch_norm import GlobalBatchNorm
 from sacl_fast.errors import UserError, nearest
 from sacl_fast.ops.batch_norm import DAMPED, damped
 from sacl_fast.ops.slim_conv import BACKEND
@@ -82,7 +83,7 @@ class Slicer(nn.Module):
     ) -> None:
         """Slims every ``Conv2d`` of ``encoder`` that is not part of a squeeze-excite block and in
         whose name no pattern of ``exclude`` is found. ``norm_gradient``: see ``SlimConfig``;
-        ``slim.constant_channels.gradient_growth`` says whether an encoder needs ``damped``.
+        ``slim.constant_channels`` finds out whether an encoder needs ``damped``.
 
         Raises:
             UserError: a ratio outside (0, 1].
@@ -244,8 +245,7 @@ def _damp(norm: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] 
     x, *rest = arguments
     if isinstance(x, SlimTensor) or not norm.training:
         return None
-    # ``synchronize``: of the norms of ``encoders.batch_norm``.
-    over_ranks: bool = getattr(norm, "synchronize", False)
+    over_ranks = isinstance(norm, GlobalBatchNorm) and norm.synchronize
     return damped(x, norm.eps, over_ranks=over_ranks), *rest  # type: ignore[arg-type]
 
 
