@@ -14,12 +14,16 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 from sacl_fast._version import __version__
-from sacl_fast.config import Config, to_flags
-from sacl_fast.errors import UserError, nearest
+from sacl_fast.checks import check
+from sacl_fast.config import Config
+from sacl_fast.config_file import layered, read_config_file
+from sacl_fast.errors import SaidByAnother, UserError, nearest, reason_of
+from sacl_fast.files import kind_of, user_path
 from sacl_fast.presets import PRESETS, get_preset
 
 if TYPE_CHECKING:
@@ -59,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args[0] not in commands:
             raise UserError(f"unknown command {args[0]!r}; {nearest(args[0], commands)}")
         commands[args[0]](args[1:])
+    except SaidByAnother:
+        return 2
     except UserError as error:
         print(f"sacl-fast: {error}", file=sys.stderr)
         return 2
@@ -110,7 +116,7 @@ def _views(args: list[str]) -> None:
     from sacl_fast.data.contact_sheet import contact_sheet
     from sacl_fast.data.sources import open_sources
 
-    path = Path(config.out or "views.png")
+    path = user_path(config.out or "views.png", "out")
     sheet = contact_sheet(open_sources(config.data, config.seed).train, config)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,10 +129,10 @@ def _views(args: list[str]) -> None:
 def _index(args: list[str]) -> None:
     if len(args) != 1 or args[0].startswith("-"):
         raise UserError("index takes a folder of .tar shards, or one shard")
-    from sacl_fast.data.webdataset import index_shards
+    from sacl_fast.data.shard_index import index_shards
 
-    root = Path(args[0]).expanduser()
-    if not root.exists():
+    root = user_path(args[0], "index")
+    if kind_of(root) is None:
         raise UserError(f"{root} does not exist (from {Path.cwd()})")
     for path in index_shards(root):
         print(path)
@@ -148,20 +154,48 @@ def parse_config(command: str, args: Sequence[str], *, extra: str = "") -> Confi
         SystemExit: after printing help.
     """
     rest = list(args)
-    config = get_preset(rest.pop(0) if rest and not rest[0].startswith("-") else "demo")
+    preset = rest.pop(0) if rest and not rest[0].startswith("-") else None
     file = _take_value(rest, "--config")
-    if file is not None:
-        config = _parse(command, config, to_flags(_read_yaml(Path(file))), f" (in {file})")
+    config = get_preset(preset or "demo") if file is None else _with_file(preset, file)
     others = f"Preset {config.preset}; others: {', '.join(PRESETS)}."
     layers = "--config FILE: YAML, layered between preset and options."
-    return _parse(command, config, rest, description=" ".join((others, layers, extra)))
+    config = _parse(command, config, rest, description=" ".join((others, layers, extra)))
+    _check_warmup(config, rest)
+    return config
 
 
-def _parse(
-    command: str, default: Config, args: list[str], where: str = "", *, description: str = ""
-) -> Config:
-    """``default`` with the options of ``args``; ``where`` they stand is added to what is wrong."""
+def _with_file(preset: str | None, file: str) -> Config:
+    """The preset with the settings of a file; without one, the preset that the file names, so that
+    the 'config.yaml' of a run is that run again, name and all."""
+    values = read_config_file(user_path(file, "--config"))
+    named = values.pop("preset", None)
+    try:
+        if preset is None and named is not None:
+            base = get_preset(named if isinstance(named, str) and named in PRESETS else "demo")
+            return layered(base, {"preset": named, **values})
+        return layered(get_preset(preset or "demo"), values)
+    except UserError as error:
+        raise UserError(f"{error} (in {file})") from None
+
+
+def _check_warmup(config: Config, args: list[str]) -> None:
+    """Refuse a warm-up that was asked for and fills the run; a preset's is shortened instead."""
+    warmup = config.optim.warmup_epochs
+    given = {arg.partition("=")[0].replace("_", "-") for arg in args}
+    if "--optim.warmup-epochs" in given and warmup and warmup >= config.epochs:
+        raise UserError(
+            f"optim.warmup_epochs is {warmup} in a run of {config.epochs} epochs, so that the "
+            f"learning rate would only rise; less than epochs works, such as {config.epochs // 10}"
+        )
+
+
+def _parse(command: str, default: Config, args: list[str], *, description: str = "") -> Config:
+    """``default`` with the options of ``args``."""
     import tyro
+
+    for option, shell in pairwise(args):
+        if option in ("--tyro-print-completion", "--tyro-write-completion"):
+            check(shell, Literal["bash", "zsh", "tcsh", "fish"], option)
 
     prog = f"sacl-fast {command}"
     said = io.StringIO()
@@ -171,7 +205,22 @@ def _parse(
     except SystemExit as stopped:
         if stopped.code in (0, None):
             raise
-        raise UserError(f"{_in_one_sentence(said.getvalue())}{where}") from None
+        box = said.getvalue()
+        raise UserError(_of_settings(stopped, box) or _in_one_sentence(box)) from None
+    except OSError as error:  # the one file that tyro writes
+        raise UserError(f"cannot write the completion: {reason_of(error)}") from None
+
+
+def _of_settings(stopped: SystemExit, box: str) -> str | None:
+    """What a class of settings said of a value, where that ended the parsing. A part of the
+    setting's name that the class cannot know stands in tyro's box."""
+    error: BaseException | None = stopped
+    while error is not None and not isinstance(error, UserError):
+        error = error.__context__
+    if error is None:
+        return None
+    place = re.search(r"Error parsing ([\w.]+):", box)
+    return re.sub(r"^\w+\.\*", place[1], str(error)) if place else str(error)
 
 
 def _in_one_sentence(box: str) -> str:
@@ -184,34 +233,24 @@ def _in_one_sentence(box: str) -> str:
     paragraphs = [paragraph.splitlines() for paragraph in re.split(r"\n{2,}", text)]
     sentence = re.sub(r"^Error parsing [\w.]+: ", "", " ".join(paragraphs[0]))
     meant = [
-        line.split()[0]
+        line.split()[0].rstrip(",")
         for paragraph in paragraphs
         if paragraph[0].startswith("Perhaps you meant")
         for line in paragraph
         if line.startswith("--")
     ]
-    return sentence + (f"; did you mean {' or '.join(dict.fromkeys(meant))}?" if meant else "")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read configuration {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no configuration; a mapping such as 'epochs: 10' works")
-    return {key: value for key, value in values.items() if key != "preset"}
+    if len(sentence) > 500:  # somebody's file in the place of an option
+        sentence = f"{sentence[:300]}...{sentence[-100:]}"
+    meant = list(dict.fromkeys(meant))
+    if len(meant) > 4:
+        meant = [*meant[:3], f"one of {len(meant) - 3} others"]
+    return sentence + (f"; did you mean {' or '.join(meant)}?" if meant else "")
 
 
 def _take_flag(args: list[str], flag: str) -> bool:
-    if flag not in args:
-        return False
-    args.remove(flag)
-    return True
+    given = flag in args
+    args[:] = [arg for arg in args if arg != flag]
+    return given
 
 
 def _take_value(args: list[str], option: str) -> str | None:

@@ -8,65 +8,63 @@ here: 'sacl-fast --help' and a mistyped option answer at once.
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from sacl_fast.checks import (
+    A_PATH,
+    BelowOne,
+    Count,
+    CountOrZero,
+    NotNegative,
+    Pattern,
+    Positive,
+    Probability,
+    Range,
+    Ratio,
+    Rising,
+    Rule,
+    Settings,
+)
 from sacl_fast.errors import UserError
 
-
-def _require(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise UserError(sentence)
-
-
-def _require_probability(owner: str, **values: float) -> None:
-    for name, value in values.items():
-        _require(0.0 <= value <= 1.0, f"{owner}.{name} is {value}; a value from 0 to 1 works")
-
-
-def _require_positive(owner: str, **values: float) -> None:
-    for name, value in values.items():
-        _require(value > 0, f"{owner}.{name} is {value}; a value above 0 works")
-
-
-def _require_not_negative(owner: str, **values: float) -> None:
-    for name, value in values.items():
-        _require(value >= 0, f"{owner}.{name} is {value}; 0 or more works")
+# What can be asked of any machine; 'engine.preflight' holds it against the one at hand.
+_PROCESSES = Range(-1, 512)
+_NOT_NONE = Rule(lambda number: number != 0, "1 or more works, or -1 (auto)")
+_ODD = Rule(lambda number: number % 2 == 1, "an odd number works")
+_FILE_NAME = Rule(lambda text: "/" not in text and text[0] != ".", "a name without '/' works")
+_STANDARDISED = "the loss standardises every feature over the batch"
+_Strength = Annotated[float, Range(0, 100)]
+_Aspect = Annotated[float, Range(0.001, 1000)]
+_Sigma = Annotated[float, Range(0, 1000, above=True)]
+_Mean = Annotated[float, Range(-1000, 1000)]
+_Std = Annotated[float, Range(0.001, 1000)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DaliConfig:
+class DaliConfig(Settings, path="data.dali"):
     """How NVIDIA DALI makes the views, where it does ('data.loader'): from beginning to end, or, on
     the CPU where the compiled operators are built, from JPEG to pixels."""
 
-    threads: int = -1
+    threads: Annotated[int, _PROCESSES, _NOT_NONE] = -1
     """Threads that decode on the CPU, and as many that augment, per rank (-1: the cores this rank
     can have)."""
-    readers: int = -1
+    readers: Annotated[int, _PROCESSES] = -1
     """Worker processes that read files and draw random numbers, per rank (0: the main process,
     where that takes 0.1 ms an image; -1: 0 with the views on the CPU, 4 with them on a GPU)."""
-    prefetch: int = 2
+    prefetch: Annotated[int, Range(1, 64)] = 2
     """Batches prepared ahead, at most."""
-    memory: float = 4.0
+    memory: Annotated[float, Range(0, 4096, above=True)] = 4.0
     """GiB that batches prepared ahead may take, per rank: where 'prefetch' would take more, fewer
     are prepared, but always one. The decoded images of up to three batches come on top."""
-    hw_decoder_load: float = 0.65
+    hw_decoder_load: Probability = 0.65
     """Share of the JPEGs for the GPU's hardware decoder, where it has one."""
-
-    def __post_init__(self) -> None:
-        for name in ("threads", "readers"):
-            value = getattr(self, name)
-            _require(value >= -1, f"data.dali.{name} is {value}; -1 (auto) or more works")
-        _require(self.threads != 0, "data.dali.threads is 0; 1 or more works, or -1 (auto)")
-        _require_positive("data.dali", prefetch=self.prefetch, memory=self.memory)
-        _require_probability("data.dali", hw_decoder_load=self.hw_decoder_load)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Settings, path="data"):
     """Where the images come from and how they are read."""
 
     source: Literal["demo", "folder", "webdataset", "cifar10", "cifar100"] = "folder"
@@ -75,161 +73,113 @@ class DataConfig:
     line. 'webdataset': a folder of .tar shards (or one shard), read where they are. 'cifar10',
     'cifar100': torchvision's data sets, downloaded to 'root' where missing; 'root' may also be an
     unpacked image folder or archive of them."""
-    root: str | None = None
+    root: Annotated[str, A_PATH] | None = None
     """Folder, archive or list with the images. If it holds 'train' and 'val' (or 'test'), those
     are the two splits."""
     labels: Literal["auto", "folder", "none"] = "auto"
     """Labels are used by kNN evaluation only. 'folder': the first folder level names the class.
     'none': ignore folders. 'auto': 'folder' if all images lie in folders and the first level has
     two or more, else 'none'."""
-    limit: int = 0
+    limit: CountOrZero = 0
     """Use only this many training images, the same ones for the same seed (0: all)."""
     loader: Literal["auto", "dali", "torchvision"] = "auto"
     """What decodes the training images and makes their views. 'auto': NVIDIA DALI where it is
     installed and faster, else torchvision; 'sacl-fast doctor' says which, and why."""
     dali: DaliConfig = field(default_factory=DaliConfig)
-    workers: int = -1
+    workers: Annotated[int, _PROCESSES] = -1
     """Worker processes that decode and augment with torchvision, per rank (-1: the cores this rank
     can have; 0: in the main process)."""
-    prefetch: int = 4
+    prefetch: Annotated[int, Range(1, 256)] = 4
     """Batches each worker prepares ahead."""
-    max_bad_share: float = 0.1
+    max_bad_share: Probability = 0.1
     """Unreadable images are skipped and named; beyond this share of the data the run fails."""
-    cache_dir: str | None = None
-    """Where listings of large folders and unpacked archives are kept (default: the user's cache
-    folder)."""
-
-    def __post_init__(self) -> None:
-        _require_not_negative("data", limit=self.limit)
-        _require_positive("data", prefetch=self.prefetch)
-        _require(self.workers >= -1, f"data.workers is {self.workers}; -1 (auto) or more works")
-        _require_probability("data", max_bad_share=self.max_bad_share)
+    max_file_bytes: Count = 2**28
+    """Image files, and images in shards, of more bytes than this are unreadable (2^28: 256 MiB), as
+    is what is no file: pipes and devices."""
+    cache_dir: Annotated[str, A_PATH] | None = None
+    """Where listings of large folders, indices of shards and unpacked archives are kept (default:
+    the user's cache folder). Others must not be able to write there."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViewConfig:
+class ViewConfig(Settings, path="views.*"):
     """The random augmentation of one view, in the order it is applied: crop, flip, jitter,
     grayscale, blur, solarise. A probability of 0 switches an operation off."""
 
-    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_scale: Annotated[tuple[Ratio, Ratio], Rising] = (0.08, 1.0)
     """Area of the random resized crop as a share of the image."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_ratio: Annotated[tuple[_Aspect, _Aspect], Rising] = (3 / 4, 4 / 3)
     """Aspect ratio (width / height) of the crop, drawn log-uniformly."""
-    flip: float = 0.5
+    flip: Probability = 0.5
     """Probability of a horizontal flip."""
-    jitter: float = 0.8
+    jitter: Probability = 0.8
     """Probability of colour jitter; the four strengths follow."""
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.2
-    hue: float = 0.1
+    brightness: _Strength = 0.4
+    contrast: _Strength = 0.4
+    saturation: _Strength = 0.2
+    hue: Annotated[float, Range(0, 0.5)] = 0.1
     """Hue shift as a share of the colour circle, at most 0.5."""
-    grayscale: float = 0.2
+    grayscale: Probability = 0.2
     """Probability of losing all colour."""
-    blur: float = 0.0
+    blur: Probability = 0.0
     """Probability of Gaussian blur."""
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_sigma: Annotated[tuple[_Sigma, _Sigma], Rising] = (0.1, 2.0)
     """Standard deviation of the blur in pixels."""
-    solarize: float = 0.0
+    solarize: Probability = 0.0
     """Probability of inverting every value at or above the threshold."""
-    solarize_threshold: int = 128
-
-    def __post_init__(self) -> None:
-        _require_probability(
-            "views",
-            flip=self.flip,
-            jitter=self.jitter,
-            grayscale=self.grayscale,
-            blur=self.blur,
-            solarize=self.solarize,
-        )
-        strengths = dict(
-            brightness=self.brightness, contrast=self.contrast, saturation=self.saturation
-        )
-        _require_not_negative("views", **strengths, hue=self.hue)
-        _require(self.hue <= 0.5, f"views.hue is {self.hue}; at most 0.5 works")
-        low, high = self.crop_scale
-        _require(
-            0 < low <= high <= 1,
-            f"views.crop_scale is {self.crop_scale}; 0 < low <= high <= 1 works",
-        )
-        for name in ("crop_ratio", "blur_sigma"):
-            low, high = getattr(self, name)
-            _require(0 < low <= high, f"views.{name} is {(low, high)}; 0 < low <= high works")
-        _require(
-            0 <= self.solarize_threshold <= 256,
-            f"views.solarize_threshold is {self.solarize_threshold}; 0 to 256 works",
-        )
+    solarize_threshold: Annotated[int, Range(0, 256)] = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViewsConfig:
+class ViewsConfig(Settings, path="views"):
     """The two asymmetric views of every image (tables: 'data/views.py')."""
 
-    size: int = 224
+    size: Annotated[int, Range(4, 8192)] = 224
     """Side of the square views, pixels."""
-    blur_window: int = 23
+    blur_window: Annotated[int, Range(1, 8191), _ODD] = 23
     """Side of the blur's window, pixels (odd)."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[_Mean, _Mean, _Mean] = (0.485, 0.456, 0.406)
+    std: tuple[_Std, _Std, _Std] = (0.229, 0.224, 0.225)
     """Normalisation, for values scaled to 0..1."""
     a: ViewConfig = field(default_factory=ViewConfig)
     b: ViewConfig = field(default_factory=ViewConfig)
 
-    def __post_init__(self) -> None:
-        _require_positive("views", size=self.size)
-        _require(
-            self.blur_window > 0 and self.blur_window % 2 == 1,
-            f"views.blur_window is {self.blur_window}; an odd number works",
-        )
-        _require(min(self.std) > 0, f"views.std is {self.std}; values above 0 work")
-
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
+class EncoderConfig(Settings, path="encoder"):
     """The encoder f."""
 
     name: str = "mobilenetv1_100"
     """Any timm model, or 'resnet20' (CIFAR)."""
-    width: float = 1.0
+    width: Annotated[float, Range(0, 64, above=True)] = 1.0
     """Width multiplier, for the families where timm has one (MobileNet-V1/V2/V3, EfficientNet,
     ResNet) and 'resnet20'."""
     stem: Literal["imagenet", "stride1", "cifar"] = "imagenet"
     """'stride1': the stem's first convolution does not down-sample. 'cifar': nor does
     anything else in the stem (3x3 convolution, no max-pool). A ViT's patches get half or a quarter
     of their side instead."""
-    drop_path: float = 0.0
+    drop_path: BelowOne = 0.0
     """Stochastic depth rate, where the model has it."""
     sync_batch_norm: bool = True
     """With several processes: batch-norm statistics over the global batch."""
 
-    def __post_init__(self) -> None:
-        _require_positive("encoder", width=self.width)
-        _require(
-            0 <= self.drop_path < 1,
-            f"encoder.drop_path is {self.drop_path}; a value from 0 to below 1 works",
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
-class ProjectorConfig:
+class ProjectorConfig(Settings, path="projector"):
     """The projector h: (Linear, batch norm, ReLU) x (layers - 1), Linear."""
 
-    hidden: int = 2048
-    out: int = 2048
-    layers: int = 3
-
-    def __post_init__(self) -> None:
-        _require_positive("projector", hidden=self.hidden, out=self.out, layers=self.layers)
+    hidden: Annotated[int, Range(1, 65_536)] = 2048
+    out: Annotated[int, Range(2, 65_536, because="it correlates features")] = 2048
+    layers: Annotated[int, Range(1, 16)] = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
+class LossConfig(Settings, path="loss"):
     """SACL-XD's objective; see 'sacl_fast.ops.xcorr_loss' for the equations."""
 
-    alpha: float = 0.95
+    alpha: Probability = 0.95
     """Weight of the contrastive term; the cross-distillation term has 1 - alpha."""
-    lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 0.005
+    lambda_: Annotated[NotNegative, tyro.conf.arg(name="lambda")] = 0.005
     """Weight of the off-diagonal correlations."""
     distillation: Literal["correlation", "log", "none"] = "correlation"
     """'log': the supplement's Eq. 1-2, L_CL + gamma * L_log. 'none': L_CL alone and no passes
@@ -240,37 +190,32 @@ class LossConfig:
     pairing: Literal["same_width", "cross_width"] = "same_width"
     """XD compares the same encoder on the other view ('same_width'), or the other encoder on
     the same view ('cross_width')."""
-    gamma: float = 1e-3
+    gamma: NotNegative = 1e-3
     """Weight of the 'log' distillation."""
     variance: Literal["biased", "unbiased"] = "biased"
     """Standardise with the biased variance and 'eps' (Barlow Twins' code), or as the pseudocode
     with 'z.std(0)' and no eps."""
-    eps: float = 1e-5
-    scale: float = 1.0
+    eps: Annotated[float, Range(0, 1)] = 1e-5
+    scale: Positive = 1.0
     """Factor on the whole loss. Matters under LARS only through biases and norms, which it leaves
     unscaled."""
     statistics: Literal["global", "local"] = "global"
     """With several processes: one loss over the global batch with the exact gradient, or one per
     rank."""
 
-    def __post_init__(self) -> None:
-        _require_probability("loss", alpha=self.alpha)
-        _require_not_negative("loss", lambda_=self.lambda_, gamma=self.gamma, eps=self.eps)
-        _require_positive("loss", scale=self.scale)
-
 
 @dataclass(frozen=True, kw_only=True)
-class SlimConfig:
+class SlimConfig(Settings, path="slim"):
     """Which filters the slim encoder keeps, and when they are chosen."""
 
-    ratio: float = 0.5
+    ratio: Ratio = 0.5
     """Share s of output filters kept in each convolution: the int(s * Cout), at least 1, of
     largest L1 norm. 1: the slim encoder is the dense one (cross-distillation alone)."""
-    refresh_steps: int = 0
+    refresh_steps: CountOrZero = 0
     """Choose the filters anew every so many steps (0: at the end of each epoch)."""
-    warmup_epochs: int = 0
+    warmup_epochs: CountOrZero = 0
     """Epochs at the start in which the slim encoder stays dense."""
-    exclude: tuple[str, ...] = (
+    exclude: tuple[Pattern, ...] = (
         r"(^|\.)(se|se_module)\.",
         r"(?<!stages\.\d)\.(downsample|shortcut)\.",
         r"(^|\.)patch_embed\.",
@@ -292,139 +237,97 @@ class SlimConfig:
     and saves no work; 'skip' computes the kept filters only. 'auto' takes 'skip' where that was
     measured to be faster as a rule: in float32 on the compiled CPU operators."""
 
-    def __post_init__(self) -> None:
-        _require(
-            0 < self.ratio <= 1,
-            f"slim.ratio is {self.ratio}; a value above 0 and at most 1 works",
-        )
-        _require_not_negative(
-            "slim", refresh_steps=self.refresh_steps, warmup_epochs=self.warmup_epochs
-        )
-        for pattern in self.exclude:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise UserError(
-                    f"slim.exclude holds {pattern!r}, which is no regular expression: {error}"
-                ) from None
-
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(Settings, path="optim"):
     """The optimiser and its schedule."""
 
     name: Literal["lars", "adamw"] = "lars"
-    lr: float = 0.3
+    lr: Positive = 0.3
     """Learning rate for a global batch of 256; the rate used is lr * batch_size / 256."""
-    weight_decay: float = 1e-4
+    weight_decay: NotNegative = 1e-4
     """Not applied to one-dimensional parameters (biases, norms)."""
-    momentum: float = 0.9
+    momentum: BelowOne = 0.9
     """LARS."""
-    eta: float = 0.02
+    eta: Positive = 0.02
     """LARS trust coefficient."""
     clip: bool = True
     """LARS: bound the trust ratio so that no layer's rate exceeds lr."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """AdamW."""
-    warmup_epochs: int = 10
+    warmup_epochs: CountOrZero = 10
     """Linear warm-up, then cosine to 0, per step."""
-
-    def __post_init__(self) -> None:
-        _require_positive("optim", lr=self.lr, eta=self.eta)
-        _require_not_negative(
-            "optim", weight_decay=self.weight_decay, warmup_epochs=self.warmup_epochs
-        )
-        _require(
-            0 <= self.momentum < 1,
-            f"optim.momentum is {self.momentum}; a value from 0 to below 1 works",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(Settings, path="eval"):
     """kNN accuracy of the frozen features, for the dense and the slim encoder."""
 
-    every: int = 10
+    every: CountOrZero = 10
     """Epochs between evaluations (0: only before and after training)."""
-    k: int = 20
+    k: Count = 20
     """Neighbours."""
-    temperature: float = 0.07
+    temperature: Annotated[float, Range(1e-4, 1e4)] = 0.07
     """Of the neighbours' weights exp(similarity / temperature)."""
-    bank: int = 50_000
+    bank: Count = 50_000
     """Training images to search among, at most."""
-    queries: int = 10_000
+    queries: Count = 10_000
     """Validation images to classify, at most."""
-    batch_size: int = 256
+    batch_size: Count = 256
     encoders: Literal["both", "dense", "slim"] = "both"
-    recalibrate_batches: int = 20
+    recalibrate_batches: Count = 20
     """Batches from which batch-norm statistics are estimated anew for each encoder before it is
     evaluated: the running ones mix the dense and the slim network."""
 
-    def __post_init__(self) -> None:
-        _require_not_negative("eval", every=self.every)
-        _require_positive(
-            "eval",
-            k=self.k,
-            temperature=self.temperature,
-            bank=self.bank,
-            queries=self.queries,
-            batch_size=self.batch_size,
-            recalibrate_batches=self.recalibrate_batches,
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
-class LogConfig:
+class LogConfig(Settings, path="log"):
     """What is written while training; 'metrics.jsonl' and the pictures always are."""
 
-    every: int = 10
+    every: Count = 10
     """Steps between readings of the metrics. The device is not waited for in between."""
     tensorboard: bool = True
     """Also write TensorBoard events, where it is installed."""
     wandb: str | None = None
     """Weights & Biases project to log to."""
-    min_std: float = 0.02
+    min_std: NotNegative = 0.02
     """Collapse alarm: mean over dimensions of sqrt(D) * std of the length-normalised embeddings
     (1: spread evenly, 0: all the same)."""
-    min_rank: float = 2.0
+    min_rank: NotNegative = 2.0
     """Collapse alarm: effective rank of the embeddings."""
 
-    def __post_init__(self) -> None:
-        _require_positive("log", every=self.every)
-        _require_not_negative("log", min_std=self.min_std, min_rank=self.min_rank)
-
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(Settings, path="checkpoint"):
     """When the state of the run is written."""
 
-    every_steps: int = 0
+    every_steps: CountOrZero = 0
     """Steps between checkpoints, besides the one at the end of each epoch (0: none besides)."""
-    every_epochs: int = 1
+    every_epochs: Count = 1
     """Epochs between checkpoints."""
-    keep: int = 2
+    keep: Count = 2
     """How many of the last checkpoints to keep; the one with the best kNN is kept besides."""
-
-    def __post_init__(self) -> None:
-        _require_not_negative("checkpoint", every_steps=self.every_steps)
-        _require_positive("checkpoint", keep=self.keep, every_epochs=self.every_epochs)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     """A run of SACL-XD pre-training."""
 
-    preset: tyro.conf.Suppress[str] = "custom"
+    preset: tyro.conf.Suppress[Annotated[str, _FILE_NAME]] = "custom"
     """The preset this configuration started from."""
-    out: str | None = None
+    out: Annotated[str, A_PATH] | None = None
     """Run folder (default: runs/PRESET/DATE-TIME)."""
-    resume: str = "never"
+    resume: Annotated[str, A_PATH] = "never"
     """'auto': go on from the newest checkpoint of the run folder (without 'out': of the newest
     unfinished run of the preset), or start where there is none. 'never': start. Or the path of
     a checkpoint."""
-    seed: int = 0
-    epochs: int = 100
-    batch_size: int = 256
+    resume_at: Literal["step", "next_epoch"] = "step"
+    """Where to go on from a checkpoint. 'step': after its last step, with the images, seed and
+    batch size it was trained with; others are refused. 'next_epoch': where they are others, with
+    the next epoch."""
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
+    epochs: Count = 100
+    batch_size: Annotated[int, Range(2, because=_STANDARDISED)] = 256
     """Images in a step, over all processes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -447,13 +350,18 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        _require_positive("config", epochs=self.epochs)
-        _require_not_negative("config", seed=self.seed)
-        _require(
-            self.batch_size >= 2,
-            f"batch_size is {self.batch_size}; 2 or more works, because the loss standardises "
-            "every feature over the batch",
-        )
+        super().__post_init__()
+        if self.eval.k > self.eval.bank:
+            raise UserError(
+                f"eval.k is {self.eval.k}, but eval.bank has {self.eval.bank} images to choose "
+                f"neighbours from; eval.k of at most {self.eval.bank} works"
+            )
+        if self.slim.warmup_epochs >= self.epochs:
+            raise UserError(
+                f"slim.warmup_epochs is {self.slim.warmup_epochs} in a run of {self.epochs} "
+                f"epochs, in which no filter would ever be left out; less than epochs works, or "
+                "slim.ratio 1"
+            )
 
     @property
     def base_lr(self) -> float:
@@ -470,21 +378,3 @@ def to_dict(config: Any) -> dict[str, Any]:
         return [plain(v) for v in value] if isinstance(value, tuple) else value
 
     return plain(config)
-
-
-def to_flags(values: dict[str, Any], prefix: str = "") -> list[str]:
-    """The command-line options that say the same as a (partial) dictionary of 'to_dict'."""
-    flags: list[str] = []
-    for key, value in values.items():
-        name = f"{prefix}{str(key).strip('_').replace('_', '-')}"
-        if isinstance(value, dict):
-            flags += to_flags(value, f"{name}.")
-        elif isinstance(value, bool):
-            head, _, tail = name.rpartition(".")
-            dot = "." if head else ""
-            flags.append(f"--{name}" if value else f"--{head}{dot}no-{tail}")
-        elif isinstance(value, (list, tuple)):
-            flags += [f"--{name}", *map(str, value)]
-        else:
-            flags += [f"--{name}", str(value)]
-    return flags

@@ -14,6 +14,10 @@ class UserError(ValueError):
     """
 
 
+class SaidByAnother(UserError):
+    """The same on a process beside the one that prints the sentence."""
+
+
 def nearest(given: str, valid: Iterable[str], *, show: int = 12) -> str:
     """The tail of an "unknown name" sentence: the nearest valid names, or the first few."""
     valid = sorted(valid)

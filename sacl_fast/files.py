@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,8 +76,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         OSError: it cannot be written; what was at ``path`` is as it was. That is so as well where
             a library that writes to the file reports it as an error of its own.
     """
-    name = f".{path.name[:40]}.{secrets.token_hex(8)}{_TEMPORARY}"
-    temporary = path.with_name(name)
+    temporary = _temporary(path)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     file = _Writer(os.open(temporary, flags, 0o666))
     try:
@@ -91,6 +91,31 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         if file.failed is not None and not isinstance(error, OSError):
             raise file.failed from error
         raise
+
+
+def whole_copy(source: Path, path: Path) -> None:
+    """Make ``path`` a second name of the file ``source``, or a copy where the file system knows no
+    hard links.
+
+    Raises:
+        OSError: it cannot be written; what was at ``path`` is as it was.
+    """
+    temporary = _temporary(path)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        with open(source, "rb") as whole, whole_file(path) as file:
+            shutil.copyfileobj(whole, file)
+        return
+    try:
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # renaming does nothing between names of one file
+    _sync_folder(path.parent)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}{_TEMPORARY}")
 
 
 class _Writer(io.BufferedWriter):

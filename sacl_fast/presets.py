@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from sacl_fast.checks import check, shown
 from sacl_fast.config import (
     Config,
     DataConfig,
@@ -100,6 +101,7 @@ PRESETS: dict[str, Config] = {
 
 def get_preset(name: str) -> Config:
     """The preset of that name; an unknown one is answered with the nearest."""
+    name = check(name, str, "the preset's name")
     if name not in PRESETS:
-        raise UserError(f"unknown preset {name!r}; {nearest(name, PRESETS)}")
+        raise UserError(f"unknown preset {shown(name)}; {nearest(name[:100], PRESETS)}")
     return PRESETS[name]

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # Parts of sacl_fast; "data.views" is one module of a part. A part may always import itself.
-COMMON = ("errors", "files", "config", "_version")
+COMMON = ("errors", "files", "checks", "config", "_version")
 METHOD = ("ops", "losses", "slim", "encoders", "optim")
 RUN = (*METHOD, "data", "engine", "evaluation", "presets")
 
@@ -22,7 +22,9 @@ OURS: dict[str, tuple[str, ...]] = {
     "_version": (),
     "errors": (),
     "files": (),
+    "checks": (),
     "config": (),
+    "config_file": (),
     "presets": ("data.views",),
     "ops": (),
     "losses": METHOD,
@@ -32,12 +34,12 @@ OURS: dict[str, tuple[str, ...]] = {
     "data": (),
     "engine": RUN,
     "evaluation": RUN,
-    "cli": ("presets",),
+    "cli": ("presets", "config_file"),
     "__init__": ("presets",),
     "__main__": ("cli",),
     "sacl_kernels": (),
     "benchmarks": (*RUN, "cli", "sacl_kernels", "_C"),
-    "tests": (*RUN, "cli", "sacl_kernels", "_C"),
+    "tests": (*RUN, "cli", "config_file", "sacl_kernels", "_C"),
 }
 
 # Besides those, inside functions.
@@ -53,7 +55,9 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "_version": (),
     "errors": (),
     "files": (),
+    "checks": (),
     "config": ("tyro", "yaml"),
+    "config_file": ("yaml",),
     "presets": ("tyro", "yaml"),
     "cli": ("tyro", "rich"),
     "__init__": (),

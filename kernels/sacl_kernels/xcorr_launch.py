@@ -58,6 +58,7 @@ def launch_for(N: int, D: int, dtype: torch.dtype, capability: tuple[int, int]) 
     if dtype == torch.float32:  # tf32x3 holds three products in flight
         launch = replace(
             launch,
+            standardize_rows=64,
             gram_depth=32,
             correlation_block=64,
             correlation_depth=32,
@@ -78,4 +79,9 @@ def launch_for(N: int, D: int, dtype: torch.dtype, capability: tuple[int, int]) 
             tile_columns=32,
             fused_rows=256,
         )
+    if capability[0] < 9:  # less goes into an Ampere's registers, as Triton 3.8 lays it out
+        if dtype == torch.float32:
+            launch = replace(launch, gram_warps=8, tile_columns=16)
+        elif N > 256:
+            launch = replace(launch, gradient_columns=16)
     return launch

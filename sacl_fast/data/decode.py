@@ -9,36 +9,70 @@ from __future__ import annotations
 
 import contextlib
 import io
-import struct
-import zlib
+import os
+import stat
 from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
 
-# What Pillow's decoders raise on broken data: its own errors, and those of parsing garbage.
-_BROKEN = (
-    *(OSError, SyntaxError, EOFError, ValueError, TypeError, IndexError, KeyError, OverflowError),
-    *(struct.error, zlib.error, Image.DecompressionBombError, MemoryError),
-)
+from sacl_fast.config import DataConfig
+from sacl_fast.data.damage import DAMAGED
+from sacl_fast.errors import reason_of
+
+_MOST = DataConfig.max_file_bytes
 
 
 class BadImage(Exception):
     """A file that holds no readable image; says why."""
 
 
-def read_bytes(path: str) -> bytes:
-    """The contents of the file ``path``. BadImage where it cannot be read."""
+def read_bytes(path: str, most: int = _MOST, offset: int = 0, size: int | None = None) -> bytes:
+    """The contents of the file ``path``, or ``size`` bytes of it from ``offset`` on.
+
+    BadImage where it cannot be read, is no regular file (a pipe would be waited for, a device has
+    no end) or where that is more than ``most`` bytes.
+    """
     try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise BadImage(error.strerror or str(error)) from error
+        _require_regular(os.stat(path))  # opening a device may set it off
+        # What became a pipe since is opened without waiting.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb", buffering=0) as file:
+            status = os.fstat(descriptor)
+            _require_regular(status)
+            wanted = status.st_size if size is None else size
+            if wanted > most:
+                raise BadImage(f"it has {wanted} bytes, and data.max_file_bytes is {most}")
+            if offset + wanted > status.st_size:
+                raise BadImage("the shard ends before it")
+            file.seek(offset)
+            data = file.read(wanted)
+            while len(data) < wanted and (more := file.read(wanted - len(data))):
+                data += more  # the system reads 2 GiB at a time, and less on some networks
+            return data
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        raise BadImage(reason_of(error)) from error
 
 
-def read_rgb(path: str) -> Image.Image:
-    """The image in the file ``path``, mode RGB. BadImage where it cannot be read."""
-    return decode_rgb(read_bytes(path))
+def _require_regular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        what = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, a socket or a device"
+        raise BadImage(f"it is no file but {what}")
+
+
+def file_identity(path: str, name: str) -> bytes:
+    """``name`` and the size of the file ``path``, -1 where there is none."""
+    try:
+        size = os.stat(path).st_size
+    except (OSError, ValueError):
+        size = -1
+    return os.fsencode(f"{name}\0{size}")
+
+
+def read_rgb(path: str, most: int = _MOST) -> Image.Image:
+    """The image in the file ``path`` of up to ``most`` bytes, mode RGB. BadImage where it cannot be
+    read."""
+    return decode_rgb(read_bytes(path, most))
 
 
 def decode_rgb(data: bytes) -> Image.Image:
@@ -78,9 +112,8 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
             yield image
     except Image.UnidentifiedImageError:
         raise BadImage("no known image format" if data else "the file is empty") from None
-    except _BROKEN as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise BadImage(reason or type(error).__name__) from error
+    except (*DAMAGED, Image.DecompressionBombError) as error:
+        raise BadImage(reason_of(error)) from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:

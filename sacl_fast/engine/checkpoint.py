@@ -1,31 +1,59 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped.
 
-Files are written to a temporary name, synced and renamed, so that a file under its own name is
-whole. They hold tensors and plain values only and are read with ``weights_only=True``.
+A checkpoint is a file of ``torch.save``, which holds tensors and plain values only and is read
+with ``weights_only=True``, and a seal after it: the SHA-256 of all bytes before. torch writes
+checksums and never looks at them, so that without the seal a flipped bit would be trained on.
+(Readers of zip archives, torch among them, pass over what stands after the end.)
 """
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import pickle
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import struct
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import safetensors.torch
 import torch
 
-from sacl_fast.errors import UserError
+from sacl_fast.errors import UserError, reason_of
+from sacl_fast.files import kind_of, whole_copy, whole_file
 
-FORMAT = 1
+logger = logging.getLogger(__name__)
+
+FORMAT = 2
+_UNSEALED_FORMAT = 1  # of earlier versions
 BEST = "best.pt"
 _NAME = re.compile(r"step_(\d+)\.pt")
-# What must agree between a checkpoint and the run that loads it.
-_ARCHITECTURE = ("encoder.name", "encoder.width", "encoder.stem", "views.size", "projector.hidden",
-                 "projector.out", "projector.layers", "slim.batch_norm")  # fmt: skip
+_SEAL = b"\nsacl-fast sha256 "
+_SEAL_LENGTH = len(_SEAL) + hashlib.sha256().digest_size * 2 + 1
+
+_CONTENT: dict[str, type | tuple[type, ...]] = {
+    "config": dict,
+    "step": int,
+    "steps_per_epoch": int,
+    "model": dict,
+    "optimizer": dict,
+    "scaler": dict,
+    "random": list,
+    "knn": dict,
+    "knn_before": dict,
+    "best_knn": (int, float),
+}
+# What zipfile and pickle raise of bytes that are something else: pickle's documentation names
+# some and calls the list open.
+_NOT_READABLE = (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError,
+                 AttributeError, ArithmeticError, AssertionError, MemoryError, ImportError,
+                 pickle.UnpicklingError, struct.error, zipfile.BadZipFile, zlib.error)  # fmt: skip
+
+
+class UnusableCheckpoint(UserError):
+    """The file is damaged or something else; the checkpoint before it may work."""
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -33,124 +61,87 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}.pt"
 
 
+def step_of(path: Path) -> int:
+    """The step in a numbered checkpoint's name."""
+    return int(path.stem.removeprefix("step_"))
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The numbered checkpoints of a folder, oldest first."""
-    found = folder.glob("step_*.pt") if folder.is_dir() else []
-    return sorted(path for path in found if _NAME.fullmatch(path.name))
+    """The numbered checkpoints of a folder, oldest first; none where there is no folder.
+
+    Raises:
+        UserError: it is something else, or cannot be read.
+    """
+    kind = kind_of(folder)
+    if kind is None:
+        return []
+    if kind != "folder":
+        raise UserError(f"{folder} is not a folder, but is where checkpoints belong; remove it")
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise UserError(f"cannot read folder {folder}: {reason_of(error)}") from None
+    return sorted((folder / name for name in names if _NAME.fullmatch(name)), key=step_of)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any], *, keep: int) -> None:
-    """Write a checkpoint and delete all but the newest ``keep``.
+    """Write a checkpoint and delete the ones before it but for ``keep - 1``.
 
     Raises:
         UserError: it cannot be written (a full disk, say). Earlier checkpoints are as they were.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _whole_file(path) as file:
-            torch.save({"format": FORMAT, **state}, file)
-    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as the latter
-        left = list_checkpoints(path.parent)
-        kept = f"{left[-1].name} is kept and --resume auto goes on from it" if left else "none yet"
-        raise UserError(f"cannot write checkpoint {path}: {_first_line(error)} ({kept})") from error
-    for old in list_checkpoints(path.parent)[:-keep]:
-        old.unlink(missing_ok=True)
+        with whole_file(path) as file:
+            hashing = _Hashing(file)
+            torch.save({"format": FORMAT, **state}, hashing)  # type: ignore[arg-type]
+            file.write(hashing.seal())
+    except OSError as error:
+        raise UserError(
+            f"cannot write checkpoint {path}: {reason_of(error)} ({_what_is_kept(path.parent)})"
+        ) from error
+    before = [old for old in list_checkpoints(path.parent) if step_of(old) < step_of(path)]
+    for old in before[: max(0, len(before) + 1 - keep)]:
+        try:
+            old.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("cannot delete the old checkpoint %s: %s", old, reason_of(error))
 
 
 def mark_best(path: Path) -> None:
     """Keep the checkpoint at ``path`` as ``best.pt`` beside it, whatever is deleted later."""
-    best, temporary = path.parent / BEST, path.parent / f"{BEST}.tmp"
+    best = path.parent / BEST
     try:
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(path, temporary)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, temporary)
-        os.replace(temporary, best)
+        whole_copy(path, best)
     except OSError as error:
-        raise UserError(f"cannot write checkpoint {best}: {_first_line(error)}") from error
-
-
-def save_encoder(path: Path, state: dict[str, torch.Tensor]) -> None:
-    """Write an encoder's ``state_dict`` as safetensors.
-
-    Raises:
-        UserError: it cannot be written; no half of it is left.
-    """
-    try:
-        with _whole_file(path) as file:
-            file.write(safetensors.torch.save(state))
-    except OSError as error:
-        raise UserError(f"cannot write encoder {path}: {_first_line(error)}") from error
-
-
-@contextmanager
-def _whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name when all of it is on the disk, or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        raise UserError(f"cannot write checkpoint {best}: {reason_of(error)}") from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint's state, on the CPU.
 
     Raises:
-        UserError: no such file, a damaged one, or one that is no checkpoint of this engine.
+        UnusableCheckpoint: no such file, a damaged one, or one that is no checkpoint of this
+            engine.
     """
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}")
+    kind = kind_of(path)
+    if kind is None:
+        raise UnusableCheckpoint(f"no checkpoint at {path}")
+    if kind != "file":
+        raise UnusableCheckpoint(f"{path} is a {kind} and no checkpoint; a file works")
     try:
+        sealed = _verify(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"checkpoint {path} cannot be read ({_first_line(error)}); it is damaged or not a "
-            "checkpoint of sacl-fast"
+    except _NOT_READABLE as error:
+        why = reason_of(error)
+        if isinstance(error, pickle.UnpicklingError):  # torch advises to run whatever it holds
+            why = "it holds other things than tensors and plain values"
+        raise UnusableCheckpoint(
+            f"checkpoint {path} cannot be read ({why}); it is damaged or not a checkpoint of "
+            "sacl-fast"
         ) from error
-    if not isinstance(state, dict) or "format" not in state:
-        raise UserError(f"{path} is not a checkpoint of sacl-fast")
-    if state["format"] != FORMAT:
-        raise UserError(
-            f"checkpoint {path} has format {state['format']}, this version reads {FORMAT}"
-        )
+    _check_content(path, state, sealed)
     return state
-
-
-def check_architecture(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Refuse a checkpoint of another architecture, naming what differs.
-
-    Args:
-        saved, current: configurations as of ``config.to_dict``.
-    """
-    differences = [
-        f"{key} is {_lookup(current, key)!r} here and {_lookup(saved, key)!r} there"
-        for key in _ARCHITECTURE
-        if _lookup(saved, key) != _lookup(current, key)
-    ]
-    if differences:
-        raise UserError(
-            f"checkpoint {path} is of another architecture: {'; '.join(differences)}. Resume with "
-            "the checkpoint's values, or start a new run with another --out"
-        )
-
-
-def changed_settings(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
-    """The settings that differ between two configurations, as ``key: there -> here``."""
-    changes: list[str] = []
-    for key in current.keys() | saved.keys():
-        there, here = saved.get(key), current.get(key)
-        if isinstance(there, dict) and isinstance(here, dict):
-            changes += changed_settings(there, here, f"{prefix}{key}.")
-        elif there != here:
-            changes.append(f"{prefix}{key}: {there!r} -> {here!r}")
-    return sorted(changes)
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -168,14 +159,73 @@ def restore_random_state(state: dict[str, torch.Tensor], device: torch.device) -
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def _lookup(config: dict[str, Any], key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
+class _Hashing:
+    """Passes on what ``torch.save`` writes, which it does from front to back, and hashes it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._hash = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self._hash.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def seal(self) -> bytes:
+        return _SEAL + self._hash.hexdigest().encode() + b"\n"
 
 
-def _first_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error).partition("\n")[0][:200] or type(error).__name__
+def _verify(path: Path) -> bool:
+    """Read a checkpoint through and hold it against its seal; False where it has none, and is
+    held against the checksums that torch wrote.
+
+    Raises:
+        ValueError: they differ.
+    """
+    with open(path, "rb") as file:
+        length = max(0, os.fstat(file.fileno()).st_size - _SEAL_LENGTH)
+        file.seek(length)
+        seal = file.read()
+        if seal.startswith(_SEAL):
+            file.seek(0)
+            hashed = hashlib.sha256()
+            while length and (block := file.read(min(length, 1 << 20))):
+                hashed.update(block)
+                length -= len(block)
+            if seal != _SEAL + hashed.hexdigest().encode() + b"\n":
+                raise ValueError("its checksum is another")
+            return True
+        file.seek(0)
+        if not zipfile.is_zipfile(file):
+            raise ValueError("its end is missing, or it never was a file of torch.save")
+        with zipfile.ZipFile(file) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"the checksum of {damaged} is another")
+    return False
+
+
+def _check_content(path: Path, state: Any, sealed: bool) -> None:
+    if not isinstance(state, dict) or "format" not in state:
+        raise UnusableCheckpoint(f"{path} is not a checkpoint of sacl-fast")
+    found = state["format"]
+    if not isinstance(found, int) or found not in (_UNSEALED_FORMAT, FORMAT):
+        raise UnusableCheckpoint(
+            f"checkpoint {path} has format {str(found)[:40]}, this version reads "
+            f"{_UNSEALED_FORMAT} and {FORMAT}"
+        )
+    if found == FORMAT and not sealed:
+        raise UnusableCheckpoint(f"checkpoint {path} is damaged: its checksum is missing")
+    lacking = [key for key, kind in _CONTENT.items() if not isinstance(state.get(key), kind)]
+    if lacking or state["steps_per_epoch"] < 1 or state["step"] < 0:
+        raise UnusableCheckpoint(
+            f"checkpoint {path} is not whole: it lacks {', '.join(lacking) or 'a valid step'}"
+        )
+
+
+def _what_is_kept(folder: Path) -> str:
+    try:
+        left = list_checkpoints(folder)
+    except UserError:
+        left = []
+    return f"{left[-1].name} is kept and --resume auto goes on from it" if left else "none yet"

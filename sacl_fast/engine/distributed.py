@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from sacl_fast.errors import UserError
+from sacl_fast.errors import SaidByAnother, UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,39 @@ class Ranks:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def on_first(self, function: Callable[[], T]) -> T:
+        """What ``function`` returns on rank 0, on every rank.
+
+        Raises:
+            UserError: on every rank, where it fails there; one of them says so.
+        """
+        value, failed = None, None
+        if self.first:
+            try:
+                value = function()
+            except UserError as error:
+                failed = error
+        value, sentence = self.from_first((value, failed and str(failed)))
+        _fail_together(failed, sentence)
+        return value
+
+    def together(self, function: Callable[[], T]) -> T:
+        """What ``function`` returns, on each rank its own.
+
+        Raises:
+            UserError: on every rank, where it fails on any; one of them says so.
+        """
+        value, failed = None, None
+        try:
+            value = function()
+        except UserError as error:
+            failed = error
+        sentences = self.gather(failed and str(failed))
+        told = next((rank for rank, sentence in enumerate(sentences) if sentence), None)
+        if told is not None:
+            _fail_together(failed if told == self.rank else None, sentences[told])
+        return value  # type: ignore[return-value]
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank."""
         if self.world_size == 1:
@@ -56,6 +91,13 @@ class Ranks:
         """Wait until every rank is here."""
         if self.world_size > 1:
             dist.barrier()
+
+
+def _fail_together(error: UserError | None, sentence: str | None) -> None:
+    if error is not None:
+        raise error
+    if sentence is not None:
+        raise SaidByAnother(sentence)
 
 
 def pick_device(requested: str) -> torch.device:

@@ -9,8 +9,8 @@ line being written::
 
 ``step`` counts optimiser steps done, ``epoch`` is ``step`` in epochs, ``time`` is Unix time in
 seconds. JSON has no NaN and no infinity: such values are written as ``null``. A resumed run goes
-on in the same file, from which the lines after the checkpoint's step are removed, for those steps
-are taken again.
+on in the same file, from which the lines after the checkpoint's step are set aside, for those
+steps are taken again.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from sacl_fast.config import LogConfig
 from sacl_fast.engine.run_folder import METRICS
-from sacl_fast.errors import UserError
+from sacl_fast.errors import UserError, reason_of
+from sacl_fast.files import kind_of, whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -38,26 +39,23 @@ Kind = Literal["train", "knn", "event"]
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a half-written last one is left out.
+    """The lines of a metrics file; a half-written last one is left out, and damaged ones are with
+    a warning.
 
     Raises:
-        UserError: the file cannot be read, or a line before the last is no JSON object.
+        UserError: the file cannot be read.
     """
     path = Path(path)
     with _disk(path, "read"):
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise UserError(f"{path}, line {number} is not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number} is not a JSON object: {line[:40]}")
-        rows.append(row)
-    return rows
+        lines = path.read_bytes().splitlines()
+    rows = [_row(line) for line in lines]
+    damaged = [number for number, row in enumerate(rows[:-1], start=1) if row is None]
+    if damaged:
+        logger.warning(
+            "%s: %d of %d lines are damaged and left out, line %d first",
+            path, len(damaged), len(lines), damaged[0],
+        )  # fmt: skip
+    return [row for row in rows if row is not None]
 
 
 class MetricWriter:
@@ -66,7 +64,8 @@ class MetricWriter:
     Args:
         run_folder: exists already.
         config_dict: the configuration as plain values, shown by TensorBoard and W&B.
-        resume_step: step of the checkpoint that the run goes on from; None starts a new file.
+        resume_step: step of the checkpoint that the run goes on from; None for a new run. The file
+            itself goes on where it ends: see ``rewind_metrics``.
 
     Raises:
         UserError: here and in ``write``, if the disk is full or the folder cannot be written;
@@ -84,10 +83,7 @@ class MetricWriter:
         self.path = self.folder / METRICS
         self._tensorboard: Any = None
         self._wandb: Any = None
-        _start_file(self.path, resume_step)
-        with _disk(self.path, "write"):
-            # Unbuffered: what failed to be written is not tried again when the file is closed.
-            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+        self._file = self._open()
         try:
             if log.tensorboard:
                 self._tensorboard = self._open_tensorboard(config_dict, resume_step)
@@ -105,6 +101,10 @@ class MetricWriter:
         row = {"kind": kind, "step": step, "epoch": round(epoch, 6), "time": round(time.time(), 3)}
         line = memoryview(json.dumps(row | clean, allow_nan=False).encode() + b"\n")
         with _disk(self.path, "write"):
+            if not self.path.exists() and self.folder.exists():
+                logger.warning("%s was removed and goes on in a new file", self.path)
+                self._file.close()
+                self._file = self._open()
             while line:  # an almost full disk takes part of a line, and then none
                 line = line[self._file.write(line) :]
         for name, value in values.items():
@@ -129,6 +129,11 @@ class MetricWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _open(self) -> BinaryIO:
+        with _disk(self.path, "write"):
+            # Unbuffered: what failed to be written is not tried again when the file is closed.
+            return open(self.path, "ab", buffering=0)
 
     def _open_tensorboard(self, config_dict: Mapping[str, Any], resume_step: int | None) -> Any:
         try:
@@ -178,23 +183,51 @@ class MetricWriter:
         )
         # Our own axis: W&B's internal step may not go back, a resumed run's does.
         run.define_metric("*", step_metric="step")
-        with _disk(id_file, "write"):
-            id_file.write_text(f"{run.id}\n")
+        with _disk(id_file, "write"), whole_file(id_file) as file:
+            file.write(f"{run.id}\n".encode())
         return run
 
 
-def _start_file(path: Path, resume_step: int | None) -> None:
-    """An empty file, or the old one up to and with ``resume_step``; renamed into place."""
-    keep: list[dict[str, Any]] = []
-    if resume_step is not None and path.exists():
-        keep = [row for row in read_metrics(path) if row.get("step", 0) <= resume_step]
-    temporary = path.with_suffix(".tmp")
-    with _disk(path, "write"):
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in keep)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+def rewind_metrics(path: Path, step: int, aside: Path) -> int:
+    """Take the lines after ``step``, and those that are damaged, out of a metrics file and write
+    them to ``aside``, whose folder is made where there are any. Returns how many there were.
+
+    Raises:
+        UserError: one of the files cannot be read or written; then ``path`` is as it was.
+    """
+    kind = kind_of(path)
+    if kind is None:
+        return 0
+    if kind != "file":
+        raise UserError(f"{path} is no file, but is where a run's metrics belong; remove it")
+    with _disk(path, "read"):
+        lines = path.read_bytes().splitlines(keepends=True)
+    keep, rest = [], []
+    for line in lines:
+        row = _row(line)
+        (rest if row is None or _step(row) > step or line[-1:] != b"\n" else keep).append(line)
+    if rest:
+        with _disk(aside, "write"):
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(aside) as file:
+                file.write(b"".join(rest))
+        with _disk(path, "write"), whole_file(path) as file:
+            file.write(b"".join(keep))
+    return len(rest)
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A line's JSON object; None if it is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and math.isfinite(_step(row)) else None
+
+
+def _step(row: dict[str, Any]) -> float:
+    step = row.get("step", 0)
+    return step if isinstance(step, (int, float)) else math.nan
 
 
 def _finite(value: float | str | None) -> float | str | None:
@@ -209,4 +242,4 @@ def _disk(path: Path, what: Literal["read", "write"]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot {what} {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot {what} {path}: {reason_of(error)}") from error

@@ -9,11 +9,19 @@
     curves.png           the metrics as curves
     checkpoints/         step_NNNNNNNN.pt (the last ones), best.pt (best kNN)
     encoder.safetensors  the dense encoder after training, under timm's names
+    superseded/          what a run left that went on from an earlier step (see resume.py)
+    run.lock             whose folder it is, while a run writes there (see lock.py)
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -21,15 +29,62 @@ import yaml
 
 from sacl_fast.config import Config, to_dict
 from sacl_fast.engine.checkpoint import list_checkpoints
-from sacl_fast.errors import UserError
+from sacl_fast.engine.distributed import Ranks
+from sacl_fast.engine.lock import RunLock
+from sacl_fast.errors import UserError, reason_of
+from sacl_fast.files import kind_of, remove_leftovers, user_path, whole_file
+
+logger = logging.getLogger(__name__)
 
 CONFIG, ENVIRONMENT, METRICS = "config.yaml", "environment.json", "metrics.jsonl"
 VIEWS, CURVES, CHECKPOINTS = "views.png", "curves.png", "checkpoints"
-ENCODER = "encoder.safetensors"
+ENCODER, SUPERSEDED = "encoder.safetensors", "superseded"
 
 
-def choose_run_folder(config: Config) -> Path:
-    """The folder of this run: ``config.out``, or one under ``runs/PRESET``.
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run, known to all ranks and written by the first."""
+
+    path: Path
+    lock: RunLock | None
+    """The first rank's hold on it."""
+
+    def is_gone(self) -> bool:
+        """Whether it was removed or renamed; known to the first rank."""
+        return self.lock is not None and self.lock.folder_is_gone()
+
+    def check(self) -> None:
+        """See ``RunLock.check``."""
+        if self.lock is not None:
+            self.lock.check()
+
+
+@contextlib.contextmanager
+def claimed_run_folder(config: Config, ranks: Ranks) -> Iterator[RunFolder]:
+    """The folder that ``config`` asks for, made and locked against other runs; empty again where
+    nothing was written into it.
+
+    Raises:
+        UserError: on all ranks. It holds a run already and ``resume`` is ``never``, another
+            process writes there, or it cannot be made or written.
+    """
+    with contextlib.ExitStack() as held:
+        locks: list[RunLock] = []
+
+        def claim() -> Path:
+            folder, created = _make(choose_run_folder(config), config)
+            if created:
+                held.callback(_remove_if_empty, folder)
+            locks.append(RunLock(folder))
+            held.callback(locks[0].release)
+            list_checkpoints(folder / CHECKPOINTS)  # which may be no folder
+            return folder
+
+        yield RunFolder(ranks.on_first(claim), locks[0] if locks else None)
+
+
+def choose_run_folder(config: Config) -> Path | None:
+    """The folder of this run: ``config.out``, or None for a new one under ``runs/PRESET``.
 
     With ``resume`` ``auto`` and no ``out`` it is the preset's newest unfinished run, if there is
     one; with a checkpoint's path and no ``out`` it is the run that the checkpoint is of.
@@ -38,63 +93,120 @@ def choose_run_folder(config: Config) -> Path:
         UserError: the folder holds a run already and ``resume`` is ``never``.
     """
     if config.out is not None:
-        folder = Path(config.out)
-        if config.resume == "never" and (folder / METRICS).exists():
+        folder = user_path(config.out, "out")
+        if config.resume == "never" and _holds_a_run(folder):
             raise UserError(
                 f"{folder} already holds a run; --resume auto goes on with it, another --out "
                 "starts a new one"
             )
         return folder
-    runs = Path("runs") / config.preset
-    if config.resume == "auto" and (unfinished := _unfinished_runs(runs)):
-        return unfinished[-1]
-    if config.resume not in ("auto", "never"):
-        checkpoint = Path(config.resume)
-        if checkpoint.parent.name == CHECKPOINTS:
-            return checkpoint.parent.parent
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder, number = runs / stamp, 2
-    while folder.exists():
-        folder, number = runs / f"{stamp}-{number}", number + 1
-    return folder
+    if config.resume == "never":
+        return None
+    if config.resume == "auto":
+        unfinished = _unfinished_runs(Path("runs") / config.preset)
+        return unfinished[-1] if unfinished else None
+    given = user_path(config.resume, "resume")
+    for checkpoints in (given.parent, given, given / CHECKPOINTS):
+        if checkpoints.name == CHECKPOINTS and kind_of(checkpoints) == "folder":
+            return checkpoints.parent
+    return None
 
 
-def make_run_folder(folder: Path, config: Config, environment: dict[str, object]) -> None:
-    """Create the folder and write the configuration and the environment into it.
+def prepare_run_folder(
+    folder: Path, config: Config, environment: dict[str, object], *, checkpoint_size: int
+) -> None:
+    """Try what the run will need of its folder, write the configuration and the environment into
+    it, and remove what killed processes left.
+
+    Args:
+        checkpoint_size: bytes of one checkpoint.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the folder cannot be written, or a checkpoint does not fit on its disk.
     """
+    checkpoints = folder / CHECKPOINTS
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-        (folder / ENVIRONMENT).write_text(json.dumps(environment, indent=2, default=str) + "\n")
+        checkpoints.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=checkpoints) as file:
+            file.write(b"can be written")
+        for written in (folder, checkpoints):
+            remove_leftovers(written)
+        _check_space(checkpoints, checkpoint_size, config.checkpoint.keep)
+        _write(folder / CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False))
+        _write(folder / ENVIRONMENT, json.dumps(environment, indent=2, default=str) + "\n")
     except OSError as error:
         raise UserError(
-            f"cannot write to run folder {folder}: {error.strerror}; --out names another"
+            f"cannot write to run folder {folder}: {reason_of(error)}; --out names another"
         ) from error
 
 
-def resume_candidates(config: Config, folder: Path) -> list[Path]:
-    """The checkpoints to resume from, the one to try first at the front."""
-    if config.resume == "never":
-        return []
-    if config.resume == "auto":
-        return list_checkpoints(folder / CHECKPOINTS)[::-1]
-    checkpoint = Path(config.resume)
-    if checkpoint.is_dir():
-        found = list_checkpoints(checkpoint) or list_checkpoints(checkpoint / CHECKPOINTS)
-        if not found:
-            raise UserError(f"no checkpoint in {checkpoint}")
-        return found[::-1]
-    return [checkpoint]
+def _make(folder: Path | None, config: Config) -> tuple[Path, bool]:
+    """The folder, or a new one, and whether it was made here."""
+    stamp = Path("runs") / config.preset / datetime.now().strftime("%Y%m%d-%H%M%S")
+    number = 1
+    while True:
+        wanted = folder or (stamp if number == 1 else stamp.with_name(f"{stamp.name}-{number}"))
+        try:
+            wanted.mkdir(parents=True)
+            return wanted, True
+        except FileExistsError:
+            if folder is None:  # another run began in the same second
+                number += 1
+            elif kind_of(folder) == "folder":
+                return folder, False
+            else:
+                raise UserError(f"{folder} is no folder; --out names another") from None
+        except OSError as error:
+            raise UserError(
+                f"cannot make run folder {wanted}: {reason_of(error)}; --out names another"
+            ) from error
+
+
+def _holds_a_run(folder: Path) -> bool:
+    return (
+        kind_of(folder / METRICS) is not None
+        or kind_of(folder / ENCODER) is not None
+        or bool(list_checkpoints(folder / CHECKPOINTS))
+    )
 
 
 def _unfinished_runs(runs: Path) -> list[Path]:
     """Run folders with checkpoints and no final encoder, oldest first."""
-    folders = sorted(runs.iterdir()) if runs.is_dir() else []
-    return [
-        folder
-        for folder in folders
-        if list_checkpoints(folder / CHECKPOINTS) and not (folder / ENCODER).exists()
-    ]
+    if kind_of(runs) != "folder":
+        return []
+    found = []
+    for folder in sorted(runs.iterdir()):
+        try:
+            if list_checkpoints(folder / CHECKPOINTS) and kind_of(folder / ENCODER) is None:
+                found.append(folder)
+        except UserError as error:
+            logger.warning("passed over %s: %s", folder, error)
+    return found
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        (folder / CHECKPOINTS).rmdir()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _check_space(folder: Path, checkpoint: int, keep: int) -> None:
+    free, most = shutil.disk_usage(folder).free, checkpoint * (keep + 2)
+    if free < checkpoint:
+        raise UserError(
+            f"{folder} has {free / 1e6:,.0f} MB free, and a checkpoint of this run takes "
+            f"{checkpoint / 1e6:,.0f} MB; --out names a folder on another disk"
+        )
+    there = sum(path.stat().st_size for path in list_checkpoints(folder))
+    if free + there < most:
+        logger.warning(
+            "%s has %.0f MB free; the checkpoints of this run (%d, the best one and one being "
+            "written) take up to %.0f MB. --checkpoint.keep 1 takes less",
+            folder, free / 1e6, keep, most / 1e6,
+        )  # fmt: skip
+
+
+def _write(path: Path, text: str) -> None:
+    with whole_file(path) as file:
+        file.write(text.encode())

@@ -17,26 +17,24 @@ from sacl_fast.data.sources import open_sources
 from sacl_fast.data.view_loader import open_view_loader
 from sacl_fast.engine import run_folder as files
 from sacl_fast.engine.checkpoint import (
-    changed_settings,
-    check_architecture,
     checkpoint_path,
-    load_checkpoint,
     mark_best,
     random_state,
-    restore_random_state,
     save_checkpoint,
-    save_encoder,
 )
 from sacl_fast.engine.clock import Clock
 from sacl_fast.engine.collapse import CollapseAlarm, effective_rank, embedding_std
 from sacl_fast.engine.console import RunConsole
+from sacl_fast.engine.diagnosis import what_may_help
 from sacl_fast.engine.distributed import Ranks, process_group
+from sacl_fast.engine.encoder_file import encode_encoder, encoder_metadata, save_encoder
 from sacl_fast.engine.environment import environment
 from sacl_fast.engine.evaluator import Evaluator
 from sacl_fast.engine.memory import keep_freed_memory
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.metrics import MetricWriter, read_metrics
 from sacl_fast.engine.plots import plot_curves
+from sacl_fast.engine.resume import Continuation, data_record, find_continuation, restore, set_aside
 from sacl_fast.engine.signals import StopRequest, stop_signals
 from sacl_fast.engine.step import TrainingStep
 from sacl_fast.errors import UserError
@@ -71,8 +69,11 @@ def train(config: Config) -> RunResult:
     Raises:
         UserError: what is asked for cannot be done; the sentence says what can.
     """
-    with process_group(config.device) as ranks:
-        run = Run(config, ranks)
+    with (
+        process_group(config.device) as ranks,
+        files.claimed_run_folder(config, ranks) as claim,
+    ):
+        run = Run(config, ranks, claim)
         try:
             return run.train()
         finally:
@@ -82,10 +83,11 @@ def train(config: Config) -> RunResult:
 class Run:
     """The state of a run, and the loop over it."""
 
-    def __init__(self, config: Config, ranks: Ranks) -> None:
+    def __init__(self, config: Config, ranks: Ranks, claim: files.RunFolder) -> None:
         self.config = config
         self.ranks = ranks
-        self.folder: Path = ranks.from_first(files.choose_run_folder(config))
+        self.claim = claim
+        self.folder: Path = claim.path
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         self.splits = open_sources(config.data, config.seed)
         self.loader = open_view_loader(
@@ -102,20 +104,23 @@ class Run:
         self.step = TrainingStep(
             self.method, config, ranks, steps_per_epoch=self.loader.steps_per_epoch
         )
-        torch.manual_seed(config.seed * 65_537 + ranks.rank)  # drop path differs between ranks
+        # Drop path differs between ranks. A seed from the clock has 61 bits, torch's has 64.
+        torch.manual_seed((config.seed * 65_537 + ranks.rank) % 2**64)
         self.evaluator = Evaluator(self.splits, config, ranks.device, self.step.amp_dtype)
         self.alarm = CollapseAlarm(config.log.min_std, config.log.min_rank)
         self.steps_done = 0
         self.knn: dict[str, float] = {}
         self.knn_before: dict[str, float] = {}
         self.best_knn = -1.0
-        self._resume()
+        self.lost = False
+        """Whether the run folder vanished; known to the first rank."""
+        self.data = ranks.on_first(lambda: data_record(self.splits.train))
+        self.resumed = self._resume()
         self.writer: MetricWriter | None = None
-        if ranks.first:
-            files.make_run_folder(self.folder, config, environment())
-            self.writer = MetricWriter(
-                self.folder, config.log, to_dict(config), self.steps_done or None
-            )
+        ranks.on_first(self._open_records)
+        if self.resumed is not None and self.resumed.moved and not self.resumed.finished:
+            self._save()  # from here on the step counts epochs of these images
+            ranks.on_first(lambda: set_aside(self.folder, after=self.steps_done))
         self.console = RunConsole(
             config.epochs,
             self.loader.steps_per_epoch,
@@ -157,7 +162,8 @@ class Run:
                 self._save()
             # Several ranks must stop at the same step; they agree when they wait anyway.
             if self.ranks.world_size == 1 or reading:
-                stop.everywhere = self.ranks.any(stop.name is not None)
+                self.lost |= reading and self.claim.is_gone()
+                stop.everywhere = self.ranks.any(stop.name is not None or self.lost)
             if stop.everywhere and self.steps_done % per_epoch:
                 return
 
@@ -189,12 +195,35 @@ class Run:
             f"stopped by {signal_name or 'a signal to another process'} after step "
             f"{self.steps_done}; --resume auto --out {self.folder} goes on from there"
         )
+        self._say_if_lost()
 
     def _finish(self) -> None:
-        if self.ranks.first:
-            state = self.evaluator.final_encoder_state(self.method)
-            save_encoder(self.folder / files.ENCODER, state)
-        self.ranks.wait()
+        path = self.folder / files.ENCODER
+        if self.resumed is not None and self.resumed.finished:
+            self.console.message(f"all {self.config.epochs} epochs were done before")
+        if not self.ranks.from_first(path.exists()):
+            self.ranks.on_first(lambda: self._save_encoder(path))
+        self._say_if_lost()
+
+    def _save_encoder(self, path: Path) -> None:
+        self.claim.check()
+        state = self.evaluator.final_encoder_state(self.method)
+        save_encoder(path, state, self._encoder_metadata())
+
+    def _encoder_metadata(self) -> dict[str, str]:
+        epochs = self.steps_done / self.loader.steps_per_epoch
+        images = len(self.splits.train)
+        return encoder_metadata(
+            self.config, epochs=epochs, steps=self.steps_done, images=images, knn=self.knn
+        )
+
+    def _say_if_lost(self) -> None:
+        if self.lost:
+            raise UserError(
+                f"run folder {self.folder} was removed or renamed while the run wrote there: its "
+                f"metrics and earlier checkpoints are no longer in it. The state after step "
+                f"{self.steps_done} is in {self.folder / files.CHECKPOINTS}"
+            )
 
     # What is measured
 
@@ -231,7 +260,7 @@ class Run:
         return (
             f"the loss is not finite at step {step} (learning rate "
             f"{self.step.learning_rate(step - 1):.3g}, precision {self.config.precision}); the run "
-            f"stops, {kept}. A lower --optim.lr or --precision fp32 often helps"
+            f"stops, {kept}. {what_may_help(self.config, self.step.amp_dtype)}"
         )
 
     def _evaluate(self, epochs_done: int) -> dict[str, float]:
@@ -273,12 +302,15 @@ class Run:
         if not self.step.weights_are_finite():  # the next loss would not be
             raise NonFiniteLoss(self._nonfinite_sentence(self.steps_done + 1))
         random_states = self.ranks.gather(random_state(self.ranks.device))
-        if self.ranks.first:
-            path = checkpoint_path(self.folder / files.CHECKPOINTS, self.steps_done)
+        path = checkpoint_path(self.folder / files.CHECKPOINTS, self.steps_done)
+
+        def write() -> None:
+            self.claim.check()
             save_checkpoint(path, self._state(random_states), keep=self.config.checkpoint.keep)
             if best:
                 mark_best(path)
-        self.ranks.wait()
+
+        self.ranks.on_first(write)
 
     def _state(self, random_states: list[Any]) -> dict[str, Any]:
         return {
@@ -286,6 +318,7 @@ class Run:
             "config": to_dict(self.config),
             "step": self.steps_done,
             "steps_per_epoch": self.loader.steps_per_epoch,
+            "data": self.data,
             "model": self.method.state_dict(),
             "optimizer": self.step.optimizer.state_dict(),
             "scaler": self.step.scaler.state_dict(),
@@ -295,42 +328,44 @@ class Run:
             "best_knn": self.best_knn,
         }
 
-    def _resume(self) -> None:
+    def _resume(self) -> Continuation | None:
         """Take up the state of the newest readable checkpoint, where one is asked for."""
-        candidates = files.resume_candidates(self.config, self.folder)
-        for i, path in enumerate(candidates):
-            try:
-                state = load_checkpoint(path)
-            except UserError as error:
-                if i + 1 == len(candidates):
-                    raise
-                logger.warning("%s; trying the one before", error)
-                continue
-            return self._restore(path, state)
+        found = find_continuation(
+            self.ranks,
+            self.config,
+            self.folder,
+            data=self.data,
+            steps_per_epoch=self.loader.steps_per_epoch,
+            model=self.method.state_dict(),
+        )
+        if found is not None:
+            self.ranks.together(lambda: restore(found, self.method, self.step, self.ranks))
+            self.steps_done = found.step
+            self.knn, self.knn_before = found.state["knn"], found.state["knn_before"]
+            self.best_knn = found.state["best_knn"]
+            logger.info("resumed from %s after step %d", found.path, self.steps_done)
+        return found
 
-    def _restore(self, path: Path, state: dict[str, Any]) -> None:
-        config = to_dict(self.config)
-        check_architecture(path, state["config"], config)
-        if state["steps_per_epoch"] != self.loader.steps_per_epoch:
-            raise UserError(
-                f"checkpoint {path} counts {state['steps_per_epoch']} steps an epoch, this run "
-                f"{self.loader.steps_per_epoch}; the same images and batch_size work"
-            )
-        for change in changed_settings(state["config"], config):
-            if not change.startswith(("out:", "resume:")):
-                logger.warning("resuming with another %s", change)
-        try:
-            self.method.load_state_dict(state["model"])
-            self.step.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"checkpoint {path} does not fit this run: {error}") from error
-        self.step.scaler.load_state_dict(state["scaler"])
-        self.steps_done = state["step"]
-        self.knn, self.knn_before = state["knn"], state["knn_before"]
-        self.best_knn = state["best_knn"]
-        if len(state["random"]) == self.ranks.world_size:
-            restore_random_state(state["random"][self.ranks.rank], self.ranks.device)
-        logger.info("resumed from %s after step %d", path, self.steps_done)
+    def _open_records(self) -> None:
+        """Try what the run will write, clear the folder of what it supersedes, and open it."""
+        encode_encoder(self.method.encoder.state_dict(), self._encoder_metadata())
+        found, config = self.resumed, self.config
+        if found is None or not found.is_in(self.folder):
+            set_aside(self.folder, after=-1)
+        elif not found.finished:
+            set_aside(self.folder, after=self.steps_done, spare=found.path)
+        tensors = [*self.method.state_dict().values()]
+        moments = 2 if config.optim.name == "adamw" else 1
+        tensors += moments * [*self.method.parameters()]
+        files.prepare_run_folder(
+            self.folder,
+            config,
+            environment(),
+            checkpoint_size=sum(tensor.nbytes for tensor in tensors),
+        )
+        self.writer = MetricWriter(
+            self.folder, config.log, to_dict(config), self.steps_done if found else None
+        )
 
     def _describe(self) -> Iterator[str]:
         config, ranks = self.config, self.ranks
@@ -349,6 +384,10 @@ class Run:
                 yield f"{op}: {resolution.backend} ({resolution.reason})"
         recorded = "" if self.method.recorded is None else ", recorded"
         yield f"slim passes: {self.method.slim_mode}{recorded} ({self.step.slim_mode_reason})"
+        if self.method.slicer.norm_gradient == "damped":
+            requested = config.slim.norm_gradient == "damped"
+            why = "as requested" if requested else "they would grow over several in a row"
+            yield f"slim passes: gradients through norms of constant channels are damped ({why})"
 
     def _result(self, *, finished: bool) -> RunResult:
         return RunResult(self.folder, self.steps_done, finished, self.knn, self.knn_before)

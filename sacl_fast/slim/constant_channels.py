@@ -78,8 +78,8 @@ class _Probe:
         self.factor = 1.0
         self.met = 0
         """norms of constant channels in the last pass"""
-        self.encoder.double().train()
-        self.slicer.double()
+        self.encoder.cpu().double().train()
+        self.slicer.cpu().double()
         self.slicer.enabled, self.slicer.norm_gradient = True, "exact"
         torch.manual_seed(0)
         for name, mask in self.slicer.masks.items():

@@ -248,7 +248,7 @@ def _batch_norm(
         running = None, None  # whoever asks again has the same batch
         return arranged(outputs, shape)
 
-    return later(finish, shape, parts[0].values)
+    return later(finish, shape, parts[0].values, [*(p.values for p in parts), weight, bias])
 
 
 def _global_batch_norm(func: Any, input: Any, *args: Any) -> Any:

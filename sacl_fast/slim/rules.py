@@ -66,7 +66,7 @@ def _elementwise(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     values = [func(p.values, *args, **kwargs) for p in x.parts]
     if all(v is p.values for v, p in zip(values, x.parts, strict=True)):  # in place, or no change
-        return x
+        return x.become(x)
     return make([p._replace(values=v) for p, v in zip(x.parts, values, strict=True)], x.shape)
 
 
@@ -76,7 +76,7 @@ _AFTER_NORM = [name for name in ACTIVATIONS if name != "none"]
 @rule_for(*_AFTER_NORM, *(f"{name}_" for name in _AFTER_NORM))
 def _activation(func: Any, x: Any, *inplace: bool, **named: bool) -> Any:
     """One that a norm may have waited for; its only other argument is ``inplace``."""
-    if not isinstance(x, SlimTensor) or x.finish is None:
+    if not isinstance(x, SlimTensor) or not x.waits_for_activation:
         return _elementwise(func, x, *inplace, **named)
     name = func.__name__
     in_place = name.endswith("_") or any(inplace) or any(named.values())

@@ -34,13 +34,7 @@ from sacl_fast.errors import UserError, nearest
 from sacl_fast.ops.batch_norm import DAMPED, damped
 from sacl_fast.ops.slim_conv import BACKEND
 from sacl_fast.slim.channels import Channels, all_channels, channels
-from sacl_fast.slim.tensor import (
-    KeptFilters,
-    SlimTensor,
-    dense,
-    dense_for_custom_functions,
-    finishing,
-)
+from sacl_fast.slim.tensor import KeptFilters, SlimTensor, dense, finishing
 
 NormGradient = Literal["exact", "damped"]
 Mode = Literal["dense", "mask", "skip"]
@@ -207,7 +201,6 @@ class Slicer(nn.Module):
                         undo.callback(BACKEND.reset, BACKEND.set(self.backend))
                         hook = self._encoder[0].register_forward_hook(lambda *call: dense(call[2]))
                         undo.callback(hook.remove)
-                        undo.enter_context(dense_for_custom_functions())
                         undo.enter_context(finishing())
             yield
 

@@ -15,6 +15,12 @@ so nothing is dropped: outputs, gradients and running statistics are those of th
 
 ``SlimTensor`` is a ``Tensor`` as far as models can tell. Which operations act on parts stands in
 ``slim.rules``; any other makes the tensor dense first, which is always right, and says so once.
+
+It is one for autograd, too. A ``torch.autograd.Function`` is the one way into autograd that
+``__torch_function__`` does not see: it takes the tensor as it is, and computes without gradient. So
+each tensor has a node of its own, by which the gradient of its dense form goes on to the parts
+(``_Gradient``); without gradient, an operation on a tensor that has one makes it dense; and a
+tensor whose node has become another than its own takes the gradient from there (``_heal``).
 """
 
 from __future__ import annotations
@@ -29,6 +35,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 from sacl_fast.ops.batch_norm_act import Activation
@@ -46,13 +53,21 @@ _METADATA: set[Callable[..., Any]] = {
         getattr(Tensor, name).__get__
         for name in """
             shape dtype device layout ndim itemsize is_cuda is_sparse is_quantized is_meta is_mkldnn
-            is_nested
+            is_nested requires_grad is_leaf grad_fn grad
         """.split()
     ),
     *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__),
     *(Tensor.is_floating_point, Tensor.is_complex, Tensor.get_device, Tensor.element_size),
     *(torch.is_floating_point, torch.is_complex, torch.numel, Tensor.__hash__),
+    # Autograd's; the hooks' it uses itself, where a function has changed its input in place.
+    *(
+        Tensor.backward,
+        torch.autograd.backward,
+        torch.autograd.grad,
+        Tensor._backward_hooks.__set__,  # pyright: ignore
+    ),
 }
+_MAKE_LEAVES = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
 _UNFINISHED: ContextVar[Callable[[], Any] | None] = ContextVar("_UNFINISHED", default=None)
 _already_logged: set[str] = set()
 
@@ -78,6 +93,10 @@ class _Wrapper(Tensor):
     # What rules and modules ask for all the time is answered without going through torch.
     full_shape: torch.Size
     _type: tuple[torch.dtype, torch.device]
+
+    knows_gradient: bool
+    """Whether autograd knows the tensor as what it is now; not so where it was made or changed
+    without gradient."""
 
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
@@ -112,9 +131,17 @@ class _Wrapper(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if func in _MAKE_LEAVES:
+            args[0].knows_gradient = False
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if torch.is_grad_enabled():
+            for x in _slim_tensors(args, kwargs):
+                if not x.knows_gradient:
+                    _heal(x)
+        elif any(x.requires_grad for x in _slim_tensors(args, kwargs)):
+            return _on_dense(func, args, kwargs)  # within a torch.autograd.Function, it may be
         _finish_other_than(args[0] if args else None)
-        if func == Tensor.requires_grad.__get__:  # type: ignore[attr-defined]
-            return args[0].requires_gradient
         if rule := RULES.get(func):
             out = rule(func, *args, **kwargs)
             if out is not NotImplemented:
@@ -136,46 +163,131 @@ class SlimTensor(_Wrapper):
     parts are asked for: what comes next can often do it along with its own work.
     """
 
-    zeroed: Channels | None = None
-    """channels of value 0 that are not among the parts yet"""
-    finish: Finish | None = None
-    """gives the parts, after an activation"""
-
-    _parts: tuple[Part, ...]
+    _content: _Content
 
     @staticmethod
-    def __new__(
-        cls, parts: tuple[Part, ...], shape: torch.Size, like: Tensor | None = None
+    def __new__(cls, parts: tuple[Part, ...], shape: torch.Size) -> SlimTensor:
+        return cls._of(_Content(parts, shape), parts[0].values)
+
+    @classmethod
+    def _of(
+        cls, content: _Content, like: Tensor, sources: Sequence[Tensor] | None = None
     ) -> SlimTensor:
-        like = parts[0].values if like is None else like
-        made = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
-        made.full_shape, made._type, made._parts = shape, (like.dtype, like.device), parts
+        shape, dtype, device = content.shape, like.dtype, like.device
+        made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        made.full_shape, made._type = shape, (dtype, device)
+        made._take(content, sources)
         return made  # type: ignore[no-any-return]
+
+    def _take(self, content: _Content, sources: Sequence[Tensor] | None = None) -> None:
+        """``sources``: what the parts are computed from; None: the parts themselves."""
+        self._content = content
+        self.knows_gradient = torch.is_grad_enabled()
+        if self.knows_gradient:
+            if sources is None:
+                sources = [p.values for p in content.made]
+            _connect(self, content.dense, sources)
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        if self.finish is not None:
-            finish, self.finish = self.finish, None
-            self._parts = finish("none")
-        if self.zeroed is not None:
-            zeroed, self.zeroed = self.zeroed, None
-            self._parts = arranged((*self._parts, _zeros(zeroed, self._parts)), self.shape)
-        return self._parts
+        if self._content.finish is not None:
+            self._finish()
+        return self._content.parts
 
     @property
     def nonzero_parts(self) -> tuple[Part, ...]:
         """The parts but for the channels ``zeroed``."""
-        return self._parts if self.finish is None else self.parts
+        return self._content.made if self._content.finish is None else self.parts
+
+    def _finish(self) -> None:
+        content = self._content
+        with torch.set_grad_enabled(content.with_gradient):
+            content.finished("none")
+        if content.with_gradient and not torch.is_grad_enabled():
+            # A torch.autograd.Function may have the node already. So that goes on to the sources,
+            # once, with the gradients of all, and nobody else does (see ``_heal``).
+            detached = tuple(p._replace(values=p.values.detach()) for p in content.made)
+            self._content, self.knows_gradient = _Content(detached, self.shape), False
+        else:
+            self._take(_Content(content.made, self.shape))
+
+    @property
+    def zeroed(self) -> Channels | None:
+        """Channels of value 0 that are not among the parts yet."""
+        return self._content.zeroed
+
+    @property
+    def waits_for_activation(self) -> bool:
+        """Whether the parts can be computed along with an activation, as ``activated`` does."""
+        content = self._content
+        return content.finish is not None and content.with_gradient == torch.is_grad_enabled()
 
     def activated(self, act: Activation, *, in_place: bool) -> SlimTensor:
-        """What ``finish`` gives with an activation."""
-        assert self.finish is not None
-        parts = self.finish(act)
+        """The tensor after the activation that it waits for."""
+        assert self._content.finish is not None
         if in_place:
-            self.finish, self._parts = None, parts
+            self._take(_Content(self._content.finished(act), self.shape))
             return self
         _UNFINISHED.set(weakref.ref(self))  # to be finished for whoever still has it
-        return SlimTensor(parts, self.shape)
+        return SlimTensor(self._content.finish(act), self.shape)
+
+    def dense(self) -> Tensor:
+        self.parts  # noqa: B018
+        return self._content.dense()
+
+    def become(self, other: Tensor) -> SlimTensor:
+        """Take another tensor's values: what an in-place operation does."""
+        if isinstance(other, SlimTensor):
+            parts = other.parts
+        else:
+            parts = (Part(all_channels(other.shape[1]), other),)
+        self._take(_Content(parts, self.shape))
+        return self
+
+    def __repr__(self, **_: Any) -> str:
+        forms = ", ".join(str(tuple(p.values.shape)) for p in self.parts)
+        return f"SlimTensor({tuple(self.shape)}: {forms})"
+
+
+class _Content:
+    """The parts of a slim tensor, of which some may still have to be made.
+
+    Apart from the tensor, so that autograd's node of the tensor can have it and not the tensor,
+    which has the node.
+    """
+
+    def __init__(
+        self,
+        made: tuple[Part, ...],
+        shape: torch.Size,
+        *,
+        zeroed: Channels | None = None,
+        finish: Finish | None = None,
+    ) -> None:
+        """
+        Args:
+            made: the parts that are there.
+            shape: of the tensor.
+            zeroed: channels of value 0 besides.
+            finish: gives the parts, after an activation.
+        """
+        self.made, self.shape, self.zeroed, self.finish = made, shape, zeroed, finish
+        self.with_gradient = torch.is_grad_enabled()
+
+    def finished(self, act: Activation) -> tuple[Part, ...]:
+        assert self.finish is not None
+        finish, self.finish = self.finish, None
+        self.made = finish(act)
+        return self.made
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        if self.finish is not None:
+            self.finished("none")
+        if self.zeroed is not None:
+            zeroed, self.zeroed = self.zeroed, None
+            self.made = arranged((*self.made, _zeros(zeroed, self.made)), self.shape)
+        return self.made
 
     def dense(self) -> Tensor:
         (first, *rest) = self.parts
@@ -184,23 +296,6 @@ class SlimTensor(_Wrapper):
         values = [p.values.to(first.values.dtype) for p in self.parts]
         indices = [p.channels.on(first.values.device) for p in self.parts]
         return assemble(self.shape, values, indices)
-
-    def become(self, other: Tensor) -> SlimTensor:
-        """Take another tensor's values: what an in-place operation does."""
-        self.zeroed = self.finish = None
-        if isinstance(other, SlimTensor):
-            self._parts = other.parts
-        else:
-            self._parts = (Part(all_channels(other.shape[1]), other),)
-        return self
-
-    @property
-    def requires_gradient(self) -> bool:
-        return any(p.values.requires_grad for p in self.parts)
-
-    def __repr__(self, **_: Any) -> str:
-        forms = ", ".join(str(tuple(p.values.shape)) for p in self.parts)
-        return f"SlimTensor({tuple(self.shape)}: {forms})"
 
 
 class KeptFilters(_Wrapper):
@@ -223,16 +318,13 @@ class KeptFilters(_Wrapper):
         )
         made.full_shape, made._type = parameter.shape, (parameter.dtype, parameter.device)
         made.parameter, made.mask, made.kept = parameter, mask, kept
+        made.knows_gradient = torch.is_grad_enabled()
+        if made.knows_gradient:
+            _connect(made, lambda: _masked(parameter, mask), [parameter])
         return made  # type: ignore[no-any-return]
 
     def dense(self) -> Tensor:
-        if self.mask is None:
-            return self.parameter
-        return self.parameter * self.mask.view(-1, *[1] * (self.parameter.ndim - 1))
-
-    @property
-    def requires_gradient(self) -> bool:
-        return self.parameter.requires_grad
+        return _masked(self.parameter, self.mask)
 
     def __repr__(self, **_: Any) -> str:
         return f"KeptFilters({len(self.kept)} of {tuple(self.shape)})"
@@ -243,26 +335,78 @@ def dense(tree: Any) -> Any:
     return tree_map(lambda x: x.dense() if isinstance(x, _Wrapper) else x, tree)
 
 
-@contextmanager
-def dense_for_custom_functions() -> Iterator[None]:
-    """Within it, a ``torch.autograd.Function`` is given dense tensors.
+def _masked(parameter: Tensor, mask: Tensor | None) -> Tensor:
+    return parameter if mask is None else parameter * mask.view(-1, *[1] * (parameter.ndim - 1))
 
-    It is the one way into autograd that ``__torch_function__`` does not see: the function would
-    take the wrapper for a tensor without gradient, and the gradient would be lost in silence.
-    """
-    own = torch.autograd.Function.__dict__["apply"]
 
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(a, _Wrapper) for a in args):
-            _log_once(cls.__name__)
-            args = tuple(a.dense() if isinstance(a, _Wrapper) else a for a in args)
-        return own.__func__(cls, *args, **kwargs)
+# --- autograd ------------------------------------------------------------------------------------
 
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = own
+
+class _Gradient(torch.autograd.Function):
+    """Autograd's node of a wrapper: the gradient of its dense form goes on to its sources."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, wrapper: _Wrapper, dense: Callable[[], Tensor], *sources: Tensor
+    ) -> _Wrapper:
+        ctx.dense, ctx.sources = dense, sources
+        ctx.mark_dirty(wrapper)
+        ctx.set_materialize_grads(False)
+        return wrapper
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor | None) -> Any:
+        if gradient is None:  # from a node that took this one's place
+            return (None,) * (2 + len(ctx.sources))
+        with torch.enable_grad():
+            dense = ctx.dense()
+        # The graph of the parts belongs to whoever else has them.
+        found = torch.autograd.grad(
+            dense, ctx.sources, gradient, retain_graph=True, allow_unused=True
+        )
+        return None, None, *found
+
+
+class _Dense(torch.autograd.Function):
+    """The dense form, with the gradient going on to the wrapper's node."""
+
+    @staticmethod
+    def forward(ctx: Any, x: SlimTensor) -> Tensor:
+        return x.dense().clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def _connect(wrapper: _Wrapper, dense: Callable[[], Tensor], sources: Sequence[Tensor]) -> None:
+    """Have autograd know the wrapper as made of ``sources``."""
+    sources = [t for t in sources if t.requires_grad]
+    if sources:
+        with torch._C.DisableTorchFunctionSubclass():
+            _Gradient.apply(wrapper, dense, *sources)
+
+
+def _heal(x: SlimTensor) -> None:
+    """With gradient again: what was made or changed without has the gradient of autograd's node,
+    if it has one. (A ``torch.autograd.Function`` gives its results one.)"""
+    if x.requires_grad:
+        values = _Dense.apply(x)
+        x._content = _Content((Part(all_channels(values.shape[1]), values),), x.shape)
+    x.knows_gradient = True
+
+
+def _slim_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[SlimTensor]:
+    """Those that a function is given, by themselves or in a list."""
+    for a in (*args, *kwargs.values()):
+        if isinstance(a, SlimTensor):
+            yield a
+        elif isinstance(a, list | tuple):
+            yield from (x for x in a if isinstance(x, SlimTensor))
+
+
+# --- making slim tensors -------------------------------------------------------------------------
 
 
 def make(parts: Sequence[Part], shape: torch.Size) -> Tensor:
@@ -272,8 +416,9 @@ def make(parts: Sequence[Part], shape: torch.Size) -> Tensor:
     value, the tensor is an ordinary one.
     """
     parts = arranged(parts, shape)
-    made = SlimTensor(parts, shape)
-    return made if len(parts) > 1 and shape[2:] != (1, 1) else made.dense()
+    if len(parts) > 1 and shape[2:] != (1, 1):
+        return SlimTensor(parts, shape)
+    return _Content(parts, shape).dense()
 
 
 def with_zeros(parts: Sequence[Part], zeroed: Channels, shape: torch.Size) -> Tensor:
@@ -281,16 +426,14 @@ def with_zeros(parts: Sequence[Part], zeroed: Channels, shape: torch.Size) -> Te
     there to be read."""
     if not len(zeroed) or shape[2:] == (1, 1) or not _is_live(parts[0], shape):
         return make([*parts, _zeros(zeroed, parts)], shape)
-    made = SlimTensor(arranged(parts, shape), shape)
-    made.zeroed = zeroed
-    return made
+    content = _Content(arranged(parts, shape), shape, zeroed=zeroed)
+    return SlimTensor._of(content, content.made[0].values)
 
 
-def later(finish: Finish, shape: torch.Size, like: Tensor) -> SlimTensor:
-    """The tensor whose parts ``finish`` gives: with the activation that is done next, or with none
-    before anything else is done to any slim tensor."""
-    made = SlimTensor((), shape, like)
-    made.finish = finish
+def later(finish: Finish, shape: torch.Size, like: Tensor, sources: Sequence[Tensor]) -> SlimTensor:
+    """The tensor whose parts ``finish`` gives, computed from ``sources``: with the activation that
+    is done next, or with none before anything else is done to any slim tensor."""
+    made = SlimTensor._of(_Content((), shape, finish=finish), like, sources)
     _UNFINISHED.set(lambda: made)
     return made
 

@@ -52,8 +52,10 @@ def test_what_is_wrong_with_a_list(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="names no images"):
         opened(listed)
     listed.write_text("missing.jpg\n")
+    with pytest.raises(UserError, match=r"1 of 1 files of the list .* such as .*/missing.jpg"):
+        opened(listed)
     with pytest.raises(BadImage, match="No such file"):
-        opened(listed).load(0)
+        opened(listed, max_bad_share=1.0).load(0)
     other = tmp_path / "images.csv"
     other.write_text("missing.jpg\n")
     with pytest.raises(UserError, match="list of paths"):

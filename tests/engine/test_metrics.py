@@ -16,13 +16,15 @@ from typing import Any
 import pytest
 
 from sacl_fast.config import LogConfig
-from sacl_fast.engine.metrics import MetricWriter, read_metrics
+from sacl_fast.engine.metrics import MetricWriter, read_metrics, rewind_metrics
 from sacl_fast.errors import UserError
 
 PLAIN = LogConfig(tensorboard=False)
 
 
 def writer(folder: Path, resume_step: int | None = None, log: LogConfig = PLAIN) -> MetricWriter:
+    step = -1 if resume_step is None else resume_step
+    rewind_metrics(folder / "metrics.jsonl", step, folder / "aside" / "metrics.jsonl")
     return MetricWriter(folder, log, {"seed": 0}, resume_step)
 
 
@@ -55,14 +57,15 @@ def test_values_that_are_not_finite_are_null(tmp_path: Path):
     assert [row[key] for key in ("loss", "lr", "std", "n")] == [None] * 4
 
 
-def test_resuming_drops_later_steps_and_goes_on(tmp_path: Path):
+def test_resuming_sets_later_steps_aside_and_goes_on(tmp_path: Path):
     with writer(tmp_path) as w:
         write_steps(w, range(1, 8))
     with writer(tmp_path, resume_step=4) as w:
         assert [row["step"] for row in read_metrics(w.path)] == [1, 2, 3, 4]
         write_steps(w, range(5, 10))
     assert [row["step"] for row in read_metrics(w.path)] == list(range(1, 10))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl"]
+    assert [row["step"] for row in read_metrics(tmp_path / "aside" / "metrics.jsonl")] == [5, 6, 7]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["aside", "metrics.jsonl"]
 
 
 def test_resuming_keeps_the_old_lines_as_they_were(tmp_path: Path):
@@ -88,8 +91,10 @@ def test_a_half_written_last_line_is_dropped(tmp_path: Path):
 def test_a_new_run_starts_a_new_file(tmp_path: Path):
     with writer(tmp_path) as w:
         write_steps(w, range(1, 4))
+    before = w.path.read_bytes()
     writer(tmp_path).close()
     assert read_metrics(tmp_path / "metrics.jsonl") == []
+    assert (tmp_path / "aside" / "metrics.jsonl").read_bytes() == before
 
 
 def test_resuming_without_a_file(tmp_path: Path):
@@ -98,13 +103,36 @@ def test_resuming_without_a_file(tmp_path: Path):
     assert len(read_metrics(w.path)) == 2
 
 
-def test_a_broken_line_in_the_middle_is_said(tmp_path: Path):
+@pytest.mark.parametrize(
+    "damage",
+    [b'{"st', b"", b"[1]", b"null", b"\xff\xfe", b"\0" * 9, b"[" * 5000, b'{"step": "x"}',
+     b'{"step": NaN}', b'{"a": 1' + b"0" * 5000 + b"}", b'{"step": 1}{"step": 1}'],
+)  # fmt: skip
+def test_broken_lines_in_the_middle_end_nothing(tmp_path: Path, damage: bytes, caplog):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(UserError, match="line 2"):
-        read_metrics(path)
+    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n')
+    assert [row["step"] for row in read_metrics(path)] == [1, 3]
+    assert "1 of 3 lines are damaged and left out, line 2 first" in caplog.text
+    writer(tmp_path, resume_step=3).close()
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 3}\n'
+    assert (tmp_path / "aside" / "metrics.jsonl").read_bytes() == damage + b"\n"
+
+
+def test_a_file_that_is_none_is_said(tmp_path: Path):
     with pytest.raises(UserError, match=r"cannot read .*No such file"):
         read_metrics(tmp_path / "other.jsonl")
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"is no file"):
+        writer(tmp_path)
+
+
+def test_a_file_that_is_removed_goes_on_in_a_new_one(tmp_path: Path, caplog):
+    with writer(tmp_path) as w:
+        write_steps(w, range(1, 4))
+        w.path.unlink()
+        write_steps(w, range(4, 6))
+    assert [row["step"] for row in read_metrics(w.path)] == [4, 5]
+    assert caplog.text.count("was removed") == 1
 
 
 FULL_DISK = """

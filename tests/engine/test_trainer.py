@@ -20,6 +20,7 @@ from sacl_fast.encoders import build_encoder
 from sacl_fast.engine.checkpoint import list_checkpoints, load_checkpoint
 from sacl_fast.engine.distributed import process_group
 from sacl_fast.engine.metrics import read_metrics
+from sacl_fast.engine.run_folder import claimed_run_folder
 from sacl_fast.engine.trainer import NonFiniteLoss, Run
 from sacl_fast.errors import UserError
 from sacl_fast.slim import Slicer
@@ -196,8 +197,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny):
 
 def test_weights_that_are_not_finite_are_never_saved(tiny):
     """The loss of the step that broke them was still finite."""
-    with process_group("cpu") as ranks:
-        run_ = Run(tiny, ranks)
+    with process_group("cpu") as ranks, claimed_run_folder(tiny, ranks) as claim:
+        run_ = Run(tiny, ranks, claim)
         run_._save()
         with torch.no_grad():
             run_.method.projector[0].weight[0, 0] = float("inf")
@@ -214,9 +215,9 @@ def test_weights_that_are_not_finite_are_never_saved(tiny):
 def test_an_encoder_that_does_not_fit_leaves_nothing(tmp_path):
     code = (
         "import resource, sys, torch; from pathlib import Path\n"
-        "from sacl_fast.engine.checkpoint import save_encoder\n"
+        "from sacl_fast.engine.encoder_file import save_encoder\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))\n"
-        "save_encoder(Path(sys.argv[1]), {'weight': torch.zeros(10_000)})"
+        "save_encoder(Path(sys.argv[1]), {'weight': torch.zeros(10_000)}, {})"
     )
     result = run([sys.executable, "-c", code, str(tmp_path / "encoder.safetensors")])
     assert "UserError: cannot write encoder" in result.stderr
@@ -228,7 +229,7 @@ def test_resuming_another_architecture_names_the_differences(tiny):
     other = replace(tiny, resume="auto", encoder=replace(tiny.encoder, width=0.5))
     with pytest.raises(UserError, match=r"encoder.width is 0.5 here and 0.25 there"):
         sacl_fast.train(other)
-    with pytest.raises(UserError, match=r"3 steps an epoch, this run 6"):
+    with pytest.raises(UserError, match=r"3 steps an epoch there, 6 here"):
         sacl_fast.train(replace(tiny, resume="auto", batch_size=8))
 
 

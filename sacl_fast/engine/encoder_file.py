@@ -1,0 +1,122 @@
+"""The trained encoder as a safetensors file that says what it is.
+
+The file's metadata are texts; lists and numbers among them are JSON:
+
+==============  ===============================================================================
+key             value
+==============  ===============================================================================
+``encoder``     timm's name, or ``resnet20``: ``encoder.name`` of the run
+``width``       width multiplier
+``stem``        ``imagenet``, ``stride1`` or ``cifar``
+``image_size``  side of the square views, pixels
+``mean, std``   normalisation for values scaled to 0..1, a list of three each
+``sacl_fast``   version of this package
+``preset``      preset that the configuration started from
+``method``      ``sacl-xd``, or ``barlow-twins`` where nothing was distilled
+``epochs``      trained
+``steps``       optimiser steps taken
+``images``      in the training set
+``knn_dense``   last kNN accuracy of the dense encoder in percent; absent without labels
+``knn_slim``    that of the slim encoder
+``format``      ``pt``, for the libraries that ask for it
+==============  ===============================================================================
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from sacl_fast import _version
+from sacl_fast.config import Config
+from sacl_fast.errors import UserError, reason_of
+from sacl_fast.files import kind_of, whole_file
+
+
+def encoder_metadata(
+    config: Config, *, epochs: float, steps: int, images: int, knn: Mapping[str, float]
+) -> dict[str, str]:
+    """The metadata of the encoder that a run with ``config`` trained so far."""
+    encoder, views = config.encoder, config.views
+    distilled = config.loss.distillation != "none"
+    values = {
+        "encoder": encoder.name,
+        "width": encoder.width,
+        "stem": encoder.stem,
+        "image_size": views.size,
+        "mean": list(views.mean),
+        "std": list(views.std),
+        "sacl_fast": _version.__version__,
+        "preset": config.preset,
+        "method": "sacl-xd" if distilled else "barlow-twins",
+        "epochs": epochs,
+        "steps": steps,
+        "images": images,
+        **{name: round(accuracy, 4) for name, accuracy in knn.items()},
+    }
+    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in values.items()}
+    return texts | {"format": "pt"}
+
+
+def save_encoder(path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> int:
+    """Write an encoder's ``state_dict`` as safetensors; returns the file's size in bytes.
+
+    Raises:
+        UserError: it cannot be written; no half of it is left.
+    """
+    content = encode_encoder(state, metadata)
+    try:
+        with whole_file(path) as file:
+            return file.write(content)
+    except OSError as error:
+        raise UserError(f"cannot write encoder {path}: {reason_of(error)}") from error
+
+
+def encode_encoder(state: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The content of the file. Tensors that an encoder has under several names (modules that are
+    used twice) are written under each, so that ``load_state_dict`` finds all it looks for.
+
+    Raises:
+        UserError: the state holds something that safetensors cannot.
+    """
+    seen: set[int] = set()
+    own: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise UserError(
+                f"the encoder's state holds {name}, a {type(tensor).__name__}, which no "
+                "safetensors file can; encoders whose state is tensors work"
+            )
+        own[name] = tensor.detach()
+    try:
+        for name, tensor in own.items():
+            tensor = tensor.cpu().contiguous()
+            place = tensor.untyped_storage().data_ptr()
+            own[name] = tensor.clone() if place in seen else tensor
+            seen.add(place)
+        return safetensors.torch.save(own, dict(metadata))
+    except (safetensors.SafetensorError, ValueError, RuntimeError, TypeError, LookupError) as error:
+        raise UserError(
+            f"the encoder cannot be written as safetensors: {reason_of(error)}"
+        ) from error
+
+
+def read_encoder_metadata(path: str | Path) -> dict[str, str]:
+    """What an encoder's file says of itself, see above; empty for files without metadata.
+
+    Raises:
+        UserError: there is no such file, or it is no safetensors file.
+    """
+    path = Path(path)
+    if kind_of(path) != "file":
+        raise UserError(f"no encoder at {path}")
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            return dict(file.metadata() or {})
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path} is no safetensors file: {reason_of(error)}") from None
