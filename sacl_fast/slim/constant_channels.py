@@ -48,7 +48,8 @@ def constant_norms_in_a_row(slicer: Slicer, image_size: int, in_chans: int = 3) 
     has_norms = any(isinstance(m, _BatchNorm) for m in slicer.encoder.modules())
     if slicer.ratio == 1 or not slicer.masks or not has_norms:
         return 0.0
-    with torch.random.fork_rng(devices=[]):
+    obstacle: Exception | None = None
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
         probe = _Probe(slicer, in_chans)
         for side in (min(_SIDE, image_size), image_size):
             try:
@@ -61,9 +62,9 @@ def constant_norms_in_a_row(slicer: Slicer, image_size: int, in_chans: int = 3) 
                 return float(probe.met > 0)
             return math.log(high / low) / math.log(_HIGH / _LOW) if high < math.inf else math.inf
     logger.warning(
-        "whether gradients of the slim encoder grow over constant channels cannot be found out: it "
-        "does not run in float64 (%s); slim.norm_gradient damped bounds them in any case",
-        reason_of(obstacle),
+        "whether gradients of the slim encoder grow over constant channels cannot be found out, as "
+        "it does not run in float64 (%s); slim.norm_gradient damped bounds them in any case",
+        reason_of(obstacle) if obstacle else "",
     )
     return 0.0
 

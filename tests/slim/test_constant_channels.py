@@ -387,10 +387,33 @@ def test_norms_in_a_row_are_counted():
     for blocks in (1, 2, 3):
         slicer = Slicer(Reparameterised(16, blocks), 0.5)
         # A block's outer norm and the one of its larger filters.
-        assert constant_norms_in_a_row(slicer, 32) == pytest.approx(2 * blocks, abs=0.1)
+        before = torch.get_rng_state()
+        with torch.no_grad():
+            assert constant_norms_in_a_row(slicer, 32) == pytest.approx(2 * blocks, abs=0.1)
+        assert torch.equal(before, torch.get_rng_state())
     assert constant_norms_in_a_row(Slicer(Reparameterised(), 1.0), 32) == 0
     separate = Slicer(Reparameterised(16, 2), 0.5, batch_norm="separate")
     assert constant_norms_in_a_row(separate, 32) == pytest.approx(4, abs=0.1)
+
+
+class Choosy(Reparameterised):
+    """Runs at one size, and not in float64."""
+
+    def __init__(self, side: int, dtype: torch.dtype | None = None) -> None:
+        super().__init__(16, 2)
+        self.side, self.dtype = side, dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[2] != self.side or self.dtype not in (None, x.dtype):
+            raise RuntimeError("not like this")
+        return super().forward(x)
+
+
+def test_encoders_that_do_not_run_as_they_are_asked_to(caplog):
+    torch.manual_seed(0)
+    assert constant_norms_in_a_row(Slicer(Choosy(80)), 80) == pytest.approx(4, abs=0.1)
+    assert constant_norms_in_a_row(Slicer(Choosy(80, torch.float32)), 80) == 0
+    assert "float64 (not like this); slim.norm_gradient damped" in caplog.text
 
 
 def test_repvit_survives_the_stock_recipe():
