@@ -50,7 +50,7 @@ def constant_norms_in_a_row(slicer: Slicer, image_size: int, in_chans: int = 3) 
         return 0.0
     obstacle: Exception | None = None
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
-        probe = _Probe(slicer, in_chans)
+        probe = Probe(slicer, in_chans)
         for side in (min(_SIDE, image_size), image_size):
             try:
                 low = probe.largest_gradient(_LOW, side)
@@ -69,7 +69,7 @@ def constant_norms_in_a_row(slicer: Slicer, image_size: int, in_chans: int = 3) 
     return 0.0
 
 
-class _Probe:
+class Probe:
     """A copy of an encoder, of which batch norms of constant channels multiply gradients by more
     than they do."""
 
