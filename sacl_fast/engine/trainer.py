@@ -29,6 +29,7 @@ from sacl_fast.engine.clock import Clock
 from sacl_fast.engine.collapse import CollapseAlarm, effective_rank, embedding_std
 from sacl_fast.engine.console import RunConsole
 from sacl_fast.engine.description import describe
+from sacl_fast.engine.diagnosis import what_may_help
 from sacl_fast.engine.distributed import Ranks, process_group
 from sacl_fast.engine.environment import environment
 from sacl_fast.engine.evaluator import Evaluator
@@ -319,7 +320,7 @@ class Run:
         return (
             f"the loss is not finite at step {step} (learning rate "
             f"{self.step.learning_rate(step - 1):.3g}, precision {self.config.precision}); the run "
-            f"stops, {kept}. A lower --optim.lr or --precision fp32 often helps"
+            f"stops, {kept}. {what_may_help(self.config, self.step.amp_dtype)}"
         )
 
     def _evaluate(self, epochs_done: int) -> dict[str, float]:
