@@ -89,7 +89,7 @@ def resolve(requested: Backend, op: str, device: torch.device) -> Resolution:
         raise UserError(f"unknown operator {op!r}; {nearest(op, OPERATORS)}")
     checks = OPERATORS[op]
     obstacles = {name: check(device) for name, check in checks.items()}
-    usable: list[Backend] = [name for name, why_not in obstacles.items() if why_not is None]
+    usable: list[Backend] = [name for name in checks if obstacles[name] is None]
     usable.append("torch")
     if requested == "auto":
         passed_over = [f"{name}: {why_not}" for name, why_not in obstacles.items() if why_not]
@@ -112,7 +112,7 @@ def asked_of(op: str, requested: Backend) -> Backend:
 
 
 @checked
-def resolve_all(requested: str, device: torch.device) -> dict[str, Resolution]:
+def resolve_all(requested: Backend, device: torch.device) -> dict[str, Resolution]:
     """The backend of every operator, as ``asked_of`` it.
 
     ``UserError`` where no operator has the requested one, or one that has it cannot run.
