@@ -77,12 +77,12 @@ class DataConfig(Settings, path="data"):
     'cifar100': torchvision's data sets, downloaded to 'root' where missing; 'root' may also be an
     unpacked image folder or archive of them."""
     root: Annotated[str, A_PATH] | None = None
-    """Folder, archive or list with the images. If it holds 'train' and 'val' (or 'test'), those
-    are the two splits."""
+    """Folder, archive or list with the images. If it holds 'train' and 'val' (or 'test'), however
+    spelt, those are the two splits."""
     labels: Literal["auto", "folder", "none"] = "auto"
     """Labels are used by kNN evaluation only. 'folder': the first folder level names the class.
-    'none': ignore folders. 'auto': 'folder' if all images lie in folders and the first level has
-    two or more, else 'none'."""
+    'none': ignore folders and other labels. 'auto': 'folder' if all images lie in folders and the
+    first level has two or more, else 'none'."""
     limit: CountOrZero = 0
     """Use only this many training images, the same ones for the same seed (0: all)."""
     loader: Literal["auto", "dali", "torchvision"] = "auto"
@@ -94,8 +94,11 @@ class DataConfig(Settings, path="data"):
     can have; 0: in the main process)."""
     prefetch: Annotated[int, Range(1, 256)] = 4
     """Batches each worker prepares ahead."""
+    batch_timeout: NotNegative = 1800.0
+    """Seconds that a batch may take to load before the run fails (0: any time)."""
     max_bad_share: Probability = 0.1
-    """Unreadable images are skipped and named; beyond this share of the data the run fails."""
+    """Unreadable images are skipped, and the first ones named; beyond this share of the training
+    images the run fails, and where chance does not explain how many there are in an evaluation."""
     max_file_bytes: Count = 2**28
     """Image files, and images in shards, of more bytes than this are unreadable (2^28: 256 MiB), as
     is what is no file: pipes and devices."""
@@ -228,6 +231,13 @@ class SlimConfig(Settings, path="slim"):
     transformers (which therefore train with cross-distillation alone), under timm's names."""
     batch_norm: Literal["shared", "separate"] = "shared"
     """'separate': the slim encoder has its own batch-norm statistics and affine."""
+    norm_gradient: Literal["auto", "exact", "damped"] = "auto"
+    """Gradient through the slim encoder's batch norms. 'exact': as it is; that is 316 times the
+    norm's scale where zeroed filters leave a channel constant. 'damped': times
+    min(1, variance / eps), so 0 there. 'auto': 'damped' where the architecture has two or more
+    norms of constant channels in a row, over which an untrained encoder's gradients grow: RepViT to
+    1e30, FastViT to 1e13, EfficientViT-M, EfficientViM, MobileOne and GhostNets; ResNets,
+    MobileNets and EfficientNets stay exact."""
     mode: Literal["auto", "mask", "skip"] = "auto"
     """How the slim passes run, with equal results: 'mask' multiplies masks into the full weights
     and saves no work; 'skip' computes the kept filters only. 'auto' takes 'skip' where that was

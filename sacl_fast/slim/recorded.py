@@ -127,7 +127,7 @@ class RecordedEncoder:
             rest.extend(m for m in module._modules.values() if m is not None)
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         return (
-            *(slicer.backend, *slicer.kept),
+            *(slicer.backend, slicer.norm_gradient, *slicer.kept),
             *(x.shape, x.stride(), x.storage_offset(), x.dtype, x.device, x.requires_grad),
             *(torch.is_grad_enabled(), autocast),
             *training,
