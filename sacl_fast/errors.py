@@ -35,10 +35,6 @@ class OtherRankFailed(RuntimeError):
         self.said = said
         """Whether the other process, or another that lost it, tells people."""
 
-
-class Stopped(Exception):
-    """A wait was ended because the run is to stop. Not an error: the trainer saves and ends."""
-
     def __init__(self, number: int, *, everywhere: bool = False) -> None:
         super().__init__(f"stopped by signal {number}")
         self.number = number
