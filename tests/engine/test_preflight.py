@@ -103,3 +103,9 @@ def test_a_dry_run_says_so_too(capsys):
     assert "warning     the warm-up of 1 epochs" in said and "leaves out 30 of 94 images" in said
     print_dry_run(replace(config, data=replace(config.data, limit=40)))
     assert "0 steps an epoch" in capsys.readouterr().out
+
+
+def test_a_dry_run_of_an_encoder_that_passes_parameters_between_modules(capsys):
+    preset = get_preset("demo")
+    print_dry_run(replace(preset, encoder=replace(preset.encoder, name="cait_xxs24_224")))
+    assert "GFLOP" in capsys.readouterr().out
