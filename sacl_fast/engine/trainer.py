@@ -114,6 +114,7 @@ class Run:
             device=ranks.device,
             rank=ranks.rank,
             world_size=ranks.world_size,
+            stopping=lambda: self.stop.requested,
         )
         self.method.slicer.enabled = config.slim.warmup_epochs == 0
         self.step = TrainingStep(
@@ -160,6 +161,7 @@ class Run:
                     self._end_epoch(epoch)
                 self._finish()
             except Stopped as stopped:
+                stopped.number = stopped.number or self.stop.number
                 self._end_stopped(stopped)
                 if self.ranks.world_size > 1 and not stopped.everywhere:
                     raise
