@@ -92,7 +92,8 @@ def test_going_back_sets_aside_what_came_after(trained, caplog):
     assert checkpoints(folder) == [1, 2, 3, 4, 5, 6]
     (aside,) = (folder / "superseded").iterdir()
     assert sorted(p.name for p in aside.iterdir()) == [
-        "best.pt", "encoder.safetensors", "encoder_slim.safetensors", "metrics.jsonl", *(f"step_0000000{i}.pt" for i in "3456"),
+        "best.pt", "encoder.safetensors", "encoder_slim.safetensors", "metrics.jsonl",
+        *(f"step_0000000{i}.pt" for i in "3456"),
     ]  # fmt: skip
     rows = read_metrics(aside / "metrics.jsonl")
     assert {r["step"]: r["loss"] for r in rows if r["kind"] == "train"} == {
