@@ -14,15 +14,6 @@ class UserError(ValueError):
     """
 
 
-class Stopped(Exception):
-    """A wait was ended because the run is to stop. Not an error: the trainer saves and ends."""
-
-    def __init__(self, number: int = 0) -> None:
-        super().__init__(f"stopped by signal {number}")
-        self.number = number
-        """The signal that asked for it; 0: none, or another process's."""
-
-
 class SaidByAnother(UserError):
     """The same on a process beside the one that prints the sentence."""
 

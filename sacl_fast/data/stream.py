@@ -38,8 +38,7 @@ class Stream(Protocol):
     def __iter__(self) -> Iterator[Any]: ...
 
     def __next__(self) -> Any:
-        """NoBatch where none can be had, Stopped where none is to be waited for any longer, or what
-        the reader raises."""
+        """NoBatch where none can be had, what the reader raises, or what ends the wait."""
         ...
 
     def close(self) -> None:
