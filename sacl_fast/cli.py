@@ -8,10 +8,12 @@ imported once everything is understood, so that help and typing errors answer at
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -22,8 +24,16 @@ from sacl_fast._version import __version__
 from sacl_fast.checks import check
 from sacl_fast.config import Config
 from sacl_fast.config_file import layered, read_config_file
-from sacl_fast.errors import SaidByAnother, UserError, nearest, reason_of
+from sacl_fast.errors import (
+    OtherRankFailed,
+    SaidByAnother,
+    Stopped,
+    UserError,
+    nearest,
+    reason_of,
+)
 from sacl_fast.files import kind_of, user_path
+from sacl_fast.output import is_courtesy, make_courtesy, open_standard_streams
 from sacl_fast.presets import PRESETS, get_preset
 
 if TYPE_CHECKING:
@@ -45,39 +55,77 @@ sacl-fast train --help lists the options. sacl-fast --version prints the version
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status (0: done, 2: bad input)."""
-    args = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Callable[[list[str]], None]] = {
+    """Run a command; returns the exit status.
+
+    0: done; 1: a bug, another process's failure, or output that cannot be written; 2: bad input;
+    128 + n: a run that signal n ended, unfinished.
+    """
+    open_standard_streams()
+    make_courtesy("stderr")
+    status = _run(list(sys.argv[1:] if argv is None else argv))
+    if argv is None and status == 128 + signal.SIGINT:
+        from sacl_fast.engine.signals import die_of
+
+        die_of(signal.SIGINT)
+    return status
+
+
+def _run(args: list[str]) -> int:
+    commands: dict[str, Callable[[list[str]], int | None]] = {
         "train": _train,
         "views": _views,
         "index": _index,
         "doctor": _doctor,
     }
-    if not args or args[0] in ("-h", "--help", "help"):
-        print(_USAGE.format(presets=", ".join(PRESETS)), end="")
-        return 0
-    if args[0] in ("-V", "--version"):
-        print(f"sacl-fast {__version__}")
-        return 0
     try:
-        if args[0] not in commands:
+        status = 0
+        if not args or args[0] in ("-h", "--help", "help"):
+            print(_USAGE.format(presets=", ".join(PRESETS)), end="")
+        elif args[0] in ("-V", "--version"):
+            print(f"sacl-fast {__version__}")
+        elif args[0] in commands:
+            with contextlib.suppress(SystemExit):  # after the help of a command
+                status = commands[args[0]](args[1:]) or 0
+        else:
             raise UserError(f"unknown command {args[0]!r}; {nearest(args[0], commands)}")
-        commands[args[0]](args[1:])
+        sys.stdout.flush()
+        return status
     except SaidByAnother:
         return 2
     except UserError as error:
         print(f"sacl-fast: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader of our output has seen enough: | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OtherRankFailed as error:
+        if not error.said:
+            print(f"sacl-fast: {error}", file=sys.stderr)
+        return 1
+    except Stopped as stopped:
+        return 128 + stopped.number
     except KeyboardInterrupt:
         print("sacl-fast: interrupted", file=sys.stderr)
-        return 130
-    return 0
+        return 128 + signal.SIGINT
+    except OSError as error:
+        if is_courtesy(sys.stdout) or error.filename is not None or not _of_output(error):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the buffer's rest
+        if error.errno == errno.EPIPE:  # the reader has seen enough: | head
+            return 0
+        print(f"sacl-fast: cannot write the output: {error.strerror}", file=sys.stderr)
+        return 1
 
 
-def _train(args: list[str]) -> None:
+def _of_output(error: OSError) -> bool:
+    return error.errno in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
+
+
+def _train(args: list[str]) -> int:
+    from sacl_fast.engine.signals import ended_by_signals
+
+    with ended_by_signals():  # but for the steps, after which it stops with a checkpoint
+        return _train_or_describe(args)
+
+
+def _train_or_describe(args: list[str]) -> int:
     dry_run = _take_flag(args, "--dry-run")
     config = parse_config(
         "train", args, extra="--dry-run: print the resolved configuration, sizes and costs only."
@@ -86,19 +134,20 @@ def _train(args: list[str]) -> None:
         from sacl_fast.engine.dry_run import print_dry_run
 
         print_dry_run(config)
-        return
+        return 0
+    from sacl_fast.engine.launch import read_launch
+
+    make_courtesy("stdout")
+    first = read_launch().rank == 0
     from sacl_fast.engine.trainer import train
 
     logging.basicConfig(format="%(message)s")
-    if _first_process():
+    if first:
         logging.getLogger("sacl_fast").setLevel(logging.INFO)
     result = train(config)
-    if result.finished and _first_process():
+    if result.finished and first:
         _print_result(result)
-
-
-def _first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    return 0 if result.finished else 128 + result.stopped_by
 
 
 def _print_result(result: RunResult) -> None:
@@ -107,6 +156,12 @@ def _print_result(result: RunResult) -> None:
             before = result.knn_before.get(f"knn_{width}")
             change = "" if before is None else f"{before:.2f} % before training, "
             print(f"kNN accuracy, {width} encoder: {change}{after:.2f} % after")
+            if before is not None and after < before:
+                print(
+                    f"warning: the {width} encoder is worse than before training; more epochs, "
+                    "another --optim.lr or larger batches may help, and curves.png shows where it "
+                    "fell"
+                )
     print(f"pictures: {result.folder / 'curves.png'}, {result.folder / 'views.png'}")
     print(f"encoder:  {result.folder / 'encoder.safetensors'}")
 
@@ -207,7 +262,9 @@ def _parse(command: str, default: Config, args: list[str], *, description: str =
             raise
         box = said.getvalue()
         raise UserError(_of_settings(stopped, box) or _in_one_sentence(box)) from None
-    except OSError as error:  # the one file that tyro writes
+    except OSError as error:
+        if error.filename is None:  # of standard output; else the one file that tyro writes
+            raise
         raise UserError(f"cannot write the completion: {reason_of(error)}") from None
 
 

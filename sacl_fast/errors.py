@@ -18,6 +18,26 @@ class SaidByAnother(UserError):
     """The same on a process beside the one that prints the sentence."""
 
 
+class OtherRankFailed(RuntimeError):
+    """Another process of this run failed, so this one ends; what it says is the other's reason."""
+
+    def __init__(self, why: str, *, said: bool) -> None:
+        super().__init__(why)
+        self.said = said
+        """Whether the other process, or another that lost it, tells people."""
+
+
+class Stopped(Exception):
+    """A wait was ended because the run is to stop. Not an error: the trainer saves and ends."""
+
+    def __init__(self, number: int, *, everywhere: bool = False) -> None:
+        super().__init__(f"stopped by signal {number}")
+        self.number = number
+        """The signal that asked for it."""
+        self.everywhere = everywhere
+        """Whether all processes of the run stop at the same step."""
+
+
 def nearest(given: str, valid: Iterable[str], *, show: int = 12) -> str:
     """The tail of an "unknown name" sentence: the nearest valid names, or the first few."""
     valid = sorted(valid)

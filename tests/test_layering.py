@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # Parts of sacl_fast; "data.views" is one module of a part. A part may always import itself.
-COMMON = ("errors", "files", "checks", "config", "_version")
+COMMON = ("errors", "files", "output", "checks", "config", "_version")
 METHOD = ("ops", "losses", "slim", "encoders", "optim")
 RUN = (*METHOD, "data", "engine", "evaluation", "presets")
 
@@ -22,6 +22,7 @@ OURS: dict[str, tuple[str, ...]] = {
     "_version": (),
     "errors": (),
     "files": (),
+    "output": (),
     "checks": (),
     "config": (),
     "config_file": (),
@@ -55,6 +56,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "_version": (),
     "errors": (),
     "files": (),
+    "output": (),
     "checks": (),
     "config": ("tyro", "yaml"),
     "config_file": ("yaml",),

@@ -1,7 +1,8 @@
 """What a person sees of a run: a live display in a terminal, plain lines everywhere else.
 
 The trainer talks to one object and does not ask where its output goes. Log records of
-``sacl_fast`` pass through it, so that they appear above the display and do not tear it.
+``sacl_fast`` pass through it, so that they appear above the display and do not tear it. Output is
+a courtesy: a terminal that is gone and a full disk behind ``> log`` do not end a run.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, OverflowMethod, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -56,13 +58,15 @@ class RunConsole:
         self._live: Live | None = None
         self._drawn = 0.0
         self._closed = False
+        self._busy = False
+        self._waiting: list[Callable[[], None]] = []
         self._handler = _Handler(self)
         self._logger = logging.getLogger("sacl_fast")
         self._logger_before = self._logger.level, self._logger.propagate
         if quiet:
             return
         if self._stream.isatty():
-            rich = Console(file=self._stream, highlight=False)
+            rich = _Console(file=self._stream, highlight=False)
             self._rich = None if rich.is_dumb_terminal else rich
         self._logger.addHandler(self._handler)
         self._logger.propagate = False  # a handler further up would print it again
@@ -84,23 +88,32 @@ class RunConsole:
         self.status.read(step, epoch, metrics)
         if self._rich is None:
             self._print_plain(self.status.plain_line(metrics))
-            return
-        if self._live is None:
-            self._live = Live(self.status, console=self._rich, auto_refresh=False)
-            self._live.start()
-        if time.monotonic() - self._drawn >= _REFRESH:
-            self._live.refresh()
-            self._drawn = time.monotonic()
+        else:
+            self._draw(now=False)
+
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Have the live display say what is going on, where no step is."""
+        self.status.doing = what
+        self._draw(now=True)
+        try:
+            yield
+        finally:
+            self.status.doing = ""
+            self._draw(now=True)
 
     def message(self, text: str, *, warning: bool = False) -> None:
-        """Print a line above the live display; warnings stand out."""
+        """Print a line above the live display; warnings stand out. A signal handler may call it."""
         if self._quiet:
             return
-        text = ("warning: " if warning else "") + _printable(text)
-        if self._rich is not None:
-            self._rich.print(Text(text, style="bold yellow" if warning else ""))
-        else:
+        text = ("warning: " if warning else "") + self._encodable(_printable(text))
+        rich = self._rich
+        if rich is None:
             self._print_plain(text)
+        else:
+            style = "bold yellow" if warning else ""
+            # A command that is copied from it must not be broken into lines.
+            self._write(lambda: rich.print(Text(text, style=style), soft_wrap=True))
 
     def close(self) -> None:
         """Leave the last state of the display standing, and logging as it was before."""
@@ -112,8 +125,8 @@ class RunConsole:
             level, self._logger.propagate = self._logger_before
             self._logger.setLevel(level)
         if self._live is not None:
-            self._live.refresh()
-            self._live.stop()
+            self._write(self._live.refresh)
+            self._write(self._live.stop)
 
     def __enter__(self) -> RunConsole:
         return self
@@ -121,10 +134,45 @@ class RunConsole:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _draw(self, *, now: bool) -> None:
+        """Draw the live display, started where need be; not too often, but for ``now``."""
+        if self._quiet or self._closed or self._rich is None:
+            return
+        if self._live is None:
+            self._live = Live(self.status, console=self._rich, auto_refresh=False)
+            self._write(self._live.start)
+            # A process that is killed cannot bring the cursor back.
+            self._write(self._rich.show_cursor)
+        if now or time.monotonic() - self._drawn >= _REFRESH:
+            self._write(self._live.refresh)
+            self._drawn = time.monotonic()
+
     def _print_plain(self, text: str) -> None:
+        text = self._encodable(text)
+        self._write(lambda: print(text, file=self._stream, flush=True))
+
+    def _encodable(self, text: str) -> str:
         encoding = self._stream.encoding or "utf-8"
-        text = text.encode(encoding, "backslashreplace").decode(encoding)
-        print(text, file=self._stream, flush=True)
+        return text.encode(encoding, "backslashreplace").decode(encoding)
+
+    def _write(self, write: Callable[[], object]) -> None:
+        """Write, or drop what cannot be written. What a signal handler writes in the midst of that
+        comes after it: streams cannot be entered twice."""
+        self._waiting.append(write)
+        if self._busy:
+            return
+        self._busy = True
+        try:
+            while self._waiting:
+                with suppress(OSError, ValueError):  # full or gone; closed
+                    self._waiting.pop(0)()
+        finally:
+            self._busy = False
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """A terminal that nobody reads is no reason to exit, which is what rich would do."""
 
 
 class _Handler(logging.Handler):
@@ -153,6 +201,8 @@ class _Status:
         self.step = start_step
         self.epoch = min(start_step // max(steps_per_epoch, 1) + 1, epochs)
         self.metrics: dict[str, float] = {}
+        self.doing = ""
+        """What is going on where no step is."""
         # Long enough to hold evaluations and checkpoints, which belong to the time left.
         self._times: deque[tuple[float, int]] = deque(maxlen=500)
 
@@ -191,7 +241,7 @@ class _Status:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self._bar(options.max_width)
-        yield from _flow(self._cells(), options.max_width)
+        yield from _flow(self._cells(), options.max_width, "crop" if options.ascii_only else None)
 
     def _bar(self, width: int) -> Table:
         done = self.step / self.steps if self.steps else 1.0
@@ -200,7 +250,9 @@ class _Status:
         parts.append(Text(f"{done:4.0%}"))
         if width >= 80:
             parts.append(Text(f"step {self.step:,}/{self.steps:,}", style="dim"))
-        if width >= 50:
+        if self.doing:
+            parts.append(Text(self.doing, style="cyan"))
+        elif width >= 50:
             parts.append(Text(f"{_duration(left)} left" if left is not None else "", style="cyan"))
         grid = Table.grid(padding=(0, 1), expand=True)
         for index in range(len(parts) + 1):
@@ -266,7 +318,9 @@ def _duration(seconds: float) -> str:
     return (f"{days}d " if days else "") + f"{hours}:{minutes:02}:{seconds:02}"
 
 
-def _flow(cells: Iterator[Text], width: int) -> Iterator[Text]:
+def _flow(
+    cells: Iterator[Text], width: int, overflow: OverflowMethod | None = None
+) -> Iterator[Text]:
     """Cells side by side, as many on a line as it holds; one wider than the line is cut."""
     line = Text()
     for cell in cells:
@@ -274,7 +328,7 @@ def _flow(cells: Iterator[Text], width: int) -> Iterator[Text]:
             yield line
             line = Text()
         line.append_text(Text("   ") + cell if line else cell)
-        line.no_wrap, line.overflow = True, "ellipsis"
+        line.no_wrap, line.overflow = True, overflow or "ellipsis"
     if line:
         yield line
 

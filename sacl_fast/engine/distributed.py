@@ -1,64 +1,86 @@
-"""Processes and devices: ``torchrun`` starts W ranks, everything else is one rank of one."""
+"""Processes and devices: ``torchrun`` or ``srun`` start W ranks, all else is one rank of one.
+
+Collectives have a limit in minutes, so that what is lost is noticed. What rank 0 alone does, such
+as an evaluation, may take hours: the others then ask the store now and then, which Python does, so
+that signals are seen and so is a rank that failed.
+"""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from sacl_fast.errors import SaidByAnother, UserError
+from sacl_fast.engine.launch import Launch, read_launch
+from sacl_fast.engine.signals import StopRequest
+from sacl_fast.errors import OtherRankFailed, SaidByAnother, Stopped, UserError, reason_of
 
 T = TypeVar("T")
 
+_START_UP = timedelta(minutes=5)
+"""From the first rank's start to the last's."""
+_COLLECTIVE = timedelta(minutes=30)
+_FAILED = "failed"  # the key under which a rank says why it leaves
 
-@dataclass(frozen=True)
+
 class Ranks:
-    """This process's place among the others, and its device."""
+    """This process's place among the others, and its device.
 
-    rank: int
-    world_size: int
-    device: torch.device
+    Args:
+        store: where ranks tell one another more than collectives do; None: by collectives alone.
+    """
+
+    def __init__(
+        self, rank: int, world_size: int, device: torch.device, store: dist.Store | None = None
+    ) -> None:
+        self.rank, self.world_size, self.device = rank, world_size, device
+        self.stop = StopRequest()
+        """Asked while others are waited for."""
+        self._store = store
+        self._meetings = 0
 
     @property
     def first(self) -> bool:
         """Whether this is the rank that writes."""
         return self.rank == 0
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank. All ranks must ask."""
+    def largest(self, number: int) -> int:
+        """The largest of all ranks' numbers. All ranks must ask."""
         if self.world_size == 1:
-            return flag
-        count = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(count)
-        return bool(count.item() > 0)
-
-    def from_first(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
-        if self.world_size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+            return number
+        largest = torch.tensor(number, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest.item())
 
     def on_first(self, function: Callable[[], T]) -> T:
-        """What ``function`` returns on rank 0, on every rank.
+        """What ``function`` returns on rank 0, on every rank; it may take hours.
 
         Raises:
             UserError: on every rank, where it fails there; one of them says so.
+            Stopped: on every rank, where it is stopped there.
         """
-        value, failed = None, None
+        if self.world_size == 1:
+            return function()
+        value, failed, stopped = None, None, 0
         if self.first:
             try:
                 value = function()
             except UserError as error:
                 failed = error
-        value, sentence = self.from_first((value, failed and str(failed)))
+            except Stopped as error:
+                stopped = error.number
+        self.wait()
+        box: list[Any] = [(value, failed and str(failed), stopped)]
+        dist.broadcast_object_list(box, src=0)
+        value, sentence, stopped = box[0]
+        if stopped:
+            raise Stopped(stopped, everywhere=True)
         _fail_together(failed, sentence)
         return value
 
@@ -79,7 +101,7 @@ class Ranks:
             _fail_together(failed if told == self.rank else None, sentences[told])
         return value  # type: ignore[return-value]
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank."""
         if self.world_size == 1:
             return [value]
@@ -88,9 +110,118 @@ class Ranks:
         return values
 
     def wait(self) -> None:
-        """Wait until every rank is here."""
-        if self.world_size > 1:
-            dist.barrier()
+        """Wait until every rank is here, however long that takes."""
+        if self.world_size == 1:
+            return
+        if self._store is not None:
+            self._meet(self._store)
+        # Rank 0's process may hold the store, so it does not leave before all have seen the others.
+        dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def _meet(self, store: dist.Store) -> None:
+        self._meetings += 1
+        key = f"meeting {self._meetings}"
+        pause, here = 0.001, store.add(key, 1)
+        while here < self.world_size:
+            time.sleep(pause)
+            pause = min(2 * pause, 0.1)
+            if self.stop.requested:
+                raise Stopped(self.stop.number)
+            if store.check([_FAILED]):
+                raise RuntimeError("a rank that is waited for has failed")
+            here = store.add(key, 0)
+
+
+@contextmanager
+def process_group(requested_device: str) -> Iterator[Ranks]:
+    """Join the processes that were started together, if this is one of several.
+
+    Raises:
+        UserError: the others do not come, or were not told where to find one another.
+        OtherRankFailed: in the midst of the run another process failed or was killed.
+    """
+    launch = read_launch()
+    device = pick_device(requested_device, launch.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if dist.is_initialized():
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+        return
+    if launch.world_size == 1:
+        yield Ranks(0, 1, device)
+        return
+    store = _meet(launch)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=_COLLECTIVE
+    )
+    try:
+        yield Ranks(launch.rank, launch.world_size, device, store)
+    except BaseException as error:
+        together = isinstance(error, SaidByAnother) or (
+            isinstance(error, Stopped) and error.everywhere
+        )
+        if together:
+            raise
+        earlier = _tell_the_others(store, launch.rank, error)
+        if earlier is not None:
+            raise earlier from error
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def _meet(launch: Launch) -> dist.Store:
+    """The store of this start of all processes, once all of them are there."""
+    try:
+        store, _, _ = next(iter(dist.rendezvous("env://", timeout=_START_UP)))
+        # torchrun's own store outlives a restart, and the addresses in it are of the dead.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"sacl_fast {attempt}", store)
+        store.set_timeout(_START_UP)
+        names = [f"rank {rank}" for rank in range(launch.world_size)]
+        store.set(names[launch.rank], "here")
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"rank {launch.rank} of {launch.world_size} does not reach the others at "
+            f"{launch.address} ({reason_of(error)}); MASTER_ADDR and MASTER_PORT name rank 0's "
+            "host and a free port there, and WORLD_SIZE=1 trains alone"
+        ) from None
+    try:
+        store.wait(names, _START_UP)
+    except RuntimeError:
+        missing = [name for name in names if not store.check([name])]
+        raise UserError(
+            f"{', '.join(missing[:8])} of {launch.world_size} did not come within "
+            f"{_START_UP.total_seconds() / 60:g} minutes; start as many processes as WORLD_SIZE "
+            "says, or set WORLD_SIZE=1 to train alone"
+        ) from None
+    return store
+
+
+def _tell_the_others(store: dist.Store, rank: int, error: BaseException) -> OtherRankFailed | None:
+    """Say in the store why this rank leaves. Where that is another's failure: what to raise."""
+    lost = isinstance(error, RuntimeError) and _is_of_a_lost_rank(error)
+    mine = f"rank {rank} failed: {type(error).__name__}: {reason_of(error)}"
+    if isinstance(error, UserError):
+        mine = f"rank {rank} failed: {error}"
+    if isinstance(error, Stopped):
+        mine = f"rank {rank} was stopped"
+    if lost:
+        mine = f"another process of this run was lost ({reason_of(error)})"
+    try:
+        first = store.compare_set(_FAILED, "", mine).decode()
+    except RuntimeError:  # the store's process is gone
+        first = mine
+    if first != mine:
+        return OtherRankFailed(first, said=True)
+    return OtherRankFailed(mine, said=False) if lost else None
+
+
+def _is_of_a_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective or the store failed, rather than something of this rank's own."""
+    signs = ("gloo", "Connection closed by peer", "NCCL", "a rank that is waited for")
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
 
 
 def _fail_together(error: UserError | None, sentence: str | None) -> None:
@@ -100,36 +231,20 @@ def _fail_together(error: UserError | None, sentence: str | None) -> None:
         raise SaidByAnother(sentence)
 
 
-def pick_device(requested: str) -> torch.device:
+def pick_device(requested: str, local_rank: int | None = None) -> torch.device:
     """``auto``, ``cpu`` or ``cuda`` (this rank's GPU) as a device."""
     has_gpu = torch.cuda.is_available()
     if requested == "cuda" and not has_gpu:
         raise UserError("device 'cuda' was asked for, but torch sees no GPU; --device cpu works")
     if requested == "cpu" or not has_gpu:
         return torch.device("cpu")
-    index = int(os.environ.get("LOCAL_RANK", "0"))
-    if index >= torch.cuda.device_count():
+    index = read_launch().local_rank if local_rank is None else local_rank
+    count = torch.cuda.device_count()
+    if count == 1 and "SLURM_STEP_GPUS" in os.environ:
+        index = 0  # srun --gpus-per-task shows each task its own GPU only
+    if index >= count:
         raise UserError(
-            f"local rank {index} has no GPU: this machine has {torch.cuda.device_count()}; start "
-            "as many processes per node as there are GPUs"
+            f"local rank {index} has no GPU: this machine has {count}; start as many processes per "
+            "node as there are GPUs"
         )
     return torch.device("cuda", index)
-
-
-@contextmanager
-def process_group(requested_device: str) -> Iterator[Ranks]:
-    """Join the process group that ``torchrun`` describes in the environment, if any."""
-    device = pick_device(requested_device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size == 1 or dist.is_initialized():
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        yield Ranks(rank, dist.get_world_size() if dist.is_initialized() else 1, device)
-        return
-    # Rank 0 evaluates while the others wait, so the patience is in hours.
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-    try:
-        yield Ranks(dist.get_rank(), world_size, device)
-    finally:
-        dist.destroy_process_group()

@@ -6,8 +6,6 @@ keeps of a small batch.
 
 from __future__ import annotations
 
-import os
-
 import torch
 import yaml
 from torch import nn
@@ -16,7 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from sacl_fast.config import Config, to_dict
 from sacl_fast.data.sources import open_sources
 from sacl_fast.engine.distributed import pick_device
+from sacl_fast.engine.launch import read_launch
 from sacl_fast.engine.method import SaclXd, build_method
+from sacl_fast.engine.preflight import check_run, remarks
 from sacl_fast.engine.step import autocast_dtype
 from sacl_fast.errors import UserError
 
@@ -25,7 +25,8 @@ _GIB, _PROBE_BATCH = 2**30, 4
 
 def print_dry_run(config: Config) -> None:
     """Print the resolved configuration, sizes, FLOPs and an estimate of memory."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_run(config)
+    world_size = read_launch().world_size
     method = build_method(config)
     encoder_parameters = _count(method.encoder)
     projector_parameters = _count(method.projector)
@@ -56,6 +57,8 @@ def print_dry_run(config: Config) -> None:
         steps = images // config.batch_size
         whole = steps * config.epochs
         print(f"data        {images:,} images, {steps:,} steps an epoch, {whole:,} in all")
+        for sentence in remarks(config, images):
+            print(f"warning     {sentence}")
 
 
 def _count(module: nn.Module) -> int:

@@ -14,7 +14,21 @@ from sacl_fast.data.sources import Source, Splits
 from sacl_fast.encoders.batch_norm import local_batch_norm
 from sacl_fast.encoders.recalibrate import recalibrated
 from sacl_fast.engine.method import SaclXd
+from sacl_fast.engine.signals import StopRequest
 from sacl_fast.evaluation.evaluate import evaluate_knn, first_images
+
+
+class _UntilStopped:
+    """Batches of a loader; once a stop is asked for, ``Stopped``: an evaluation can take long."""
+
+    def __init__(self, loader: EvalLoader, stop: StopRequest) -> None:
+        self.loader, self.stop = loader, stop
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        self.stop.check()
+        for batch in self.loader:
+            yield batch
+            self.stop.check()
 
 
 class Evaluator:
@@ -30,10 +44,12 @@ class Evaluator:
         config: Config,
         device: torch.device,
         amp_dtype: torch.dtype | None,
+        stop: StopRequest,
     ) -> None:
         self.config = config
         self.device = device
         self.amp_dtype = amp_dtype
+        self.stop = stop
         self.classes = splits.train.classes
         self.possible = len(self.classes) > 1
         """Whether there are labels to evaluate with."""
@@ -47,8 +63,8 @@ class Evaluator:
             self.queries = self._loader(splits.train, queries[: config.eval.queries])
         self.bank = self._loader(splits.train, order[: config.eval.bank])
 
-    def _loader(self, source: Source, indices: np.ndarray) -> EvalLoader:
-        return EvalLoader(source, indices, self.config, self.device)
+    def _loader(self, source: Source, indices: np.ndarray) -> _UntilStopped:
+        return _UntilStopped(EvalLoader(source, indices, self.config, self.device), self.stop)
 
     def knn(self, method: SaclXd) -> dict[str, float]:
         """Top-1 accuracies in percent, ``knn_dense`` and ``knn_slim``; the model is unchanged."""

@@ -17,6 +17,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from sacl_fast.files import whole_file
+
 _POINTS = 600  # per curve: about one a pixel
 
 # Okabe & Ito's palette: told apart with every common colour blindness.
@@ -56,13 +58,8 @@ def plot_curves(metrics: Sequence[dict[str, Any]], path: str | os.PathLike[str])
     for axes in figure.axes:
         axes.set_xlim(-0.015 * max(1, last), 1.015 * max(1, last))
 
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        canvas.print_png(str(temporary))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(Path(path)) as file:
+        canvas.print_png(file)
 
 
 def _draw_loss(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:

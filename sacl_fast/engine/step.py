@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +30,30 @@ them save (ResNet-20 at 32 px, MobileNet-V3 and EfficientNet-B0 at 32 to 112 px;
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The autocast type of ``auto``, ``fp32``, ``bf16`` or ``fp16`` on a device; None: fp32."""
+    """The autocast type of ``auto``, ``fp32``, ``bf16`` or ``fp16`` on a device; None: fp32.
+
+    ``auto`` is bf16 where the GPU computes in it. Older ones emulate it, slowly, and the range of
+    fp16 is not always enough for the gradients of the slim passes, so there it is fp32.
+    """
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
+        precision = "bf16" if device.type == "cuda" and _computes_bf16(device) else "fp32"
     if precision == "fp16" and device.type == "cpu":
         raise UserError("precision 'fp16' needs a GPU; 'fp32' and 'bf16' work on a CPU")
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def precision_reason(precision: str, device: torch.device) -> str | None:
+    """A line for whoever could train faster; None where ``auto`` is the fastest already."""
+    if precision != "auto" or device.type != "cuda" or _computes_bf16(device):
+        return None
+    return (
+        f"precision auto: fp32, because {torch.cuda.get_device_name(device)} is older than bf16; "
+        "--precision fp16 is faster where its range is enough"
+    )
+
+
+def _computes_bf16(device: torch.device) -> bool:
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def stay_within_memory(model: nn.Module) -> None:
@@ -71,11 +91,16 @@ class TrainingStep:
         self.device = device
         self.amp_dtype = autocast_dtype(config.precision, device)
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.method = method.to(device, memory_format=memory_format)  # type: ignore[call-overload]
+        self.method = method.to(device)
+        for tensor in chain(method.parameters(), method.buffers()):
+            if tensor.ndim == 4:  # Module.to would try others, a 3-D convolution's, and fail
+                tensor.data = tensor.data.to(memory_format=memory_format)
         if device.type == "cpu":
             stay_within_memory(method)
         self.model: nn.Module = self.method
         if ranks.world_size > 1:
+            # A 1x1 weight lies in memory in two ways at once; DDP copies either and warns of one.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             synchronized = config.encoder.sync_batch_norm
             self.model = DistributedDataParallel(method, broadcast_buffers=not synchronized)
         self.method.slicer.backend = self.backends["slim_conv"].backend
@@ -133,7 +158,7 @@ class TrainingStep:
         return learning_rate(
             step,
             base=self.config.base_lr,
-            warmup_steps=self.config.optim.warmup_epochs * self.steps_per_epoch,
+            warmup_steps=round(self.config.warmup_epochs * self.steps_per_epoch),
             total_steps=self.config.epochs * self.steps_per_epoch,
         )
 

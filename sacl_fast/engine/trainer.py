@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import shlex
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from sacl_fast.data.sources import open_sources
 from sacl_fast.data.view_loader import open_view_loader
 from sacl_fast.encoders.file import encode_encoder, encoder_metadata, save_encoder
 from sacl_fast.engine import run_folder as files
+from sacl_fast.engine.agreement import check_same_settings
 from sacl_fast.engine.checkpoint import (
     checkpoint_path,
     mark_best,
@@ -26,6 +28,8 @@ from sacl_fast.engine.checkpoint import (
 from sacl_fast.engine.clock import Clock
 from sacl_fast.engine.collapse import CollapseAlarm, effective_rank, embedding_std
 from sacl_fast.engine.console import RunConsole
+from sacl_fast.engine.description import describe
+from sacl_fast.engine.diagnosis import what_may_help
 from sacl_fast.engine.distributed import Ranks, process_group
 from sacl_fast.engine.environment import environment
 from sacl_fast.engine.evaluator import Evaluator
@@ -33,14 +37,17 @@ from sacl_fast.engine.memory import keep_freed_memory
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.metrics import MetricWriter, read_metrics
 from sacl_fast.engine.plots import plot_curves
+from sacl_fast.engine.preflight import check_run, remarks
 from sacl_fast.engine.resume import Continuation, data_record, find_continuation, restore, set_aside
-from sacl_fast.engine.signals import StopRequest, stop_signals
+from sacl_fast.engine.signals import StopRequest
 from sacl_fast.engine.step import TrainingStep
-from sacl_fast.errors import UserError
+from sacl_fast.errors import Stopped, UserError
 from sacl_fast.ops.xcorr_loss import LossParts
 
 logger = logging.getLogger(__name__)
 
+_LOST = 255  # in place of a signal's number: the run folder vanished
+_AGREEING = 20.0  # seconds for several processes to come to a step that all can stop at
 _MONITORED = 256  # rows of z1 whose spread and rank are read: the rank costs their cube
 
 
@@ -56,6 +63,8 @@ class RunResult:
     """The last kNN accuracies in percent, ``knn_dense`` and ``knn_slim``; empty without labels."""
     knn_before: dict[str, float]
     """Those of the untrained encoder; empty where they were not measured."""
+    stopped_by: int = 0
+    """The number of the signal that ended it, 0 for none."""
 
 
 class NonFiniteLoss(UserError):
@@ -67,16 +76,18 @@ def train(config: Config) -> RunResult:
 
     Raises:
         UserError: what is asked for cannot be done; the sentence says what can.
+        OtherRankFailed: another process of the run failed or was killed.
+        Stopped: by a signal, but not at a step that all processes could stop at.
     """
-    with (
-        process_group(config.device) as ranks,
-        files.claimed_run_folder(config, ranks) as claim,
-    ):
-        run = Run(config, ranks, claim)
-        try:
-            return run.train()
-        finally:
-            run.close()
+    check_run(config)
+    with process_group(config.device) as ranks:
+        check_same_settings(config, ranks)
+        with files.claimed_run_folder(config, ranks) as claim:
+            run = Run(config, ranks, claim)
+            try:
+                return run.train()
+            finally:
+                run.close()
 
 
 class Run:
@@ -87,8 +98,16 @@ class Run:
         self.ranks = ranks
         self.claim = claim
         self.folder: Path = claim.path
+        self.stop = StopRequest(patience=0.0 if ranks.world_size == 1 else _AGREEING)
+        ranks.stop = self.stop
+        if ranks.device.type == "cpu":
+            keep_freed_memory()
         torch.manual_seed(config.seed)  # the same initial weights on every rank
+        self.method = build_method(config)  # first: what cannot be built needs no data
         self.splits = open_sources(config.data, config.seed)
+        if ranks.first:
+            for remark in remarks(config, len(self.splits.train)):
+                logger.warning(remark)
         self.loader = open_view_loader(
             self.splits.train,
             config,
@@ -96,21 +115,21 @@ class Run:
             rank=ranks.rank,
             world_size=ranks.world_size,
         )
-        if ranks.device.type == "cpu":
-            keep_freed_memory()
-        self.method = build_method(config)
         self.method.slicer.enabled = config.slim.warmup_epochs == 0
         self.step = TrainingStep(
             self.method, config, ranks, steps_per_epoch=self.loader.steps_per_epoch
         )
-        # Drop path differs between ranks. A seed from the clock has 61 bits, torch's has 64.
+        # Drop path differs between ranks. A seed may have 53 bits, torch's has 64.
         torch.manual_seed((config.seed * 65_537 + ranks.rank) % 2**64)
-        self.evaluator = Evaluator(self.splits, config, ranks.device, self.step.amp_dtype)
+        self.evaluator = Evaluator(
+            self.splits, config, ranks.device, self.step.amp_dtype, self.stop
+        )
         self.alarm = CollapseAlarm(config.log.min_std, config.log.min_rank)
         self.steps_done = 0
         self.knn: dict[str, float] = {}
         self.knn_before: dict[str, float] = {}
         self.best_knn = -1.0
+        self.knn_due = False  # the epoch is trained, its evaluation was not finished
         self.final_states: dict[str, dict[str, torch.Tensor]] = {}
         self.lost = False
         """Whether the run folder vanished; known to the first rank."""
@@ -132,20 +151,23 @@ class Run:
     # The loop
 
     def train(self) -> RunResult:
-        config, per_epoch = self.config, self.loader.steps_per_epoch
-        with self.console, stop_signals() as stop:
-            self._start()
-            for epoch in range(self.steps_done // per_epoch, config.epochs):
-                self._train_epoch(epoch, stop)
-                if self.steps_done < (epoch + 1) * per_epoch:
-                    self._end_interrupted(stop.name)
-                    return self._result(finished=False)
-                self._end_epoch(epoch)
-            self._finish()
+        per_epoch = self.loader.steps_per_epoch
+        with self.console, self.stop.by_signals(self.console.message):
+            try:
+                self._start()
+                for epoch in range(self.steps_done // per_epoch, self.config.epochs):
+                    self._train_epoch(epoch)
+                    self._end_epoch(epoch)
+                self._finish()
+            except Stopped as stopped:
+                self._end_stopped(stopped)
+                if self.ranks.world_size > 1 and not stopped.everywhere:
+                    raise
+                return self._result(finished=False, stopped_by=stopped.number)
             return self._result(finished=True)
 
-    def _train_epoch(self, epoch: int, stop: StopRequest) -> None:
-        """The rest of an epoch; returns early where a stop was asked for."""
+    def _train_epoch(self, epoch: int) -> None:
+        """The rest of an epoch."""
         config, per_epoch, slicer = self.config, self.loader.steps_per_epoch, self.method.slicer
         slicer.enabled = epoch >= config.slim.warmup_epochs
         slicer.statistics = None  # of the weights before this epoch
@@ -162,50 +184,75 @@ class Run:
             if every and self.steps_done % every == 0 and self.steps_done % per_epoch:
                 self._save()
             # Several ranks must stop at the same step; they agree when they wait anyway.
-            if self.ranks.world_size == 1 or reading:
-                self.lost |= reading and self.claim.is_gone()
-                stop.everywhere = self.ranks.any(stop.name is not None or self.lost)
-            if stop.everywhere and self.steps_done % per_epoch:
-                return
+            if (self.ranks.world_size == 1 or reading) and self.steps_done % per_epoch:
+                self._stop_if_asked(look=reading)
+
+    def _stop_if_asked(self, *, look: bool = True) -> None:
+        """Raise ``Stopped``, on all ranks at the same step, if one of them got a signal or, where
+        it is to ``look``, sees that the run folder vanished."""
+        self.lost |= look and self.claim.is_gone()
+        if number := self.ranks.largest(_LOST if self.lost else self.stop.number):
+            raise Stopped(number, everywhere=True)
 
     def _start(self) -> None:
-        for line in self._describe():
+        self.console.message(f"run folder {self.folder}")
+        for line in describe(self.config, self.ranks, self.step, self.loader.steps_per_epoch):
             self.console.message(line)
         if self.steps_done == 0:
             self._write_picture(files.VIEWS)
             self.knn_before = self._evaluate(0)
+        elif self.knn_due:
+            self._close_epoch(self.steps_done // self.loader.steps_per_epoch)
 
     def _end_epoch(self, epoch: int) -> None:
-        config, done = self.config, epoch + 1
-        if not config.slim.refresh_steps:
+        if not self.config.slim.refresh_steps:
             self.method.slicer.refresh()
+        self.knn_due = True
+        self._stop_if_asked()
+        self._close_epoch(epoch + 1)
+
+    def _close_epoch(self, done: int) -> None:
+        config = self.config
         last = done == config.epochs
         best = False
         if last or (config.eval.every and done % config.eval.every == 0):
             best = self._evaluate(done).get("knn_dense", -1.0) >= self.best_knn > -1.0
-        if last and self.ranks.first:
+        if last:
             # Before the last checkpoint, which is to have the slim encoder's statistics.
-            self.final_states = self.evaluator.final_states(self.method)
+            self.ranks.on_first(self._make_final_states)
+        self.knn_due = False
         every = config.checkpoint.every_steps
         due = done % config.checkpoint.every_epochs == 0 or (every and self.steps_done % every == 0)
         if last or best or due:
             self._save(best=best)
         self._write_picture(files.CURVES)
 
-    def _end_interrupted(self, signal_name: str | None) -> None:
-        self._save()
-        self._write_picture(files.CURVES)
-        self.console.message(
-            f"stopped by {signal_name or 'a signal to another process'} after step "
-            f"{self.steps_done}; --resume auto --out {self.folder} goes on from there"
-        )
-        self._say_if_lost()
+    def _end_stopped(self, stopped: Stopped) -> None:
+        """Save, where all ranks stopped at the same step, and say how to go on."""
+        where, goes_on = f"after step {self.steps_done}", "goes on from there"
+        if self.steps_done == 0:
+            where, goes_on = "before the first step", "begins anew"
+        elif self.ranks.world_size > 1 and not stopped.everywhere:
+            where += " while the other processes were elsewhere"
+            goes_on = "goes on from the last checkpoint"
+        else:
+            self._save()
+            self._write_picture(files.CURVES)
+        if stopped.number == _LOST:
+            self.lost = True
+            self._say_if_lost()
+        self.console.close()  # so that this is the last line
+        name, folder = signal.Signals(stopped.number).name, shlex.quote(str(self.folder))
+        self.console.message(f"stopped by {name} {where}; --resume auto --out {folder} {goes_on}")
 
     def _finish(self) -> None:
         if self.resumed is not None and self.resumed.finished:
             self.console.message(f"all {self.config.epochs} epochs were done before")
         self.ranks.on_first(self._save_encoders)
         self._say_if_lost()
+
+    def _make_final_states(self) -> None:
+        self.final_states = self.evaluator.final_states(self.method)
 
     def _save_encoders(self) -> None:
         names = {"dense": files.ENCODER, "slim": files.ENCODER_SLIM}
@@ -273,15 +320,15 @@ class Run:
         return (
             f"the loss is not finite at step {step} (learning rate "
             f"{self.step.learning_rate(step - 1):.3g}, precision {self.config.precision}); the run "
-            f"stops, {kept}. A lower --optim.lr or --precision fp32 often helps"
+            f"stops, {kept}. {what_may_help(self.config, self.step.amp_dtype)}"
         )
 
     def _evaluate(self, epochs_done: int) -> dict[str, float]:
         """kNN accuracies on every rank, computed by the first; empty without labels."""
         if not self.evaluator.possible:
             return {}
-        knn = self.evaluator.knn(self.method) if self.ranks.first else {}
-        self.knn = self.ranks.from_first(knn)
+        with self.console.doing("evaluating by kNN"):
+            self.knn = self.ranks.on_first(lambda: self.evaluator.knn(self.method))
         self.best_knn = max(self.best_knn, self.knn.get("knn_dense", -1.0))
         self.console.update(self.steps_done, epochs_done, self.knn)
         if self.writer is not None:
@@ -337,6 +384,7 @@ class Run:
             "scaler": self.step.scaler.state_dict(),
             "random": random_states,
             "knn": self.knn,
+            "knn_due": self.knn_due,
             "knn_before": self.knn_before,
             "best_knn": self.best_knn,
         }
@@ -356,6 +404,7 @@ class Run:
             self.steps_done = found.step
             self.knn, self.knn_before = found.state["knn"], found.state["knn_before"]
             self.best_knn = found.state["best_knn"]
+            self.knn_due = found.state.get("knn_due", False)
             logger.info("resumed from %s after step %d", found.path, self.steps_done)
         return found
 
@@ -367,7 +416,7 @@ class Run:
             set_aside(self.folder, after=-1)
         elif not found.finished:
             set_aside(self.folder, after=self.steps_done, spare=found.path)
-        tensors = [*self.method.state_dict().values()]
+        tensors = [*self.method.parameters(), *self.method.buffers()]
         moments = 2 if config.optim.name == "adamw" else 1
         tensors += moments * [*self.method.parameters()]
         files.prepare_run_folder(
@@ -380,26 +429,10 @@ class Run:
             self.folder, config.log, to_dict(config), self.steps_done if found else None
         )
 
-    def _describe(self) -> Iterator[str]:
-        config, ranks = self.config, self.ranks
-        parameters = sum(p.numel() for p in self.method.encoder.parameters())
-        device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
-        processes = f" x {ranks.world_size} processes" if ranks.world_size > 1 else ""
-        dtype = str(self.step.amp_dtype or torch.float32).removeprefix("torch.")
-        yield f"run folder {self.folder}"
-        yield f"{len(self.splits.train):,} images, {self.loader.steps_per_epoch} steps an epoch"
-        yield (
-            f"{config.encoder.name} x {config.encoder.width:g}, {parameters / 1e6:.2f} M "
-            f"parameters, slim ratio {config.slim.ratio:g}, {dtype} on {device}{processes}"
+    def _result(self, *, finished: bool, stopped_by: int = 0) -> RunResult:
+        return RunResult(
+            self.folder, self.steps_done, finished, self.knn, self.knn_before, stopped_by
         )
-        for op, resolution in self.step.backends.items():
-            if op != "augment":  # the loader's, which has said so
-                yield f"{op}: {resolution.backend} ({resolution.reason})"
-        recorded = "" if self.method.recorded is None else ", recorded"
-        yield f"slim passes: {self.method.slim_mode}{recorded} ({self.step.slim_mode_reason})"
-
-    def _result(self, *, finished: bool) -> RunResult:
-        return RunResult(self.folder, self.steps_done, finished, self.knn, self.knn_before)
 
     def close(self) -> None:
         self.loader.close()

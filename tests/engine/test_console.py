@@ -37,7 +37,9 @@ def plain(**options: bool) -> tuple[RunConsole, io.StringIO]:
 
 
 @contextlib.contextmanager
-def terminal(monkeypatch: pytest.MonkeyPatch, columns: int = 100) -> Iterator[tuple]:
+def terminal(
+    monkeypatch: pytest.MonkeyPatch, columns: int = 100, encoding: str = "utf-8"
+) -> Iterator[tuple]:
     """A stream that is a terminal of that width, and a function that returns what was written."""
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -53,7 +55,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch, columns: int = 100) -> Iterator[tu
 
     reader = threading.Thread(target=drain)
     reader.start()
-    stream = os.fdopen(slave, "w", encoding="utf-8")
+    stream = os.fdopen(slave, "w", encoding=encoding)
 
     def text() -> str:
         if not stream.closed:
@@ -235,3 +237,103 @@ def test_time_left_is_measured_from_the_steps(monkeypatch: pytest.MonkeyPatch):
 )
 def test_durations(seconds: float, text: str):
     assert _duration(seconds) == text
+
+
+class _Fails(io.StringIO):
+    """A stream that cannot be written: a full disk, a pipe nobody reads, a closed file."""
+
+    def __init__(self, error: Exception, tty: bool = False) -> None:
+        super().__init__()
+        self.error, self.tty = error, tty
+
+    def isatty(self) -> bool:
+        return self.tty
+
+    def write(self, text: str, /) -> int:
+        raise self.error
+
+
+@pytest.mark.parametrize("tty", [False, True])
+@pytest.mark.parametrize(
+    "error",
+    [
+        BrokenPipeError(32, "Broken pipe"),
+        OSError(28, "No space left on device"),
+        OSError(5, "Input/output error"),
+        BlockingIOError(11, "Resource temporarily unavailable"),
+        ValueError("I/O operation on closed file"),
+    ],
+    ids=lambda e: type(e).__name__,
+)
+def test_what_cannot_be_written_is_dropped(monkeypatch, error, tty):
+    monkeypatch.setenv("TERM", "xterm")
+    with RunConsole(10, 100, 256, stream=_Fails(error, tty)) as console:
+        console.message("a line")
+        LOGGER.warning("a warning")
+        with console.doing("evaluating"):
+            console.update(10, 0.1, READING)
+        console.update(20, 0.2, READING)
+    console.message("after the end")
+
+
+def test_a_terminal_that_goes_away(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    master, slave = pty.openpty()
+    stream = os.fdopen(slave, "w")
+    with RunConsole(10, 100, 256, stream=stream) as console:
+        console.update(10, 0.1, READING)
+        os.close(master)
+        console.update(20, 0.2, READING)
+        with console.doing("evaluating"):
+            console.message("nobody reads this")
+    with contextlib.suppress(OSError):  # of what is left in its buffer
+        stream.close()
+
+
+def test_an_ascii_terminal(monkeypatch):
+    with terminal(monkeypatch, columns=30, encoding="ascii") as (stream, text):
+        with RunConsole(10, 100, 256, stream=stream) as console:
+            console.message("run folder rün")
+            console.update(10, 0.1, READING)
+        said = without_codes(text())
+    assert r"run folder r\xfcn" in said and "loss 12.35" in said
+
+
+def test_the_display_says_what_is_going_on_where_no_step_is(monkeypatch):
+    with terminal(monkeypatch) as (stream, text), RunConsole(1, 100, 256, stream=stream) as console:
+        with console.doing("evaluating by kNN"):
+            pass
+        console.update(50, 0.5, READING)
+        console.update(100, 1.0, READING)
+        with console.doing("evaluating by kNN"):
+            pass
+        console.close()
+        drawn = without_codes(text())
+    assert drawn.count("100% step 100/100 evaluating by kNN") == 1
+    assert "  0% step 0/100 evaluating by kNN" in drawn
+
+
+def test_the_cursor_is_there_while_the_display_is(monkeypatch):
+    """A process that is killed cannot bring it back."""
+    with terminal(monkeypatch) as (stream, text), RunConsole(1, 9, 256, stream=stream) as console:
+        console.update(5, 0.5, READING)
+        console.close()
+        written = text()
+    hidden, shown = written.index("\x1b[?25l"), written.index("\x1b[?25h")
+    assert hidden < shown < written.index("loss")
+
+
+def test_a_message_in_the_midst_of_another_comes_after_it():
+    """A signal handler's; streams cannot be entered twice."""
+
+    class Interrupted(io.StringIO):
+        def write(self, text: str, /) -> int:
+            if text == "first":
+                console.message("second")
+            return super().write(text)
+
+    stream = Interrupted()
+    console = RunConsole(1, 9, 256, stream=stream)
+    with console:
+        console.message("first")
+    assert stream.getvalue() == "first\nsecond\n"

@@ -12,7 +12,12 @@ from sacl_fast.config import Config, EncoderConfig, ProjectorConfig, SlimConfig
 from sacl_fast.data.views import CIFAR
 from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.method import build_method
-from sacl_fast.engine.step import TrainingStep, stay_within_memory
+from sacl_fast.engine.step import (
+    TrainingStep,
+    autocast_dtype,
+    precision_reason,
+    stay_within_memory,
+)
 
 
 class Convolutions(TorchDispatchMode):
@@ -94,6 +99,21 @@ def step_of(steps_per_epoch=30, **slim) -> TrainingStep:
     return TrainingStep(build_method(config), config, ranks, steps_per_epoch=steps_per_epoch)
 
 
+def test_only_what_has_four_dimensions_is_channels_last():
+    """Some encoders have 3-D or 1-D convolutions, whose weights have other dimensions."""
+    config = Config(
+        views=CIFAR,
+        encoder=EncoderConfig(name="resnet20", width=0.25),
+        projector=ProjectorConfig(hidden=8, out=8),
+    )
+    method = build_method(config)
+    method.encoder.add_module("extra", nn.ModuleList([nn.Conv3d(2, 3, 2), nn.Conv1d(2, 3, 2)]))
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    TrainingStep(method, config, ranks, steps_per_epoch=1)
+    weights = [m.weight for m in method.modules() if isinstance(m, nn.Conv2d)]
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+
+
 def test_slim_passes_are_recorded_where_that_pays():
     assert step_of(30).method.recorded is not None
     assert step_of(29).method.recorded is None
@@ -109,3 +129,21 @@ def test_training_is_the_same_with_recorded_passes():
         if i == 4:
             recorded.method.slicer.refresh(), plain.method.slicer.refresh()
         assert torch.equal(recorded(*views, i)[0], plain(*views, i)[0])
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [((6, 1), None), ((7, 0), None), ((7, 5), None), ((8, 0), "bf16"), ((9, 0), "bf16")],
+)
+def test_auto_is_bf16_where_the_gpu_computes_in_it(monkeypatch, capability, dtype):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    expected = torch.bfloat16 if dtype else None
+    assert autocast_dtype("auto", gpu) is expected
+    reason = precision_reason("auto", gpu)
+    assert (reason is None) == (dtype == "bf16")
+    assert reason is None or "fp32, because Tesla V100 is older than bf16" in reason
+    assert autocast_dtype("bf16", gpu) is torch.bfloat16  # as requested
+    assert precision_reason("bf16", gpu) is None
+    assert autocast_dtype("auto", torch.device("cpu")) is None

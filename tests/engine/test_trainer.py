@@ -1,10 +1,14 @@
 """A whole run: what it leaves behind, that it can be repeated, stopped, killed and resumed."""
 
+import fcntl
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -106,7 +110,9 @@ def test_killed_in_mid_epoch_and_resumed(tiny):
     assert losses(folder) == expected
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda s: s.name
+)
 def test_signals_write_a_checkpoint_and_exit_cleanly(tiny, number):
     """The signal goes to the whole process group, workers included, as a scheduler sends it."""
     tiny = replace(
@@ -126,7 +132,8 @@ def test_signals_write_a_checkpoint_and_exit_cleanly(tiny, number):
         time.sleep(0.02)
     os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    ctrl_c = number == signal.SIGINT  # of which it dies, so that a shell's loop ends as well
+    assert process.returncode == (-number if ctrl_c else 128 + number), output
     assert "Traceback" not in output and number.name in output and "--resume auto" in output
     done = max(losses(folder))
     (newest,) = list_checkpoints(folder / "checkpoints")[-1:]
@@ -136,6 +143,89 @@ def test_signals_write_a_checkpoint_and_exit_cleanly(tiny, number):
     assert resumed.finished and resumed.steps == 90
     sacl_fast.train(replace(tiny, out=f"{tiny.out}-whole"))
     assert losses(folder) == losses(f"{tiny.out}-whole")
+
+
+def in_a_terminal(arguments: list[str]) -> tuple[subprocess.Popen[bytes], int]:
+    """A process whose terminal it is, and the other end of that."""
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        arguments,
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        env=os.environ | {"TERM": "xterm"},
+    )
+    os.close(slave)
+    return process, master
+
+
+def read_until(master: int, sign: str) -> str:
+    said = b""
+    deadline = time.monotonic() + 200
+    while sign.encode() not in said:
+        assert time.monotonic() < deadline, said.decode()
+        if select.select([master], [], [], 0.1)[0]:
+            said += os.read(master, 65536)
+    return said.decode()
+
+
+def test_a_run_outlives_its_terminal(tiny):
+    """Which sends SIGHUP to everything in it, workers included, and can be written no more."""
+    tiny = replace(tiny, data=replace(tiny.data, workers=1), eval=replace(tiny.eval, every=0))
+    process, master = in_a_terminal(command(tiny))
+    read_until(master, "loss")
+    os.close(master)
+    assert process.wait(timeout=200) == 0
+    assert len(losses(tiny.out)) == 6 and (Path(tiny.out) / "encoder.safetensors").exists()
+
+
+def test_ctrl_c_in_a_terminal(tiny):
+    tiny = replace(tiny, epochs=10_000, eval=replace(tiny.eval, every=0))
+    process, master = in_a_terminal(command(tiny))
+    read_until(master, "loss")
+    os.write(master, b"\x03")
+    said = read_until(master, "goes on from there")
+    assert process.wait(timeout=100) == -signal.SIGINT
+    assert "again ends at once" in said and "stopped by SIGINT after step" in said
+    assert "Traceback" not in said
+    os.close(master)
+
+
+def test_a_stop_at_the_end_of_an_epoch_leaves_its_evaluation_to_the_next_start(tiny):
+    with process_group("cpu") as ranks, claimed_run_folder(tiny, ranks) as claim:
+        run_ = Run(tiny, ranks, claim)
+        evaluate = run_.evaluator.knn
+
+        def stopped(method):
+            if run_.steps_done == 6:
+                run_.stop.ask(signal.SIGTERM)
+            return evaluate(method)
+
+        run_.evaluator.knn = stopped
+        result = run_.train()
+        run_.close()
+    assert (result.finished, result.steps, result.stopped_by) == (False, 6, signal.SIGTERM)
+    assert not (result.folder / "encoder.safetensors").exists()
+    resumed = sacl_fast.train(replace(tiny, resume="auto"))
+    assert resumed.finished
+    rows = read_metrics(result.folder / "metrics.jsonl")
+    assert [r["epoch"] for r in rows if r["kind"] == "knn"] == [0, 1, 2]
+    whole = sacl_fast.train(replace(tiny, out=f"{tiny.out}-whole"))
+    assert resumed.knn == whole.knn and losses(result.folder) == losses(whole.folder)
+
+
+def test_a_stop_before_the_first_step_has_nothing_to_save(tiny, capsys):
+    with process_group("cpu") as ranks, claimed_run_folder(tiny, ranks) as claim:
+        run_ = Run(tiny, ranks, claim)
+        run_.stop.ask(signal.SIGINT)
+        result = run_.train()
+        run_.close()
+    assert (result.finished, result.steps) == (False, 0)
+    assert "stopped by SIGINT before the first step" in capsys.readouterr().out
+    assert not list_checkpoints(result.folder / "checkpoints")
+    assert sacl_fast.train(replace(tiny, resume="auto")).finished
 
 
 def test_two_processes_by_torchrun_equal_one(tiny):
@@ -155,6 +245,7 @@ def test_two_processes_by_torchrun_equal_one(tiny):
     assert losses(both.out) == pytest.approx(losses(tiny.out), rel=0.1)
     assert losses(both.out)[1] == pytest.approx(losses(tiny.out)[1], rel=1e-5)
     assert result.stdout.count("kNN accuracy, dense encoder") == 1  # rank 0 alone speaks
+    assert "UserWarning" not in result.stderr
 
 
 def test_masks_follow_the_schedule(tiny):

@@ -1,0 +1,51 @@
+"""What a run says of itself before the first step: its sizes, its device, what runs and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from sacl_fast.config import Config
+from sacl_fast.engine.distributed import Ranks
+from sacl_fast.engine.step import TrainingStep, precision_reason
+
+
+def describe(
+    config: Config, ranks: Ranks, step: TrainingStep, steps_per_epoch: int
+) -> Iterator[str]:
+    """Lines for a person; only of what this run uses."""
+    method, device = step.method, ranks.device
+    parameters = sum(p.numel() for p in method.encoder.parameters())
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    processes = f" x {ranks.world_size} processes" if ranks.world_size > 1 else ""
+    dtype = str(step.amp_dtype or torch.float32).removeprefix("torch.")
+    yield f"{steps_per_epoch} steps an epoch, batches of {config.batch_size} images"
+    yield (
+        f"{config.encoder.name} x {config.encoder.width:g}, {parameters / 1e6:.2f} M "
+        f"parameters, slim ratio {config.slim.ratio:g}, {dtype} on {name}{processes}"
+    )
+    if reason := precision_reason(config.precision, device):
+        yield reason
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 1
+    if ranks.world_size == 1 and gpus > 1:
+        yield (
+            f"1 of {gpus} GPUs is used; torchrun --nproc-per-node {gpus} -m sacl_fast train ... "
+            "uses all of them"
+        )
+    slim = config.slim.ratio < 1
+    uses = {
+        "augment": False,  # the loader's, which has said so
+        "lars": config.optim.name == "lars",
+        "slim_conv": slim,
+    }
+    for op, resolution in step.backends.items():
+        if uses.get(op, True):
+            yield f"{op}: {resolution.backend} ({resolution.reason})"
+    if slim:
+        recorded = "" if method.recorded is None else ", recorded"
+        yield f"slim passes: {method.slim_mode}{recorded} ({step.slim_mode_reason})"
+        if method.slicer.norm_gradient == "damped":
+            requested = config.slim.norm_gradient == "damped"
+            why = "as requested" if requested else "they would grow over several in a row"
+            yield f"slim passes: gradients through norms of constant channels are damped ({why})"

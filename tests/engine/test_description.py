@@ -1,0 +1,50 @@
+"""What a run says of itself: only what it uses, and what it leaves unused that it could."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from sacl_fast.config import Config, SlimConfig
+from sacl_fast.engine.description import describe
+from sacl_fast.engine.distributed import Ranks
+from sacl_fast.engine.method import build_method
+from sacl_fast.engine.step import TrainingStep
+
+
+def lines(config: Config) -> list[str]:
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    step = TrainingStep(build_method(config), config, ranks, steps_per_epoch=3)
+    return list(describe(config, ranks, step, 3))
+
+
+def starts(config: Config) -> set[str]:
+    return {line.split(":")[0] for line in lines(config) if ":" in line}
+
+
+def test_operators_that_the_run_does_not_use_are_not_named(tiny):
+    assert starts(tiny) == {"xcorr_loss", "slim_conv", "lars", "slim passes"}
+    adamw = replace(tiny, optim=replace(tiny.optim, name="adamw"))
+    assert starts(adamw) == {"xcorr_loss", "slim_conv", "slim passes"}
+    assert starts(replace(tiny, slim=SlimConfig(ratio=1.0))) == {"xcorr_loss", "lars"}
+
+
+def test_sizes(tiny):
+    first, second, *_ = lines(tiny)
+    assert first == "3 steps an epoch, batches of 16 images"
+    assert second.startswith("resnet20 x 0.25, 0.02 M parameters, slim ratio 0.5, float32 on CPU")
+
+
+def test_gpus_that_stay_unused_are_named(tiny, monkeypatch):
+    step = TrainingStep(
+        build_method(tiny), tiny, Ranks(0, 1, torch.device("cpu")), steps_per_epoch=3
+    )
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    gpu = torch.device("cuda", 0)
+    said = list(describe(tiny, Ranks(0, 1, gpu), step, 3))
+    hint = "1 of 4 GPUs is used; torchrun --nproc-per-node 4 -m sacl_fast train ... uses all"
+    assert any(line.startswith(hint) for line in said)
+    assert not any(" of 4 GPUs" in line for line in describe(tiny, Ranks(0, 4, gpu), step, 3))

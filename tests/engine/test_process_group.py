@@ -1,0 +1,187 @@
+"""Processes that meet, wait for one another, fail, and never come. Two gloo ranks on the CPU."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from sacl_fast.config import Config, DataConfig, OptimConfig
+from sacl_fast.engine import distributed
+from sacl_fast.engine.agreement import check_same_settings
+from sacl_fast.engine.distributed import Ranks, process_group
+from sacl_fast.errors import OtherRankFailed, Stopped, UserError
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def takes_long(ranks: Ranks) -> str:
+    """Longer than collectives may."""
+
+    def make() -> str:
+        time.sleep(5)
+        return "made by 0"
+
+    value = ranks.on_first(make)
+    ranks.wait()
+    return f"{value}, {ranks.largest(ranks.rank)}, {ranks.gather(ranks.rank)}"
+
+
+def rank_1_fails(ranks: Ranks) -> str:
+    if ranks.rank == 1:
+        raise UserError("there is no such image")
+    ranks.wait()
+    return "went on"
+
+
+def rank_1_has_a_bug(ranks: Ranks) -> str:
+    if ranks.rank == 1:
+        raise ZeroDivisionError("by zero")
+    dist.all_reduce(torch.ones(1))
+    return "went on"
+
+
+def rank_0_stops_in_its_evaluation(ranks: Ranks) -> str:
+    def make() -> None:
+        raise Stopped(signal.SIGUSR1)
+
+    ranks.on_first(make)
+    return "went on"
+
+
+def rank_1_does_not_wait_for_ever(ranks: Ranks) -> str:
+    if ranks.rank == 1:
+        ranks.stop.ask(signal.SIGTERM)
+        ranks.wait()
+    time.sleep(1)
+    ranks.wait()
+    return "went on"
+
+
+def settings_differ(ranks: Ranks) -> str:
+    data = DataConfig(root=f"/disk{ranks.rank}", workers=ranks.rank)
+    check_same_settings(Config(data=data), ranks)
+    check_same_settings(Config(seed=ranks.rank, optim=OptimConfig(lr=0.1 + ranks.rank)), ranks)
+    return "went on"
+
+
+def rank_1_is_killed(ranks: Ranks) -> str:
+    if ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.all_reduce(torch.ones(1))
+    return "went on"
+
+
+SCENES: tuple[Callable[[Ranks], str], ...] = (
+    takes_long,
+    rank_1_fails,
+    rank_1_has_a_bug,
+    rank_0_stops_in_its_evaluation,
+    rank_1_does_not_wait_for_ever,
+    settings_differ,
+    rank_1_is_killed,
+)
+
+
+def play(rank: int, ports: list[int], folder: str) -> None:
+    """Every scene; what came of it is written down."""
+    torch.set_num_threads(1)
+    distributed._COLLECTIVE = timedelta(seconds=3)
+    for scene, port in zip(SCENES, ports, strict=True):
+        os.environ |= {
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        try:
+            with process_group("cpu") as ranks:
+                outcome = scene(ranks)
+        except OtherRankFailed as error:
+            outcome = f"OtherRankFailed {error.said}: {error}"
+        except Stopped as stopped:
+            outcome = f"Stopped {stopped.number} {stopped.everywhere}"
+        except (UserError, ZeroDivisionError) as error:
+            outcome = f"{type(error).__name__}: {error}"
+        Path(folder, f"{scene.__name__} {rank}").write_text(outcome)
+
+
+def test_ranks_wait_for_one_another_and_notice_who_fails(tmp_path):
+    context = mp.spawn(play, ([free_port() for _ in SCENES], str(tmp_path)), nprocs=2, join=False)
+    assert context is not None
+    for process in context.processes:
+        process.join(timeout=200)
+    assert [process.exitcode for process in context.processes] == [0, -signal.SIGKILL]
+    came = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    for rank in (0, 1):
+        assert came[f"takes_long {rank}"] == "made by 0, 1, [0, 1]"
+        stopped = came[f"rank_0_stops_in_its_evaluation {rank}"]
+        assert stopped == f"Stopped {int(signal.SIGUSR1)} True"
+    assert came["rank_1_fails 1"] == "UserError: there is no such image"
+    other = "OtherRankFailed True: rank 1 failed: "
+    assert came["rank_1_fails 0"] == f"{other}there is no such image"
+    assert came["rank_1_has_a_bug 1"] == "ZeroDivisionError: by zero"
+    assert came["rank_1_has_a_bug 0"] == f"{other}ZeroDivisionError: by zero"
+    assert came["rank_1_does_not_wait_for_ever 1"] == f"Stopped {int(signal.SIGTERM)} False"
+    assert came["rank_1_does_not_wait_for_ever 0"].startswith("OtherRankFailed True: rank 1 was")
+    differ = [came[f"settings_differ {rank}"] for rank in (0, 1)]
+    said = [text for text in differ if text.startswith("UserError: rank ")]
+    assert said and "optim.lr: " in said[0] and "seed: " in said[0] and "data" not in said[0]
+    assert all("went on" not in text for text in differ)
+    assert came["rank_1_is_killed 0"].startswith("OtherRankFailed False: another process")
+    assert "rank_1_is_killed 1" not in came
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_never_comes(monkeypatch, rank):
+    monkeypatch.setattr(distributed, "_START_UP", timedelta(seconds=2))
+    port = free_port()
+    variables = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError) as raised, process_group("cpu"):
+        pass
+    assert f"rank {rank} of 2 does not reach the others at 127.0.0.1:{port}" in str(raised.value)
+    assert "WORLD_SIZE=1 trains alone" in str(raised.value)
+
+
+def test_torchrun_keeps_the_store_over_a_restart(monkeypatch):
+    """Its agent's store holds what the ranks of the first attempt said; those are dead."""
+    monkeypatch.setattr(distributed, "_START_UP", timedelta(seconds=2))
+    port = free_port()
+    agent = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    variables = {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "1",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    dist.PrefixStore("sacl_fast 0", agent).set("rank 1", "here")
+    with pytest.raises(UserError, match="rank 1 of 2 did not come within"), process_group("cpu"):
+        pass
+
+
+def test_one_process_needs_no_others():
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    ranks.wait()
+    check_same_settings(Config(), ranks)
+    assert ranks.on_first(lambda: 3) == 3 and ranks.largest(4) == 4 and ranks.gather(5) == [5]
+    with pytest.raises(Stopped):
+        ranks.on_first(lambda: (_ for _ in ()).throw(Stopped(15)))
