@@ -29,7 +29,7 @@ from sacl_fast.data.waiting import Background, NoBatch, Patience
 from sacl_fast.data.worker_process import FOR_THE_PARENT, Failure, Reader, work
 from sacl_fast.errors import UserError, reason_of
 
-_END_WITHIN = 5.0  # seconds that workers have to end
+_END_WITHIN = 2.0  # seconds that workers have to end
 
 
 class Stream(Protocol):
