@@ -28,7 +28,7 @@ from sacl_fast.data.loader import Batch, ViewLoader, worker_count
 from sacl_fast.data.readers import Views
 from sacl_fast.data.sources import Source
 from sacl_fast.data.stream import Stream, open_stream
-from sacl_fast.data.waiting import Patience, never
+from sacl_fast.data.waiting import Patience, no_stop
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +44,10 @@ class DaliViewLoader(ViewLoader):
         device: torch.device,
         rank: int = 0,
         world_size: int = 1,
-        stopping: Callable[[], bool] = never,
+        check: Callable[[], None] = no_stop,
     ) -> None:
         super().__init__(
-            source, config, device=device, rank=rank, world_size=world_size, stopping=stopping
+            source, config, device=device, rank=rank, world_size=world_size, check=check
         )
         self._reader = feed_reader(source, config, device)
         self._fed: deque[Feed] = deque()  # what the pipeline holds, oldest first

@@ -22,7 +22,7 @@ from sacl_fast.data.bad_images import BadImages
 from sacl_fast.data.readers import PlainReader, ViewReader, Views
 from sacl_fast.data.sources import Source
 from sacl_fast.data.stream import Stream, open_stream
-from sacl_fast.data.waiting import Patience, never
+from sacl_fast.data.waiting import Patience, no_stop
 from sacl_fast.data.worker_process import Reader
 from sacl_fast.errors import UserError
 
@@ -47,7 +47,8 @@ class ViewLoader:
     ranks together see what one process would. Worker processes live until ``close``.
 
     A batch that does not come within ``data.batch_timeout`` is a NoBatch (``data/waiting.py``), and
-    so is the death of a worker; one that is waited for while ``stopping`` is true, a Stopped.
+    so is the death of a worker. While one is waited for, ``check`` is called, and what it raises
+    ends the wait.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class ViewLoader:
         device: torch.device,
         rank: int = 0,
         world_size: int = 1,
-        stopping: Callable[[], bool] = never,
+        check: Callable[[], None] = no_stop,
     ) -> None:
         _check_batch(len(source), config.batch_size, world_size)
         self.steps_per_epoch = len(source) // config.batch_size
@@ -67,7 +68,7 @@ class ViewLoader:
         self._normalise = Normalise(config.views, device, config.channels_last)
         self._plan = _Plan(config, len(source), rank, world_size)
         self._source, self._config, self._device = source, config, device
-        self._stopping = stopping
+        self._check = check
         self._stream: Stream | None = None
         self._waits = Patience()  # for a batch of the stream
         self._next_step = -1  # of the stream, counted from the first step of epoch 0
@@ -100,7 +101,7 @@ class ViewLoader:
         """Begin anew at a step, counted from the first of epoch 0."""
         self._end()
         self._plan.start = step
-        self._waits = Patience(self._config.data.batch_timeout, self._stopping)
+        self._waits = Patience(self._config.data.batch_timeout, self._check)
         self._stream = self._open(self._waits)
 
     def _end(self) -> None:
@@ -144,7 +145,7 @@ class EvalLoader:
         config: Config,
         device: torch.device,
         *,
-        stopping: Callable[[], bool] = never,
+        check: Callable[[], None] = no_stop,
     ) -> None:
         size = config.eval.batch_size
         self._labels = torch.from_numpy(source.labels)
@@ -152,7 +153,7 @@ class EvalLoader:
         self._normalise = Normalise(config.views, device, config.channels_last)
         self._chunks = [np.asarray(indices[i : i + size]) for i in range(0, len(indices), size)]
         self._source, self._config, self._device = source, config, device
-        self._stopping = stopping
+        self._check = check
 
     @property
     def bad(self) -> dict[int, str]:
@@ -166,7 +167,7 @@ class EvalLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         config = self._config
         reader = PlainReader(self._source, config.views.size)
-        waits = Patience(config.data.batch_timeout, self._stopping)
+        waits = Patience(config.data.batch_timeout, self._check)
         stream = _stream(reader, self._chunks, config, self._device, waits)
         try:
             for plain in stream:

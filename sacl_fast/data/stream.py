@@ -29,7 +29,7 @@ from sacl_fast.data.waiting import Background, NoBatch, Patience
 from sacl_fast.data.worker_process import FOR_THE_PARENT, Failure, Reader, work
 from sacl_fast.errors import UserError, reason_of
 
-_END_WITHIN = 5.0  # seconds that workers have to end
+_END_WITHIN = 2.0  # seconds that workers have to end
 
 
 class Stream(Protocol):
@@ -38,8 +38,7 @@ class Stream(Protocol):
     def __iter__(self) -> Iterator[Any]: ...
 
     def __next__(self) -> Any:
-        """NoBatch where none can be had, Stopped where none is to be waited for any longer, or what
-        the reader raises."""
+        """NoBatch where none can be had, what the reader raises, or what ends the wait."""
         ...
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-from sacl_fast.errors import Stopped, UserError
+from sacl_fast.errors import UserError
 
 _T = TypeVar("_T")
 
@@ -25,26 +25,31 @@ class NoBatch(UserError):
     """The next batch cannot be had, and the sentence says why; the steps before it are whole."""
 
 
-def never() -> bool:
-    return False
+class Abandoned(Exception):
+    """Nobody wants the batch any more that a thread waits for."""
+
+
+def no_stop() -> None:
+    """For waits that nothing but their time ends."""
 
 
 class Patience:
-    """How long is waited for a batch: ``limit`` seconds (0: for ever), and less where ``stopping``
-    says that waits are to end, or ``over`` that nobody wants the batch any more."""
+    """How long is waited for a batch: ``limit`` seconds (0: for ever), and less where ``check``
+    raises an exception, as the run is to stop, or ``over`` says that nobody wants the batch."""
 
-    def __init__(self, limit: float = 0, stopping: Callable[[], bool] = never) -> None:
-        self.limit, self.stopping = limit, stopping
+    def __init__(self, limit: float = 0, check: Callable[[], None] = no_stop) -> None:
+        self.limit, self.check = limit, check
         self.over = False
 
     def slices(self) -> Iterator[float]:
         """Seconds to wait for the same batch, again and again. NoBatch when it took too long,
-        Stopped when it is not to be waited for any longer."""
+        Abandoned, or what ``check`` raises."""
         began = time.monotonic()
         while True:
             yield _SLICE
-            if self.over or self.stopping():
-                raise Stopped
+            self.check()
+            if self.over:
+                raise Abandoned
             if self.limit and time.monotonic() - began >= self.limit:
                 raise NoBatch(
                     f"no batch of images came within {self.limit:g} seconds: the disk does not "
@@ -69,7 +74,7 @@ class Background(Generic[_T]):
         self._done.set()
 
     def result(self, patience: Patience) -> _T:
-        """What ``work`` gives or raises; NoBatch or Stopped where that takes too long."""
+        """What ``work`` gives or raises; NoBatch where that takes too long."""
         for seconds in patience.slices():
             if self._done.wait(seconds):
                 break

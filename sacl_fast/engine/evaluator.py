@@ -64,9 +64,7 @@ class Evaluator:
         self.bank = self._loader(splits.train, order[: config.eval.bank])
 
     def _loader(self, source: Source, indices: np.ndarray) -> _UntilStopped:
-        loader = EvalLoader(
-            source, indices, self.config, self.device, stopping=lambda: self.stop.requested
-        )
+        loader = EvalLoader(source, indices, self.config, self.device, check=self.stop.check)
         return _UntilStopped(loader, self.stop)
 
     def knn(self, method: SaclXd) -> dict[str, float]:

@@ -114,7 +114,7 @@ class Run:
             device=ranks.device,
             rank=ranks.rank,
             world_size=ranks.world_size,
-            stopping=lambda: self.stop.requested,
+            check=self.stop.check,
         )
         self.method.slicer.enabled = config.slim.warmup_epochs == 0
         self.step = TrainingStep(

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from sacl_fast.data.handover import receive_batch, receive_task, send_batch, send_task
-from sacl_fast.data.waiting import Patience
-from sacl_fast.errors import Stopped
+from sacl_fast.data.waiting import Abandoned, Patience
 
 Ends = tuple[socket.socket, socket.socket]
 
@@ -92,5 +91,7 @@ def test_tasks_arrive_in_order(ends: Ends) -> None:
 
 
 def test_a_task_that_nobody_takes_does_not_hold_up_the_end(ends: Ends) -> None:
-    with pytest.raises(Stopped):
-        send_task(ends[0], np.zeros(10_000_000), Patience(stopping=lambda: True))
+    patience = Patience()
+    patience.over = True
+    with pytest.raises(Abandoned):
+        send_task(ends[0], np.zeros(10_000_000), patience)

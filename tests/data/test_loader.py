@@ -25,7 +25,7 @@ from sacl_fast.config import Config, DataConfig, EvalConfig, ViewsConfig
 from sacl_fast.data.loader import Batch, EvalLoader, Normalise, ViewLoader, worker_count
 from sacl_fast.data.sources import ArraySource, open_sources
 from sacl_fast.data.waiting import NoBatch
-from sacl_fast.errors import Stopped, UserError
+from sacl_fast.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -302,13 +302,16 @@ def test_waiting_for_a_disk_that_does_not_answer_ends(workers: int) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_waiting_ends_where_the_run_is_to_stop(workers: int) -> None:
     source = Hanging("gone", np.zeros((9, 8, 8, 3), np.uint8), [0] * 9, ())
-    asked = iter([False, True])
-    loader = ViewLoader(source, config(workers), device=CPU, stopping=lambda: next(asked))
-    with pytest.raises(Stopped):
+
+    def check() -> None:
+        raise InterruptedError
+
+    loader = ViewLoader(source, config(workers), device=CPU, check=check)
+    with pytest.raises(InterruptedError):
         next(loader.epoch(0))
     loader.close()
-    evaluation = EvalLoader(source, np.arange(9), config(workers), CPU, stopping=lambda: True)
-    with pytest.raises(Stopped):
+    evaluation = EvalLoader(source, np.arange(9), config(workers), CPU, check=check)
+    with pytest.raises(InterruptedError):
         next(iter(evaluation))
     assert not multiprocessing.active_children()
 
