@@ -410,7 +410,8 @@ class Run:
             set_aside(self.folder, after=-1)
         elif not found.finished:
             set_aside(self.folder, after=self.steps_done, spare=found.path)
-        tensors = [*self.method.state_dict().values()]
+        state = self.method.state_dict().values()
+        tensors = [value for value in state if isinstance(value, torch.Tensor)]
         moments = 2 if config.optim.name == "adamw" else 1
         tensors += moments * [*self.method.parameters()]
         files.prepare_run_folder(

@@ -167,7 +167,10 @@ def read_until(master: int, sign: str) -> str:
     while sign.encode() not in said:
         assert time.monotonic() < deadline, said.decode()
         if select.select([master], [], [], 0.1)[0]:
-            said += os.read(master, 65536)
+            try:
+                said += os.read(master, 65536)
+            except OSError:  # its process has ended
+                raise AssertionError(said.decode()) from None
     return said.decode()
 
 
