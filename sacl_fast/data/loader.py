@@ -242,7 +242,7 @@ def _start_worker(worker: int) -> None:
 def _leave_signals_to_parent() -> None:
     """What is sent to all processes of a run is for the main one, which ends its workers when it is
     done: after Ctrl-C without a traceback each, after SIGTERM with a checkpoint written."""
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_await_termination, daemon=True).start()

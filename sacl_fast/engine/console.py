@@ -59,7 +59,7 @@ class RunConsole:
         self._drawn = 0.0
         self._closed = False
         self._busy = False
-        self._waiting: list[Callable[[], None]] = []
+        self._waiting: list[Callable[[], object]] = []
         self._handler = _Handler(self)
         self._logger = logging.getLogger("sacl_fast")
         self._logger_before = self._logger.level, self._logger.propagate

@@ -178,7 +178,7 @@ def test_a_run_outlives_its_terminal(tiny):
     """Which sends SIGHUP to everything in it, workers included, and can be written no more."""
     tiny = replace(tiny, data=replace(tiny.data, workers=1), eval=replace(tiny.eval, every=0))
     process, master = in_a_terminal(command(tiny))
-    read_until(master, "loss")
+    read_until(master, "on-diagonal")
     os.close(master)
     assert process.wait(timeout=200) == 0
     assert len(losses(tiny.out)) == 6 and (Path(tiny.out) / "encoder.safetensors").exists()
@@ -187,7 +187,7 @@ def test_a_run_outlives_its_terminal(tiny):
 def test_ctrl_c_in_a_terminal(tiny):
     tiny = replace(tiny, epochs=10_000, eval=replace(tiny.eval, every=0))
     process, master = in_a_terminal(command(tiny))
-    read_until(master, "loss")
+    read_until(master, "on-diagonal")
     os.write(master, b"\x03")
     said = read_until(master, "goes on from there")
     assert process.wait(timeout=100) == -signal.SIGINT
