@@ -30,12 +30,15 @@ from sacl_fast.checks import (
 )
 from sacl_fast.errors import UserError
 
+Backend = Literal["auto", "torch", "triton", "cuda", "cpu", "apex"]
+
 # What can be asked of any machine; 'engine.preflight' holds it against the one at hand.
 _PROCESSES = Range(-1, 512)
 _NOT_NONE = Rule(lambda number: number != 0, "1 or more works, or -1 (auto)")
 _ODD = Rule(lambda number: number % 2 == 1, "an odd number works")
 _FILE_NAME = Rule(lambda text: "/" not in text and text[0] != ".", "a name without '/' works")
 _STANDARDISED = "the loss standardises every feature over the batch"
+_EXACT = "larger ones are rounded by what reads all numbers as floats; the clock's microseconds fit"
 _Strength = Annotated[float, Range(0, 100)]
 _Aspect = Annotated[float, Range(0.001, 1000)]
 _Sigma = Annotated[float, Range(0, 1000, above=True)]
@@ -74,12 +77,12 @@ class DataConfig(Settings, path="data"):
     'cifar100': torchvision's data sets, downloaded to 'root' where missing; 'root' may also be an
     unpacked image folder or archive of them."""
     root: Annotated[str, A_PATH] | None = None
-    """Folder, archive or list with the images. If it holds 'train' and 'val' (or 'test'), those
-    are the two splits."""
+    """Folder, archive or list with the images. If it holds 'train' and 'val' (or 'test'), however
+    spelt, those are the two splits."""
     labels: Literal["auto", "folder", "none"] = "auto"
     """Labels are used by kNN evaluation only. 'folder': the first folder level names the class.
-    'none': ignore folders. 'auto': 'folder' if all images lie in folders and the first level has
-    two or more, else 'none'."""
+    'none': ignore folders and other labels. 'auto': 'folder' if all images lie in folders and the
+    first level has two or more, else 'none'."""
     limit: CountOrZero = 0
     """Use only this many training images, the same ones for the same seed (0: all)."""
     loader: Literal["auto", "dali", "torchvision"] = "auto"
@@ -91,8 +94,11 @@ class DataConfig(Settings, path="data"):
     can have; 0: in the main process)."""
     prefetch: Annotated[int, Range(1, 256)] = 4
     """Batches each worker prepares ahead."""
+    batch_timeout: NotNegative = 1800.0
+    """Seconds that a batch may take to load before the run fails (0: any time)."""
     max_bad_share: Probability = 0.1
-    """Unreadable images are skipped and named; beyond this share of the data the run fails."""
+    """Unreadable images are skipped, and the first ones named; beyond this share of the training
+    images the run fails, and where chance does not explain how many there are in an evaluation."""
     max_file_bytes: Count = 2**28
     """Image files, and images in shards, of more bytes than this are unreadable (2^28: 256 MiB), as
     is what is no file: pipes and devices."""
@@ -225,6 +231,13 @@ class SlimConfig(Settings, path="slim"):
     transformers (which therefore train with cross-distillation alone), under timm's names."""
     batch_norm: Literal["shared", "separate"] = "shared"
     """'separate': the slim encoder has its own batch-norm statistics and affine."""
+    norm_gradient: Literal["auto", "exact", "damped"] = "auto"
+    """Gradient through the slim encoder's batch norms. 'exact': as it is; that is 316 times the
+    norm's scale where zeroed filters leave a channel constant. 'damped': times
+    min(1, variance / eps), so 0 there. 'auto': 'damped' where the architecture has two or more
+    norms of constant channels in a row, over which an untrained encoder's gradients grow: RepViT to
+    1e30, FastViT to 1e13, EfficientViT-M, EfficientViM, MobileOne and GhostNets; ResNets,
+    MobileNets and EfficientNets stay exact."""
     mode: Literal["auto", "mask", "skip"] = "auto"
     """How the slim passes run, with equal results: 'mask' multiplies masks into the full weights
     and saves no work; 'skip' computes the kept filters only. 'auto' takes 'skip' where that was
@@ -249,7 +262,8 @@ class OptimConfig(Settings, path="optim"):
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """AdamW."""
     warmup_epochs: CountOrZero = 10
-    """Linear warm-up, then cosine to 0, per step."""
+    """Linear warm-up, then cosine to 0, per step. In a run of no more epochs than this: a tenth of
+    the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,7 +332,7 @@ class Config(Settings):
     """Where to go on from a checkpoint. 'step': after its last step, with the images, seed and
     batch size it was trained with; others are refused. 'next_epoch': where they are others, with
     the next epoch."""
-    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
+    seed: Annotated[int, Range(0, 2**53 - 1, because=_EXACT)] = 0
     epochs: Count = 100
     batch_size: Annotated[int, Range(2, because=_STANDARDISED)] = 256
     """Images in a step, over all processes."""
@@ -328,7 +342,7 @@ class Config(Settings):
     always fp32."""
     channels_last: bool = True
     """Memory format of images, activations and convolution weights."""
-    backend: Literal["auto", "torch", "triton", "cuda", "cpu", "apex"] = "auto"
+    backend: Backend = "auto"
     """Implementation of the operators ('sacl-fast doctor' lists them). 'torch': plain PyTorch,
     nothing compiled."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -355,6 +369,13 @@ class Config(Settings):
                 f"epochs, in which no filter would ever be left out; less than epochs works, or "
                 "slim.ratio 1"
             )
+
+    @property
+    def warmup_epochs(self) -> float:
+        """Epochs of warm-up as they are trained: those of 'optim', or a tenth of the run where it
+        has no more epochs than that, since the learning rate would only rise."""
+        asked = self.optim.warmup_epochs
+        return asked if asked < self.epochs else self.epochs / 10
 
     @property
     def base_lr(self) -> float:

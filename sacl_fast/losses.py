@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
-from sacl_fast.config import LossConfig
+from sacl_fast.checks import NotNegative, checked
+from sacl_fast.config import Backend, LossConfig
 from sacl_fast.ops.collectives import RowGather
 from sacl_fast.ops.xcorr_loss import LossParts, sacl_xd_loss
 
@@ -17,12 +20,13 @@ class SaclXdLoss(nn.Module):
     >>> loss, parts = SaclXdLoss(alpha=0.9)(z1, z2, z1_t, z2_t)
     """
 
+    @checked
     def __init__(
-        self, config: LossConfig | None = None, *, backend: str = "auto", **settings: object
+        self, config: LossConfig | None = None, *, backend: Backend = "auto", **settings: Any
     ) -> None:
-        """Takes a ``LossConfig``, or its fields as keywords."""
+        """Takes a ``LossConfig``, its fields as keywords, or both: the keywords are later."""
         super().__init__()
-        self.config = config or LossConfig(**settings)  # type: ignore[arg-type]
+        self.config = replace(config or LossConfig(), **settings)
         self.backend = backend
         self._settings = dict(vars(self.config))  # torch.compile cannot see through a dataclass
 
@@ -51,7 +55,8 @@ class BarlowTwinsLoss(nn.Module):
     gradients; else over each process's own.
     """
 
-    def __init__(self, lambda_param: float = 5e-3, gather_distributed: bool = False) -> None:
+    @checked
+    def __init__(self, lambda_param: NotNegative = 5e-3, gather_distributed: bool = False) -> None:
         super().__init__()
         self.lambda_param = lambda_param
         self.gather_distributed = gather_distributed

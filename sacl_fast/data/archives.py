@@ -22,7 +22,7 @@ from typing import IO, NamedTuple
 
 from sacl_fast.data.cache import cache_key, exclusive, make_part
 from sacl_fast.data.damage import DAMAGED
-from sacl_fast.data.tar import TooMuch, WholeTar
+from sacl_fast.data.tar import TooMuch, WholeTar, unended
 from sacl_fast.errors import UserError, reason_of
 from sacl_fast.files import whole_file
 
@@ -31,9 +31,10 @@ logger = logging.getLogger(__name__)
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".zip")
 
 _COUNTED = ".sacl-fast-contents"
-# Images hardly compress. An archive may hold half a GiB, and beyond that a hundred times its size.
-_FREE, _RATIO = 2**29, 100
+# Images hardly compress. An archive may hold a quarter of a GiB, and beyond that 50 times its size.
+_FREE, _RATIO = 2**28, 50
 _CHUNK = 1 << 20  # bytes copied at a time
+_LONGEST_LINK = 4096  # bytes: longer paths cannot be followed
 
 
 def is_archive(path: Path) -> bool:
@@ -50,12 +51,13 @@ def unpack(archive: Path, cache: Path) -> Path:
         status = archive.stat()
         key = cache_key(archive.resolve(), status.st_size, status.st_mtime_ns)
         folder = cache / "unpacked" / f"{archive.name.split('.')[0][:40]}-{key}"
-        if _is_whole(folder):
-            return folder
-        make_part(cache, "unpacked")
-        with exclusive(folder.with_name(f".{folder.name}.lock")) as held:
-            if not _is_whole(folder):
-                _unpack(archive, folder, alone=held)
+        if not _is_whole(folder):
+            make_part(cache, "unpacked")
+            with exclusive(folder.with_name(f".{folder.name}.lock")) as held:
+                if not _is_whole(folder):
+                    _unpack(archive, folder, alone=held)
+        if not json.loads((folder / _COUNTED).read_bytes())["ended"]:
+            logger.warning("%s", unended(archive))
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise UserError(
@@ -76,8 +78,8 @@ def _unpack(archive: Path, folder: Path, alone: bool) -> None:
     temporary = folder.with_name(partial + secrets.token_hex(8))
     temporary.mkdir()
     try:
-        _extract(archive, temporary)
-        contents = json.dumps(_measured(temporary)).encode()
+        ended = _extract(archive, temporary)
+        contents = json.dumps({**_measured(temporary), "ended": ended}).encode()
         with whole_file(temporary / _COUNTED) as file:
             file.write(contents)
         try:
@@ -95,7 +97,8 @@ def _unpack(archive: Path, folder: Path, alone: bool) -> None:
 def _is_whole(folder: Path) -> bool:
     """Whether ``folder`` is there with all that was unpacked into it."""
     try:
-        return json.loads((folder / _COUNTED).read_bytes()) == _measured(folder)
+        counted = json.loads((folder / _COUNTED).read_bytes())
+        return counted == {**_measured(folder), "ended": bool(counted["ended"])}
     except DAMAGED:  # it is not there, for the most part
         return False
 
@@ -125,14 +128,25 @@ class _Entry(NamedTuple):
     linked: str = ""
 
 
-def _extract(archive: Path, folder: Path) -> None:
+class _End(NamedTuple):
+    """That of an archive, and whether it is marked."""
+
+    marked: bool
+
+
+def _extract(archive: Path, folder: Path) -> bool:
+    """Write what is in ``archive`` into ``folder``; whether the archive is marked to end there."""
     size = archive.stat().st_size
     most = _FREE + _RATIO * size
     free = shutil.disk_usage(folder).free
     members = _zip_members if archive.name.lower().endswith(".zip") else _tar_members
     try:
-        with archive.open("rb") as file:
-            _write(members(file, folder, min(most, free)), folder)
+        file = archive.open("rb")
+    except OSError as error:
+        raise UserError(f"cannot read {archive}: {reason_of(error)}") from None
+    try:
+        with file:
+            return _write(members(file, folder, min(most, free)), folder)
     except tarfile.FilterError as error:
         raise UserError(f"{archive} is not safe to unpack: {reason_of(error)}") from None
     except TooMuch:
@@ -159,9 +173,12 @@ class _Unwritten(Exception):
         self.reason = reason
 
 
-def _write(entries: Iterator[_Entry], folder: Path) -> None:
-    replaced, links = 0, []
+def _write(entries: Iterator[_Entry | _End], folder: Path) -> bool:
+    replaced, links, ended = 0, [], False
     for entry in entries:
+        if isinstance(entry, _End):
+            ended = entry.marked
+            continue
         target = folder / entry.name
         try:
             (target if entry.kind == "folder" else target.parent).mkdir(parents=True, exist_ok=True)
@@ -188,6 +205,7 @@ def _write(entries: Iterator[_Entry], folder: Path) -> None:
             raise tarfile.FilterError(f"{target.name} is a link to {linked}, outside of it")
     if replaced:
         logger.warning("%d members of the archive were replaced by later ones", replaced)
+    return ended
 
 
 def _copy(data: IO[bytes], target: Path) -> None:
@@ -213,7 +231,7 @@ def _link(existing: Path, target: Path, entry: _Entry) -> None:
             _copy(data, target)
 
 
-def _tar_members(file, folder: Path, most: float) -> Iterator[_Entry]:
+def _tar_members(file, folder: Path, most: float) -> Iterator[_Entry | _End]:
     whole, total = WholeTar(file, most), 0
     for member in whole:
         total += member.size  # of sparse ones more than they take in the archive
@@ -229,6 +247,7 @@ def _tar_members(file, folder: Path, most: float) -> Iterator[_Entry]:
             yield _Entry(name, "hard link", linked=_inside(_with_slashes(member.linkname)))
         else:
             yield _Entry(name, "file", lambda member=member: _data(whole.tar, member))
+    yield _End(whole.ended)
 
 
 def _data(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
@@ -237,7 +256,7 @@ def _data(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
     return data
 
 
-def _zip_members(file, folder: Path, most: float) -> Iterator[_Entry]:
+def _zip_members(file, folder: Path, most: float) -> Iterator[_Entry | _End]:
     archive = zipfile.ZipFile(file)
     entries = archive.infolist()
     if sum(entry.file_size for entry in entries) > most:
@@ -247,9 +266,12 @@ def _zip_members(file, folder: Path, most: float) -> Iterator[_Entry]:
         if name.endswith("/"):
             yield _Entry(_inside(name), "folder")
         elif stat.S_ISLNK(entry.external_attr >> 16):
-            yield _Entry(_inside(name), "link", linked=os.fsdecode(archive.read(entry)))
+            with archive.open(entry) as data:
+                linked = os.fsdecode(data.read(_LONGEST_LINK))
+            yield _Entry(_inside(name), "link", linked=linked)
         else:
             yield _Entry(_inside(name), "file", lambda entry=entry: archive.open(entry))
+    yield _End(True)
 
 
 def _zip_name(entry: zipfile.ZipInfo) -> str:

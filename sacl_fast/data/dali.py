@@ -175,19 +175,24 @@ class ViewPipeline(FedPipeline):
         return [images, *(given[name] for given, names in named for name in names)]
 
 
-def decodes(image: np.ndarray, device: torch.device) -> str | None:
-    """Why DALI cannot decode an encoded image (bytes,) uint8; None if it can."""
+def undecodable(images: Sequence[np.ndarray], device: torch.device) -> dict[int, str]:
+    """Which of the encoded ``images``, (bytes,) uint8 each, DALI cannot decode, and why."""
+    found: dict[int, str] = {}
     gpu = device.type == "cuda"
-    pipeline = _decoding(
-        image, "gpu" if gpu else "cpu", batch_size=1, num_threads=1,
-        device_id=(device.index or 0) if gpu else None,
-    )  # fmt: skip
-    _alive.add(pipeline)
-    try:
-        pipeline.run()
-    except RuntimeError as error:
-        return _reason(error)
-    return None
+    pipeline = None
+    for place, image in enumerate(images):
+        if pipeline is None:  # one that failed is of no more use
+            pipeline = _one_image(
+                "gpu" if gpu else "cpu", batch_size=1, num_threads=1, prefetch_queue_depth=1,
+                device_id=(device.index or 0) if gpu else None,
+            )  # fmt: skip
+            _alive.add(pipeline)
+        pipeline.feed_input("image", [image])
+        try:
+            pipeline.run()
+        except RuntimeError as error:
+            found[place], pipeline = _reason(error), None
+    return found
 
 
 def _reason(error: RuntimeError) -> str:
@@ -236,8 +241,8 @@ def _images(feed: Callable[[], Any]):
 
 
 @pipeline_def
-def _decoding(image: np.ndarray, device: str):
-    return _decoded(types.Constant(image), device, 0.65)
+def _one_image(device: str):
+    return _decoded(fn.external_source(name="image"), device, 0.65)
 
 
 def _decoded(image, device: str, hw_decoder_load: float):

@@ -12,21 +12,23 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from sacl_fast.config import Config, ViewsConfig
 from sacl_fast.data.compiled_views import CompiledViews, are_compiled, pack_rows
-from sacl_fast.data.dali import DaliError, ViewPipeline, decodes
+from sacl_fast.data.dali import DaliError, ViewPipeline, undecodable
 from sacl_fast.data.dali_parameters import pack
 from sacl_fast.data.feed import Feed, FeedReader
-from sacl_fast.data.loader import Batch, ViewLoader, data_loader, next_of, worker_count
+from sacl_fast.data.loader import Batch, ViewLoader, worker_count
 from sacl_fast.data.readers import Views
 from sacl_fast.data.sources import Source
+from sacl_fast.data.stream import Stream, open_stream
+from sacl_fast.data.waiting import Patience, never
 
 logger = logging.getLogger(__name__)
 
@@ -42,33 +44,33 @@ class DaliViewLoader(ViewLoader):
         device: torch.device,
         rank: int = 0,
         world_size: int = 1,
+        stopping: Callable[[], bool] = never,
     ) -> None:
-        self._source, self._config, self._device = source, config, device
+        super().__init__(
+            source, config, device=device, rank=rank, world_size=world_size, stopping=stopping
+        )
         self._reader = feed_reader(source, config, device)
         self._fed: deque[Feed] = deque()  # what the pipeline holds, oldest first
         self._pipeline: ViewPipeline | CompiledViews | None = None
-        super().__init__(source, config, device=device, rank=rank, world_size=world_size)
         self._share = config.batch_size // world_size
 
-    def close(self) -> None:
-        self._drop_pipeline()
-        super().close()
-
-    def _drop_pipeline(self) -> None:
-        if self._pipeline is not None:
-            self._pipeline.close()  # before workers are forked
-            self._pipeline = None
-        self._fed.clear()
-
-    def _make_loader(self, source: Source, config: Config, device: torch.device) -> DataLoader:
-        readers = config.data.dali.readers
+    def _open(self, waits: Patience) -> Stream:
+        readers = self._config.data.dali.readers
         if readers < 0:
-            readers = 4 if device.type == "cuda" else 0
-        return data_loader(self._reader, self._plan, workers=readers, prefetch=2, pin_memory=False)
+            readers = 4 if self._device.type == "cuda" else 0
+        return open_stream(
+            self._reader,
+            self._plan,
+            workers=readers,
+            prefetch=2,
+            pin_memory=False,
+            patience=waits,
+            setting="data.dali.readers",
+            remedy="fewer data.dali.readers take less",
+        )
 
     def _enter(self, step: int) -> None:
-        self._drop_pipeline()
-        super()._enter(step)
+        super()._enter(step)  # workers are forked without a pipeline
         self._pipeline = view_pipeline(
             self._feed,
             self._config,
@@ -76,6 +78,14 @@ class DaliViewLoader(ViewLoader):
             batch=self._share,
             device=self._device,
         )
+
+    def _end(self) -> None:
+        self._waits.over = True  # the pipeline may be waiting in a thread of its own
+        if self._pipeline is not None:
+            self._pipeline.close()
+            self._pipeline = None
+        self._fed.clear()
+        super()._end()
 
     def _take(self, step: int) -> Batch:
         while True:
@@ -87,36 +97,21 @@ class DaliViewLoader(ViewLoader):
                 self._set_aside(error)
                 self._enter(step)
         feed = self._fed.popleft()
+        self._bad.drew(len(feed.index), feed.missed)
         if not self._config.channels_last:
             view_a, view_b = view_a.contiguous(), view_b.contiguous()
         return Batch(view_a, view_b, feed.index, self._labels[feed.index])
 
     def _feed(self) -> tuple[np.ndarray | list[np.ndarray], Any, Any]:
-        feed: Feed = next_of(self._stream)
+        assert self._stream is not None
+        feed: Feed = next(self._stream)
         self._bad.add(feed.bad)
         self._fed.append(feed)
         return feed.arrays(), feed.a, feed.b
 
     def _set_aside(self, error: DaliError) -> None:
-        """Leave to Pillow those images of the batches under way that DALI cannot decode. Broken
-        ones are then named and replaced as any other; where it was none of them, ``error`` is
-        raised."""
-        found = {}
-        for feed in self._fed:
-            images = feed.arrays()
-            if isinstance(images, np.ndarray):
-                break
-            for index, image in zip(feed.index.tolist(), images, strict=True):
-                if (reason := decodes(image, self._device)) is not None:
-                    found[index] = reason
-        if not found or found.keys() <= self._reader.by_pillow:
-            raise error
-        for index, reason in found.items():
-            name = self._source.name(index)
-            logger.warning("DALI cannot decode %s (%s); leaving it to Pillow", name, reason)
-        self.close()  # workers hold a copy of the reader
-        self._reader.by_pillow |= found.keys()
-        self._loader = self._make_loader(self._source, self._config, self._device)
+        leave_to_pillow(self._fed, self._reader, self._device, error)
+        self._end()  # workers hold a copy of the reader
 
 
 def feed_reader(source: Source, config: Config, device: torch.device) -> FeedReader:
@@ -162,21 +157,53 @@ def batches_ahead(config: Config, share: int, dtype: torch.dtype) -> int:
 def dali_views(source: Source, config: Config, epoch: int, indices: np.ndarray) -> Views:
     """Both views of some images as ``ViewReader`` gives them, by DALI on the CPU."""
     cpu = torch.device("cpu")
-    feed = feed_reader(source, config, cpu)[epoch, indices]
-    if not len(feed.index):
-        return Views(torch.empty(0), torch.empty(0), feed.index, feed.bad)
-    pipeline = view_pipeline(
-        lambda: (feed.arrays(), feed.a, feed.b),
-        config,
-        encoded=not source.decoded,
-        batch=len(indices),
-        device=cpu,
-    )
-    try:
-        a, b = (_pixels(view, config.views) for view in pipeline.run())
-    finally:
-        pipeline.close()
-    return Views(a, b, feed.index, feed.bad)
+    reader = feed_reader(source, config, cpu)
+    while True:
+        feed = reader[epoch, indices]
+        if not len(feed.index):
+            return Views(torch.empty(0), torch.empty(0), feed.index, feed.bad)
+        pipeline = view_pipeline(
+            partial(_once, feed),
+            config,
+            encoded=not source.decoded,
+            batch=len(indices),
+            device=cpu,
+        )
+        try:
+            a, b = (_pixels(view, config.views) for view in pipeline.run())
+        except DaliError as error:
+            leave_to_pillow([feed], reader, cpu, error)
+            continue
+        finally:
+            pipeline.close()
+        return Views(a, b, feed.index, feed.bad, feed.missed)
+
+
+def _once(feed: Feed) -> tuple[np.ndarray | list[np.ndarray], Any, Any]:
+    return feed.arrays(), feed.a, feed.b
+
+
+def leave_to_pillow(
+    feeds: Iterable[Feed], reader: FeedReader, device: torch.device, error: DaliError
+) -> None:
+    """Have the ``reader`` decode by Pillow those images of ``feeds`` that DALI cannot decode.
+    Broken ones are then named and replaced as any other; where it was none of them, ``error`` is
+    raised."""
+    for feed in feeds:
+        images = feed.arrays()
+        if isinstance(images, np.ndarray):
+            raise error
+        indices = feed.index.tolist()
+        found = {indices[place]: why for place, why in undecodable(images, device).items()}
+        found = {index: why for index, why in found.items() if index not in reader.by_pillow}
+        if found:
+            break
+    else:
+        raise error
+    for index, reason in found.items():
+        name = reader.source.name(index)
+        logger.debug("DALI cannot decode %s (%s); leaving it to Pillow", name, reason)
+    reader.by_pillow |= found.keys()
 
 
 def _pixels(normalised: torch.Tensor, views: ViewsConfig) -> torch.Tensor:

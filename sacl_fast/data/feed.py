@@ -12,19 +12,21 @@ minutes on a network disk.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from sacl_fast.config import Config, ViewConfig, ViewsConfig
 from sacl_fast.data.augment import ViewDraw, draw_view, sample_rng
 from sacl_fast.data.decode import decode_rgb, plain_size, to_ppm
 from sacl_fast.data.readers import first_readable
 from sacl_fast.data.sources import Source
+
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 # Draws, how many there are, and the configuration of the view.
 Pack = Callable[[Iterable[ViewDraw], int, ViewsConfig, ViewConfig], Any]
@@ -44,6 +46,8 @@ class Feed(NamedTuple):
     """(n,) int64"""
     bad: list[tuple[int, str]]
     """unreadable images met, and why"""
+    missed: int = 0
+    """images that others stand for"""
 
     def arrays(self) -> np.ndarray | list[np.ndarray]:
         """The images as DALI takes them."""
@@ -51,7 +55,7 @@ class Feed(NamedTuple):
         return np.split(images, self.ends.numpy()[:-1]) if len(self.ends) else images
 
 
-class FeedReader(Dataset[Feed]):
+class FeedReader:
     """(epoch, indices) to what DALI makes the views of those images from.
 
     For an unreadable image the next readable one is taken, cyclically. ``pack`` makes of a view's
@@ -91,8 +95,9 @@ class FeedReader(Dataset[Feed]):
             blob, ends = np.stack(images), np.empty(0, np.int64)
         else:
             blob, ends = np.concatenate(images), np.cumsum([len(image) for image in images])
+        missed = int((index != wanted).sum())
         blob, ends, index = map(torch.from_numpy, (blob, ends, index))
-        return Feed(blob, ends, a, b, index, list(bad.items()))
+        return Feed(blob, ends, a, b, index, list(bad.items()), missed)
 
     def _load(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
         """An image for DALI, and its width and height. BadImage where it cannot be read."""
@@ -101,7 +106,23 @@ class FeedReader(Dataset[Feed]):
             height, width, _ = data.shape
             return data, (width, height)
         size = None if index in self.by_pillow else plain_size(data)
-        if size is None:
+        if size is None or not intact(data):
             image = decode_rgb(data)
             data, size = to_ppm(image), image.size
         return np.frombuffer(data, np.uint8), size
+
+
+def intact(data: bytes) -> bool:
+    """Whether the check sums of a PNG are right, which cost a hundredth of decoding it. Otherwise
+    DALI refuses it, and all that it is at has to be begun anew. True for any other format."""
+    if not data.startswith(_PNG):
+        return True
+    view, place = memoryview(data), len(_PNG)
+    while place + 12 <= len(data):
+        end = place + 8 + int.from_bytes(view[place : place + 4])
+        if zlib.crc32(view[place + 4 : end]) != int.from_bytes(view[end : end + 4]):
+            return False
+        if view[place + 4 : place + 8] == b"IEND":
+            return True
+        place = end + 4
+    return False

@@ -1,6 +1,6 @@
 """What worker processes do: from the images of a source to batches of 8-bit pixels.
 
-A reader maps a whole batch of indices at once; the loader's sampler makes the batches.
+A reader maps a whole batch of indices at once; the loader's plan makes the batches.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from sacl_fast.config import Config
 from sacl_fast.data.augment import apply_view, draw_view, sample_rng
@@ -29,9 +28,10 @@ class Views(NamedTuple):
     b: Tensor
     index: Tensor  # (n,) int64
     bad: list[tuple[int, str]]  # unreadable images met, and why
+    missed: int = 0  # images that others stand for
 
 
-class ViewReader(Dataset[Views]):
+class ViewReader:
     """(epoch, indices) to the views of those images.
 
     For an unreadable image the next readable one is taken, cyclically.
@@ -56,7 +56,8 @@ class ViewReader(Dataset[Views]):
                 draw = draw_view(view, sample_rng(self.seed, epoch, i, which), *image.size)
                 pixels[which, slot] = np.asarray(apply_view(image, draw, views, view))
         a, b = torch.from_numpy(pixels)
-        return Views(a, b, torch.from_numpy(index), list(bad.items()))
+        missed = int((index != wanted).sum())
+        return Views(a, b, torch.from_numpy(index), list(bad.items()), missed)
 
 
 def first_readable(
@@ -82,7 +83,7 @@ class Plain(NamedTuple):
     bad: list[tuple[int, str]]
 
 
-class PlainReader(Dataset[Plain]):
+class PlainReader:
     """Indices to those of the images that can be read."""
 
     def __init__(self, source: Source, size: int) -> None:

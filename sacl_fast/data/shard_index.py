@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 from sacl_fast.data.cache import cache_key, make_part
 from sacl_fast.data.damage import DAMAGED
 from sacl_fast.data.decode import BadImage, read_bytes
-from sacl_fast.data.tar import BLOCK, WholeTar
+from sacl_fast.data.tar import BLOCK, WholeTar, unended
 from sacl_fast.errors import UserError, reason_of
 from sacl_fast.files import kind_of, whole_file
 
@@ -72,21 +73,17 @@ def shard_index(shard: Path, cache: Path) -> list[Sample]:
         try:
             samples = _parsed(read_bytes(str(beside), _LARGEST))
             with shard.open("rb") as file:
-                _check(samples, file, size)
+                if not _check(samples, file, size):
+                    logger.warning("%s", unended(shard))
             return samples
         except (BadImage, *DAMAGED) as error:
             why = reason_of(error)
     key = cache_key(os.path.realpath(shard), size, mtime_ns)
     kept = cache / "shards" / f"{shard.stem[:40]}-{key}.idx"
     if (samples := _kept(kept)) is None:
-        samples = list(_samples(shard))
-        try:
-            make_part(cache, "shards")
-            data = _text(samples)
-            with whole_file(kept) as file:
-                file.write(data + _checksum(data))
-        except OSError as error:
-            logger.warning("cannot keep the index of %s: %s", shard, reason_of(error))
+        samples, ended = _read(shard)
+        if ended:  # else every run says so
+            _keep(samples, shard, cache, kept)
     if why is not None:
         logger.warning(
             "not using the index %s (%s), but reading the shard; sacl-fast index makes it anew",
@@ -95,11 +92,21 @@ def shard_index(shard: Path, cache: Path) -> list[Sample]:
     return samples
 
 
+def _keep(samples: Sequence[Sample], shard: Path, cache: Path, kept: Path) -> None:
+    data = _text(samples)
+    try:
+        make_part(cache, "shards")
+        with whole_file(kept) as file:
+            file.write(data + _checksum(data))
+    except OSError as error:
+        logger.warning("cannot keep the index of %s: %s", shard, reason_of(error))
+
+
 def index_shards(root: Path) -> Iterator[Path]:
     """Write the index of every shard at ``root`` beside it; yields the indices."""
     for shard in find_shards(root):
         path = shard.with_suffix(".idx")
-        data = _text(list(_samples(shard)))
+        data = _text(_read(shard)[0])
         try:
             with whole_file(path) as file:
                 file.write(data)
@@ -167,34 +174,41 @@ def _kept(path: Path) -> list[Sample] | None:
 # --- the shard -----------------------------------------------------------------------------------
 
 
-def _samples(shard: Path) -> Iterator[Sample]:
-    """Neighbours of one name, as WebDataset groups them."""
-    sample: Sample = []
+def _read(shard: Path) -> tuple[list[Sample], bool]:
+    """The samples, neighbours of one name, as WebDataset groups them; and whether the shard has an
+    end. Says so where not."""
+    samples: list[Sample] = []
     last, passed = None, 0
     _look_at(shard)
     try:
-        with shard.open("rb") as file:
+        file = shard.open("rb")
+    except OSError as error:
+        raise UserError(f"cannot read the shard {shard}: {reason_of(error)}") from None
+    try:
+        with file:
             whole = WholeTar(file, plain=True)
             for entry in whole:
                 parts = _parts(entry.name)
-                if parts is None or not entry.isreg() or entry.issparse():
+                if parts is None or not _counts(entry):
                     passed += parts is not None and not entry.isdir()
                     continue
                 key, extension = parts
-                if key != last and sample:
-                    yield sample
-                    sample = []
+                if key != last:
+                    samples.append([])
                 last = key
                 name = _in_one_field(entry.name)
-                sample.append(Member(_in_one_field(extension), entry.offset_data, entry.size, name))
+                samples[-1].append(
+                    Member(_in_one_field(extension), entry.offset_data, entry.size, name)
+                )
     except DAMAGED as error:
         raise UserError(
             f"{shard} is no readable shard: {reason_of(error)}; a whole, uncompressed .tar works"
         ) from None
-    if sample:
-        yield sample
     if passed:
         logger.warning("%s: skipped %d members that are links, or no plain files", shard, passed)
+    if not whole.ended:
+        logger.warning("%s", unended(shard))
+    return samples, whole.ended
 
 
 def _parts(name: str) -> tuple[str, str] | None:
@@ -205,13 +219,19 @@ def _parts(name: str) -> tuple[str, str] | None:
     return (f"{folder}/{stem}", extension.lower()) if stem and dot else None
 
 
+def _counts(entry: tarfile.TarInfo) -> bool:
+    """Whether an index has the member."""
+    return entry.isreg() and not entry.issparse() and _parts(entry.name) is not None
+
+
 def _in_one_field(text: str) -> str:
     """A text without what would break a line of an index."""
     return text.replace(" ", "_").replace("\n", "_")
 
 
-def _check(samples: Sequence[Sample], file: BinaryIO, size: int) -> None:
-    """ValueError where an index cannot be that of a shard of ``size`` bytes.
+def _check(samples: Sequence[Sample], file: BinaryIO, size: int) -> bool:
+    """Whether the shard ``file`` of ``size`` bytes has an end. ValueError where the index cannot be
+    its.
 
     Members follow each other, a header before each. The gaps between them are alike but for a few,
     and in those few, and before the first and after the last member, headers are read: a member
@@ -232,18 +252,12 @@ def _check(samples: Sequence[Sample], file: BinaryIO, size: int) -> None:
         raise ValueError("it names members that overlap")
     usual = Counter(gaps.tolist()).most_common(1)[0][0] if len(gaps) else 0
     for i in np.flatnonzero((gaps != usual) | (np.arange(len(gaps)) % 1000 == 0)).tolist():
-        if _next_member(file, int(ends[i])) != (offsets[i + 1], sizes[i + 1]):
+        file.seek(int(ends[i]))
+        found = next(filter(_counts, WholeTar(file, plain=True)), None)
+        if not found or (found.offset_data, found.size) != (offsets[i + 1], sizes[i + 1]):
             raise ValueError(f"it does not know what follows byte {ends[i]}")
-    if _next_member(file, int(ends[-1])) is not None:
+    file.seek(int(ends[-1]))
+    rest = WholeTar(file, plain=True)
+    if any(map(_counts, rest)):
         raise ValueError("it ends before the shard does")
-
-
-def _next_member(file: BinaryIO, position: int) -> tuple[int, int] | None:
-    """(offset, size) of the first member at or after ``position`` that an index has; None at the
-    end of a whole archive."""
-    file.seek(position)
-    whole = WholeTar(file, plain=True)
-    for entry in whole:
-        if entry.isreg() and not entry.issparse() and _parts(entry.name):
-            return entry.offset_data, entry.size
-    return None
+    return rest.ended

@@ -86,8 +86,8 @@ def _splits_in(root: Path) -> SplitFolders | None:
         unknown = any(not words_of(name) & _BOTH for name in unused)
         logger.log(
             logging.WARNING if unknown else logging.INFO,
-            f"training images: {root / train} (the other folders in {root} are "
-            f"{f'{val} for validation and, unused, ' if val else 'unused: '}{few(unused)})",
+            "training images: %s; for validation: %s; folders beside them that are unused: %s",
+            *(root / train, root / val if val else "none", few(unused)),
         )
     return SplitFolders(_unwrapped(root / train), _unwrapped(root / val) if val else None)
 

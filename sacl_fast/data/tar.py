@@ -2,7 +2,8 @@
 
 Python's ``tarfile`` takes a damaged header, and the end of a file that was cut between two members,
 for the end of the archive: what follows, or should have, is missing unsaid. A whole archive ends
-with blocks of zeros, and nothing else comes after them.
+with blocks of zeros, and nothing else comes after them. Where they are missing altogether, either
+the file was cut, or whoever wrote it did not close it; that is for the user to know.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import io
 import lzma
 import tarfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO, cast
 
 BLOCK = 512
@@ -28,8 +30,11 @@ class WholeTar:
     """The members of a tar archive from where ``file`` stands, in order, and its end.
 
     Unless ``plain``, it may be compressed. Beyond ``most`` bytes of contents, headers included,
-    comes TooMuch; where the archive is damaged, or does not end as archives do, one of ``DAMAGED``.
+    comes TooMuch; where the archive is damaged, or goes on after its end, one of ``DAMAGED``.
     """
+
+    ended = False
+    """Whether it has come to its end, and that is marked as one."""
 
     def __init__(self, file: BinaryIO, most: float = float("inf"), *, plain: bool = False) -> None:
         self._blocks = _Blocks(file if plain else _decompressed(file), most)
@@ -48,10 +53,10 @@ class WholeTar:
 
     def _check_end(self) -> None:
         last = self._blocks.last
+        if not last:
+            return
         if len(last) < BLOCK:
-            raise tarfile.ReadError(
-                "it lacks the two blocks of zeros that end a tar archive, as one that was cut does"
-            )
+            raise tarfile.ReadError("it was cut in the header of a member")
         if last.strip(b"\0"):
             raise tarfile.ReadError("the header of a member is damaged")
         while rest := self._blocks.read(_CHUNK):  # to the checksum of what compressed it, as well
@@ -60,6 +65,15 @@ class WholeTar:
                     "more follows after its end, as in archives that cat has joined; tar "
                     "--concatenate joins them"
                 )
+        self.ended = True
+
+
+def unended(path: Path) -> str:
+    """What to say of a tar archive that stops after a member."""
+    return (
+        f"{path} lacks the blocks of zeros that end a tar archive: it was cut, and images are "
+        "missing, or it was not closed by what wrote it"
+    )
 
 
 class _Blocks(io.RawIOBase):

@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from sacl_fast.config import Config
 from sacl_fast.data.loader import ViewLoader
 from sacl_fast.data.readers import ViewReader, Views
 from sacl_fast.data.sources import Source
+from sacl_fast.data.waiting import never
 from sacl_fast.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -43,8 +45,10 @@ def open_view_loader(
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
+    stopping: Callable[[], bool] = never,
 ) -> ViewLoader:
-    """The batches of pre-training for one rank, by the loader of ``data.loader``."""
+    """The batches of pre-training for one rank, by the loader of ``data.loader``. A batch that is
+    waited for while ``stopping`` is true is a Stopped."""
     loader, reason = resolve_loader(config, device)
     kind, operator = ViewLoader, ""
     if loader == "dali":
@@ -53,7 +57,7 @@ def open_view_loader(
 
         operator = " and the compiled operator" if are_compiled(config, device) else ""
     logger.info("views by %s%s (%s)", loader, operator, reason)
-    return kind(source, config, device=device, rank=rank, world_size=world_size)
+    return kind(source, config, device=device, rank=rank, world_size=world_size, stopping=stopping)
 
 
 def read_views(source: Source, config: Config, epoch: int, indices: np.ndarray) -> Views:

@@ -19,10 +19,12 @@ import numpy as np
 from PIL import Image
 
 from sacl_fast.config import DataConfig
+from sacl_fast.data.damage import DAMAGED
 from sacl_fast.data.decode import decode_rgb, read_bytes
 from sacl_fast.data.manifest import EXTENSIONS, is_image
 from sacl_fast.data.shard_index import Member, Sample, shard_index
 from sacl_fast.data.splits import few
+from sacl_fast.data.tar import BLOCK
 from sacl_fast.errors import UserError, reason_of
 
 logger = logging.getLogger(__name__)
@@ -155,10 +157,10 @@ def _texts(shard: Path, members: Sequence[Member | None]) -> list[str | None]:
         with shard.open("rb") as file:
             for member in members:
                 found.append(None if member is None else _label(file, member))
-    except (OSError, ValueError) as error:
+    except DAMAGED as error:
         raise UserError(
-            f"cannot read the labels in {shard}: {reason_of(error)}; data.labels none works (no "
-            "kNN evaluation)"
+            f"cannot read the labels in {shard}: {reason_of(error)}; sacl-fast index makes its "
+            "index anew, and data.labels none does without labels"
         ) from None
     return found
 
@@ -166,5 +168,8 @@ def _texts(shard: Path, members: Sequence[Member | None]) -> list[str | None]:
 def _label(file: BinaryIO, member: Member) -> str | None:
     if member.size > _LONGEST_LABEL:
         raise ValueError(f"{member.name} has {member.size} bytes, and {_LONGEST_LABEL} may be")
-    file.seek(member.offset)
+    file.seek(member.offset - BLOCK)
+    size = int(file.read(BLOCK)[124:136].strip(b" \0"), 8)  # as its header says
+    if size != member.size:
+        raise ValueError(f"{member.name} has {size} bytes, and the index says {member.size}")
     return file.read(member.size).decode(errors="surrogateescape").strip() or None

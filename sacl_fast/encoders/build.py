@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import timm
 import torch
 from timm.models import efficientnet, mobilenetv3
 from torch import Tensor, nn
 
+from sacl_fast.checks import BelowOne, Count, Range, checked, shown
 from sacl_fast.encoders.resnet20 import ResNet20
-from sacl_fast.errors import UserError, nearest
+from sacl_fast.errors import UserError, nearest, reason_of
 
 Stem = Literal["imagenet", "stride1", "cifar"]
 
@@ -34,14 +35,22 @@ _EFFICIENTNET = [
 _RESNET_CHANNELS = (64, 128, 256, 512)
 
 
+# What timm's models raise, while they are built or run, where sizes or options do not fit.
+_REFUSALS = (
+    *(RuntimeError, AssertionError, ValueError, TypeError, LookupError, AttributeError),
+    *(ArithmeticError, ImportError),
+)
+
+
+@checked
 def build_encoder(
     name: str,
     *,
-    width: float = 1.0,
+    width: Annotated[float, Range(0, 64, above=True)] = 1.0,
     stem: Stem = "imagenet",
-    image_size: int = 224,
-    in_chans: int = 3,
-    drop_path: float = 0.0,
+    image_size: Count = 224,
+    in_chans: Count = 3,
+    drop_path: BelowOne = 0.0,
 ) -> nn.Module:
     """An untrained encoder: (N, in_chans, image_size, image_size) -> (N, F).
 
@@ -61,25 +70,40 @@ def build_encoder(
         options["drop_path_rate"] = drop_path
     if name == "resnet20":
         return ResNet20(width, **options)
-    if not timm.is_model(name):
-        raise UserError(
-            f"unknown encoder {name!r}; {nearest(name, [*timm.list_models(), 'resnet20'])}"
-        )
+    _check_name(name)
     pretrained_cfg = timm.get_pretrained_cfg(name)
     if pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
         options |= _transformer_options(name, stem, image_size)
     options["num_classes"] = 0
     try:
         encoder = _create(name, width, options)
-    except TypeError as error:
-        raise UserError(f"encoder {name!r} cannot be built like this: {error}") from error
+    except _REFUSALS as error:
+        like = f"with width {width:g} and options {options}"
+        why = reason_of(error)
+        raise UserError(f"encoder {name!r} cannot be built {like}: {why}") from error
     if stem != "imagenet" and "patch_size" not in options:
         _adapt_stem(name, encoder, stem)
     output_dim(encoder, image_size, in_chans=in_chans)  # refuses what cannot run
     return encoder
 
 
-def output_dim(encoder: nn.Module, image_size: int, *, in_chans: int = 3) -> int:
+def _check_name(name: str) -> None:
+    """Refuse a model that timm does not have; a tag, of weights that are not loaded, too."""
+    model, dot, tag = name.partition(".")
+    if not timm.is_model(model):
+        known = [*timm.list_models(), "resnet20"]
+        raise UserError(f"unknown encoder {shown(name)}; {nearest(model[:100], known)}")
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{model}.*")]
+    if dot and tag not in tags:
+        works = f"; {nearest(tag[:100], tags)}" if tags else ""
+        raise UserError(
+            f"encoder {model} has no tag {shown(tag)} in timm; without one works (nothing is "
+            f"downloaded, the weights are random){works}"
+        )
+
+
+@checked
+def output_dim(encoder: nn.Module, image_size: Count, *, in_chans: Count = 3) -> int:
     """F, the length of the encoder's feature vector, from a forward pass of one image."""
     training = encoder.training
     device = next(encoder.parameters()).device
@@ -87,14 +111,17 @@ def output_dim(encoder: nn.Module, image_size: int, *, in_chans: int = 3) -> int
     try:
         with torch.no_grad():
             features = encoder.eval()(image)
-    except (RuntimeError, AssertionError) as error:
+    except _REFUSALS as error:
+        made_for = getattr(encoder, "pretrained_cfg", None) or {}
+        size = made_for.get("input_size", (0, 0))[-1]
+        works = f"; it was made for {size} px (views.size)" if size not in (0, image_size) else ""
         raise UserError(
             f"{type(encoder).__name__} does not run on {image_size} px images with this stem: "
-            f"{str(error).splitlines()[0]}"
+            f"{reason_of(error).rstrip('.')}{works}"
         ) from error
     finally:
         encoder.train(training)
-    if not isinstance(features, Tensor) or features.ndim != 2:
+    if not isinstance(features, Tensor) or features.ndim != 2 or not features.shape[1]:
         raise UserError(
             f"{type(encoder).__name__} gives no feature vector for an image, so it cannot be the "
             "encoder; classification models do"
@@ -104,17 +131,18 @@ def output_dim(encoder: nn.Module, image_size: int, *, in_chans: int = 3) -> int
 
 def _create(name: str, width: float, options: dict[str, Any]) -> nn.Module:
     """The timm model, through the family's own generator where the width is not 1."""
+    model = name.partition(".")[0]
     if width == 1.0:
         return timm.create_model(name, **options)
     for pattern, generate in _MULTIPLIED.items():
-        if match := re.fullmatch(pattern, name):
+        if match := re.fullmatch(pattern, model):
             return generate(name, int(match[1]) / 100 * width, **options)
-    if match := re.fullmatch(r"efficientnet_b([0-7])", name):
+    if match := re.fullmatch(r"efficientnet_b([0-7])", model):
         own_width, depth = _EFFICIENTNET[int(match[1])]
         return efficientnet._gen_efficientnet(
             name, channel_multiplier=own_width * width, depth_multiplier=depth, **options
         )
-    if re.fullmatch(r"resnet\d+", name):
+    if re.fullmatch(r"resnet\d+", model):
         channels = tuple(max(8, round(c * width / 8) * 8) for c in _RESNET_CHANNELS)
         return timm.create_model(name, channels=channels, **options)
     raise UserError(

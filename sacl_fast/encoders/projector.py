@@ -6,11 +6,16 @@ from itertools import pairwise
 
 from torch import nn
 
+from sacl_fast.checks import Count, checked
+
 
 class Projector(nn.Sequential):
     """(Linear, batch norm, ReLU) x (layers - 1), Linear: (N, in_dim) -> (N, out)."""
 
-    def __init__(self, in_dim: int, *, hidden: int = 2048, out: int = 2048, layers: int = 3):
+    @checked
+    def __init__(
+        self, in_dim: Count, *, hidden: Count = 2048, out: Count = 2048, layers: Count = 3
+    ) -> None:
         dims = [in_dim, *[hidden] * (layers - 1)]
         stages: list[nn.Module] = []
         for d_in, d_out in pairwise(dims):

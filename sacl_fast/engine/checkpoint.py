@@ -144,6 +144,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
+def changed_settings(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
+    """The settings that differ between two configurations, as ``key: there -> here``. Those that
+    only one of them knows are of another version, and passed over."""
+    changes: list[str] = []
+    for key in current.keys() & saved.keys():
+        there, here = saved[key], current[key]
+        if isinstance(there, dict) and isinstance(here, dict):
+            changes += changed_settings(there, here, f"{prefix}{key}.")
+        elif there != here:
+            changes.append(f"{prefix}{key}: {there!r} -> {here!r}")
+    return sorted(changes)
+
+
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
     """The state of torch's generators on the CPU and on a GPU."""
     state = {"cpu": torch.get_rng_state()}

@@ -45,3 +45,7 @@ def describe(
     if slim:
         recorded = "" if method.recorded is None else ", recorded"
         yield f"slim passes: {method.slim_mode}{recorded} ({step.slim_mode_reason})"
+        if method.slicer.norm_gradient == "damped":
+            requested = config.slim.norm_gradient == "damped"
+            why = "as requested" if requested else "they would grow over several in a row"
+            yield f"slim passes: gradients through norms of constant channels are damped ({why})"

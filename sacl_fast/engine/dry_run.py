@@ -16,6 +16,7 @@ from sacl_fast.data.sources import open_sources
 from sacl_fast.engine.distributed import pick_device
 from sacl_fast.engine.launch import read_launch
 from sacl_fast.engine.method import SaclXd, build_method
+from sacl_fast.engine.preflight import check_run, remarks
 from sacl_fast.engine.step import autocast_dtype
 from sacl_fast.errors import UserError
 
@@ -24,6 +25,7 @@ _GIB, _PROBE_BATCH = 2**30, 4
 
 def print_dry_run(config: Config) -> None:
     """Print the resolved configuration, sizes, FLOPs and an estimate of memory."""
+    check_run(config)
     world_size = read_launch().world_size
     method = build_method(config)
     encoder_parameters = _count(method.encoder)
@@ -55,6 +57,8 @@ def print_dry_run(config: Config) -> None:
         steps = images // config.batch_size
         whole = steps * config.epochs
         print(f"data        {images:,} images, {steps:,} steps an epoch, {whole:,} in all")
+        for sentence in remarks(config, images):
+            print(f"warning     {sentence}")
 
 
 def _count(module: nn.Module) -> int:

@@ -64,7 +64,11 @@ class Evaluator:
         self.bank = self._loader(splits.train, order[: config.eval.bank])
 
     def _loader(self, source: Source, indices: np.ndarray) -> _UntilStopped:
-        return _UntilStopped(EvalLoader(source, indices, self.config, self.device), self.stop)
+        def stopping() -> bool:
+            return self.stop.number != 0
+
+        loader = EvalLoader(source, indices, self.config, self.device, stopping=stopping)
+        return _UntilStopped(loader, self.stop)
 
     def knn(self, method: SaclXd) -> dict[str, float]:
         """Top-1 accuracies in percent, ``knn_dense`` and ``knn_slim``; the model is unchanged."""

@@ -36,7 +36,6 @@ PATIENCE = 35.0
 _SETTLE = 1.0  # seconds within which a process that opened the file has written into it
 
 _HELD = (errno.EACCES, errno.EAGAIN)
-_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 
 @dataclass(frozen=True)
@@ -74,14 +73,6 @@ class RunLock:
             ) from error
         self._beat = threading.Thread(target=self._renew, name="run lock", daemon=True)
         self._beat.start()
-
-    def folder_is_gone(self) -> bool:
-        """Whether the folder was removed, renamed or emptied."""
-        try:
-            os.stat(self.path)
-        except OSError as error:
-            return error.errno in _GONE and not _holds_anything(self.folder)
-        return False
 
     def check(self) -> None:
         """Make sure that nothing is written into a folder that another process took over, as it
@@ -219,13 +210,6 @@ def _is_at(file: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file), os.stat(path))
     except FileNotFoundError:
-        return False
-
-
-def _holds_anything(folder: Path) -> bool:
-    try:
-        return bool(os.listdir(folder))
-    except OSError:
         return False
 
 

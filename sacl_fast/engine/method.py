@@ -24,10 +24,15 @@ from torch import Tensor, nn
 
 from sacl_fast.config import Config
 from sacl_fast.encoders import Projector, build_encoder, output_dim
-from sacl_fast.encoders.batch_norm import synchronize_batch_norm
+from sacl_fast.encoders.batch_norm import local_batch_norm, synchronize_batch_norm
 from sacl_fast.ops.collectives import RowGather, world_size
 from sacl_fast.slim import RecordedEncoder, Slicer
+from sacl_fast.slim.constant_channels import constant_norms_in_a_row
 from sacl_fast.slim.slicer import Mode
+
+_AT_MOST_IN_A_ROW = 1.5
+"""Batch norms of constant channels through which gradients are left to pass as they are. One makes
+the norms' largest gradient up to some 30 times larger, two up to 1,000 times."""
 
 
 class Embeddings(NamedTuple):
@@ -115,6 +120,12 @@ def build_method(config: Config) -> SaclXd:
         exclude=config.slim.exclude,
         batch_norm=config.slim.batch_norm,
     )
+    if config.slim.norm_gradient != "auto":
+        slicer.norm_gradient = config.slim.norm_gradient
+    else:
+        with local_batch_norm(nn.ModuleList((encoder, slicer))):
+            if constant_norms_in_a_row(slicer, config.views.size) > _AT_MOST_IN_A_ROW:
+                slicer.norm_gradient = "damped"
     return SaclXd(
         encoder,
         projector,

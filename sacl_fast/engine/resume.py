@@ -28,6 +28,7 @@ from sacl_fast.data.sources import Source
 from sacl_fast.engine.checkpoint import (
     BEST,
     UnusableCheckpoint,
+    changed_settings,
     list_checkpoints,
     load_checkpoint,
     restore_random_state,
@@ -348,19 +349,6 @@ def _rate(config: dict[str, Any], step: int, steps_per_epoch: int) -> float | No
         warmup_steps=warmup * steps_per_epoch,
         total_steps=epochs * steps_per_epoch,
     )
-
-
-def changed_settings(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
-    """The settings that differ between two configurations, as ``key: there -> here``. Those that
-    only one of them knows are of another version, and passed over."""
-    changes: list[str] = []
-    for key in current.keys() & saved.keys():
-        there, here = saved[key], current[key]
-        if isinstance(there, dict) and isinstance(here, dict):
-            changes += changed_settings(there, here, f"{prefix}{key}.")
-        elif there != here:
-            changes.append(f"{prefix}{key}: {there!r} -> {here!r}")
-    return sorted(changes)
 
 
 def _lookup(config: dict[str, Any], key: str) -> Any:

@@ -17,8 +17,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -52,8 +54,9 @@ class RunFolder:
     """The first rank's hold on it."""
 
     def is_gone(self) -> bool:
-        """Whether it was removed or renamed; known to the first rank."""
-        return self.lock is not None and self.lock.folder_is_gone()
+        """Whether it was removed, renamed or emptied since the run began; known to the first
+        rank. By its names, since some file systems number files anew."""
+        return self.lock is not None and all(map(_is_missing, (self.lock.path, self.path / CONFIG)))
 
     def check(self) -> None:
         """See ``RunLock.check``."""
@@ -186,10 +189,18 @@ def _unfinished_runs(runs: Path) -> list[Path]:
     return found
 
 
+def _is_missing(path: Path) -> bool:
+    try:
+        os.stat(path)
+    except OSError as error:  # others pass, such as a server that does not answer
+        return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+    return False
+
+
 def _remove_if_empty(folder: Path) -> None:
     with contextlib.suppress(OSError):
-        (folder / CHECKPOINTS).rmdir()
-    with contextlib.suppress(OSError):
+        if os.listdir(folder) == [CHECKPOINTS]:
+            (folder / CHECKPOINTS).rmdir()
         folder.rmdir()
 
 
@@ -198,7 +209,7 @@ def _check_space(folder: Path, checkpoint: int, keep: int) -> None:
     if free < checkpoint:
         raise UserError(
             f"{folder} has {free / 1e6:,.0f} MB free, and a checkpoint of this run takes "
-            f"{checkpoint / 1e6:,.0f} MB; --out names a folder on another disk"
+            f"{checkpoint / 1e6:,.0f} MB; make room, or name a folder on another disk with --out"
         )
     there = sum(path.stat().st_size for path in list_checkpoints(folder))
     if free + there < most:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import partial
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +91,10 @@ class TrainingStep:
         self.device = device
         self.amp_dtype = autocast_dtype(config.precision, device)
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.method = method.to(device, memory_format=memory_format)  # type: ignore[call-overload]
+        self.method = method.to(device)
+        for tensor in chain(method.parameters(), method.buffers()):
+            if tensor.ndim == 4:  # Module.to would try others, a 3-D convolution's, and fail
+                tensor.data = tensor.data.to(memory_format=memory_format)
         if device.type == "cpu":
             stay_within_memory(method)
         self.model: nn.Module = self.method
@@ -154,7 +158,7 @@ class TrainingStep:
         return learning_rate(
             step,
             base=self.config.base_lr,
-            warmup_steps=self.config.optim.warmup_epochs * self.steps_per_epoch,
+            warmup_steps=round(self.config.warmup_epochs * self.steps_per_epoch),
             total_steps=self.config.epochs * self.steps_per_epoch,
         )
 

@@ -29,6 +29,7 @@ from sacl_fast.engine.clock import Clock
 from sacl_fast.engine.collapse import CollapseAlarm, effective_rank, embedding_std
 from sacl_fast.engine.console import RunConsole
 from sacl_fast.engine.description import describe
+from sacl_fast.engine.diagnosis import what_may_help
 from sacl_fast.engine.distributed import Ranks, process_group
 from sacl_fast.engine.environment import environment
 from sacl_fast.engine.evaluator import Evaluator
@@ -36,6 +37,7 @@ from sacl_fast.engine.memory import keep_freed_memory
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.metrics import MetricWriter, read_metrics
 from sacl_fast.engine.plots import plot_curves
+from sacl_fast.engine.preflight import check_run, remarks
 from sacl_fast.engine.resume import Continuation, data_record, find_continuation, restore, set_aside
 from sacl_fast.engine.signals import StopRequest
 from sacl_fast.engine.step import TrainingStep
@@ -77,6 +79,7 @@ def train(config: Config) -> RunResult:
         OtherRankFailed: another process of the run failed or was killed.
         Stopped: by a signal, but not at a step that all processes could stop at.
     """
+    check_run(config)
     with process_group(config.device) as ranks:
         check_same_settings(config, ranks)
         with files.claimed_run_folder(config, ranks) as claim:
@@ -97,23 +100,27 @@ class Run:
         self.folder: Path = claim.path
         self.stop = StopRequest(patience=0.0 if ranks.world_size == 1 else _AGREEING)
         ranks.stop = self.stop
+        if ranks.device.type == "cpu":
+            keep_freed_memory()
         torch.manual_seed(config.seed)  # the same initial weights on every rank
+        self.method = build_method(config)  # first: what cannot be built needs no data
         self.splits = open_sources(config.data, config.seed)
+        if ranks.first:
+            for remark in remarks(config, len(self.splits.train)):
+                logger.warning(remark)
         self.loader = open_view_loader(
             self.splits.train,
             config,
             device=ranks.device,
             rank=ranks.rank,
             world_size=ranks.world_size,
+            stopping=lambda: self.stop.requested,
         )
-        if ranks.device.type == "cpu":
-            keep_freed_memory()
-        self.method = build_method(config)
         self.method.slicer.enabled = config.slim.warmup_epochs == 0
         self.step = TrainingStep(
             self.method, config, ranks, steps_per_epoch=self.loader.steps_per_epoch
         )
-        # Drop path differs between ranks. A seed from the clock has 61 bits, torch's has 64.
+        # Drop path differs between ranks. A seed may have 53 bits, torch's has 64.
         torch.manual_seed((config.seed * 65_537 + ranks.rank) % 2**64)
         self.evaluator = Evaluator(
             self.splits, config, ranks.device, self.step.amp_dtype, self.stop
@@ -154,6 +161,7 @@ class Run:
                     self._end_epoch(epoch)
                 self._finish()
             except Stopped as stopped:
+                stopped.number = stopped.number or self.stop.number
                 self._end_stopped(stopped)
                 if self.ranks.world_size > 1 and not stopped.everywhere:
                     raise
@@ -314,7 +322,7 @@ class Run:
         return (
             f"the loss is not finite at step {step} (learning rate "
             f"{self.step.learning_rate(step - 1):.3g}, precision {self.config.precision}); the run "
-            f"stops, {kept}. A lower --optim.lr or --precision fp32 often helps"
+            f"stops, {kept}. {what_may_help(self.config, self.step.amp_dtype)}"
         )
 
     def _evaluate(self, epochs_done: int) -> dict[str, float]:
@@ -410,8 +418,7 @@ class Run:
             set_aside(self.folder, after=-1)
         elif not found.finished:
             set_aside(self.folder, after=self.steps_done, spare=found.path)
-        state = self.method.state_dict().values()
-        tensors = [value for value in state if isinstance(value, torch.Tensor)]
+        tensors = [*self.method.parameters(), *self.method.buffers()]
         moments = 2 if config.optim.name == "adamw" else 1
         tensors += moments * [*self.method.parameters()]
         files.prepare_run_folder(

@@ -9,30 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from sacl_fast.checks import Count, checked
 from sacl_fast.config import EvalConfig
 from sacl_fast.encoders.recalibrate import recalibrated
 from sacl_fast.evaluation.features import autocast, extract_features
 from sacl_fast.evaluation.knn import knn_accuracy
-
-if TYPE_CHECKING:
-    from sacl_fast.slim.slicer import Mode, Slicer
+from sacl_fast.slim.slicer import Mode, Slicer
 
 _MODES: dict[str, Mode] = {"dense": "dense", "slim": "mask"}
 
 
 @torch.no_grad()
+@checked
 def evaluate_knn(
     encoder: nn.Module,
     slicer: Slicer,
     bank_loader: Iterable[tuple[Tensor, Tensor]],
     query_loader: Iterable[tuple[Tensor, Tensor]],
     config: EvalConfig,
-    num_classes: int,
+    num_classes: Count,
     *,
     device: torch.device,
     amp_dtype: torch.dtype | None,

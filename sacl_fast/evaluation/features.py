@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from sacl_fast.checks import checked
 from sacl_fast.errors import UserError
 
 
@@ -16,6 +17,7 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
 
 
 @torch.no_grad()
+@checked
 def extract_features(
     encoder: nn.Module,
     loader: Iterable[tuple[Tensor, Tensor]],

@@ -11,20 +11,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sacl_fast.checks import Count, Positive, checked
 from sacl_fast.errors import UserError
 
 
 @torch.no_grad()
+@checked
 def knn_accuracy(
     bank: Tensor,
     bank_labels: Tensor,
     queries: Tensor,
     query_labels: Tensor,
     *,
-    k: int,
-    temperature: float,
-    num_classes: int,
-    chunk: int = 256,
+    k: Count,
+    temperature: Positive,
+    num_classes: Count,
+    chunk: Count = 256,
 ) -> float:
     """Top-1 accuracy in percent.
 
@@ -48,10 +50,6 @@ def knn_accuracy(
         raise UserError(
             f"kNN: bank features have {bank.shape[1]} dimensions and query features "
             f"{queries.shape[1]}; both must come from the same encoder"
-        )
-    if k < 1 or chunk < 1 or temperature <= 0:
-        raise UserError(
-            f"kNN: k is {k}, temperature {temperature}, chunk {chunk}; values above 0 work"
         )
     k = min(k, len(bank))
     bank = F.normalize(bank.float(), dim=1)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from sacl_fast.checks import checked
 from sacl_fast.errors import UserError, nearest
 
 # A backend's check: None where it can run on that device, else why it cannot.
@@ -76,6 +77,7 @@ OPERATORS: dict[str, dict[str, Check]] = {
 }
 
 
+@checked
 def resolve(requested: str, op: str, device: torch.device) -> Resolution:
     """The backend of operator ``op`` on ``device``.
 
@@ -107,6 +109,7 @@ def asked_of(op: str, requested: str) -> str:
     return requested if requested in ("torch", *OPERATORS[op]) else "auto"
 
 
+@checked
 def resolve_all(requested: str, device: torch.device) -> dict[str, Resolution]:
     """The backend of every operator, as ``asked_of`` it.
 

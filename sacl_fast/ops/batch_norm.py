@@ -2,17 +2,64 @@
 
 Two differentiable sums over the ranks, mean first, then the centred squares, so that nothing
 cancels. On a GPU the whole activation goes through torch's fused kernels, which compute the same.
+
+And ``damped``, for batch norms of channels that hardly vary, over one rank or all.
 """
 
 from __future__ import annotations
 
+from contextvars import ContextVar
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.modules._functions import SyncBatchNorm as _FusedSyncBatchNorm
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from sacl_fast.ops.collectives import sum_over_ranks, world_size
+
+DAMPED: ContextVar[bool] = ContextVar("DAMPED", default=False)
+"""Whether batch norms of slim activations, in training, are to be ``damped``. Set by the slicer,
+which sees to ordinary tensors itself."""
+
+
+def damped(x: Tensor, eps: float, *, over_ranks: bool = False) -> Tensor:
+    """``x``, to be normalised in training, with its gradient times ``min(1, variance / eps)``.
+
+    A norm multiplies gradients by ``weight / sqrt(variance + eps)``. Of a channel that hardly
+    varies that is ``weight / sqrt(eps)``, 316 times the weight for eps 1e-5, and several such norms
+    in a row multiply theirs. With the factor it is never more than ``weight / sqrt(2 eps)``, and 0
+    for a constant. A channel of variance eps or more keeps its gradient to the bit. The factor is
+    continuous, so how a variance of 0 is rounded does not matter, and no value is read by the host.
+
+    Args:
+        x: (N, C, ...).
+        over_ranks: the variance is that of all ranks, each bringing as many samples.
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad and eps > 0):
+        return x
+    with torch.no_grad():
+        if over_ranks and world_size() > 1:
+            *_, variance = standardize_channels(x, eps, over_ranks=True)
+        else:
+            variance = x.var([0, *range(2, x.ndim)], correction=0)
+        factor = (variance / eps).clamp(max=1).to(x.dtype)
+    return _Damped.apply(x, factor.view(1, -1, *[1] * (x.ndim - 2)))  # type: ignore[no-any-return]
+
+
+class _Damped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        return gradient * factor, None
 
 
 def global_batch_norm(

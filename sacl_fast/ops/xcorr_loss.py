@@ -17,14 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from sacl_fast.errors import UserError, nearest
+from sacl_fast.checks import check, rules
+from sacl_fast.config import LossConfig
+from sacl_fast.errors import UserError
 from sacl_fast.ops import xcorr_reference
 from sacl_fast.ops.backend import resolve
 from sacl_fast.ops.collectives import RowGather, gather_rows, sum_over_ranks, world_size
@@ -227,12 +229,26 @@ def sacl_xd_loss(
         UserError: embeddings that are not four (two for ``none``) matrices of one shape, a batch
             of 1, over which nothing can be standardised, or an unknown algorithm or backend.
     """
+    settings = {
+        "alpha": alpha,
+        "lambda_": lambda_,
+        "distillation": distillation,
+        "off_diagonal": off_diagonal,
+        "pairing": pairing,
+        "gamma": gamma,
+        "variance": variance,
+        "eps": eps,
+        "scale": scale,
+        "statistics": statistics,
+        "algorithm": algorithm,
+    }
+    _check_settings(settings)
     given = [z1, z2] if distillation == "none" else [z1, z2, z1_t, z2_t]
     zs = _common_type([z for z in given if z is not None])
     if len(zs) < len(given):
         raise UserError(f"distillation {distillation!r} needs z1_t and z2_t; without them: 'none'")
     ranks = world_size() if statistics == "global" else 1
-    _check(zs, ranks, algorithm, backend)
+    _check(zs, ranks, backend)
     batch = [z.detach() for z in zs]
     if ranks > 1:
         begun = [*gathers, *[None] * len(batch)]
@@ -276,7 +292,21 @@ def _common_type(zs: list[Tensor]) -> list[Tensor]:
     return [z.to(dtype) for z in zs]
 
 
-def _check(zs: list[Tensor], ranks: int, algorithm: str, backend: str) -> None:
+_RULES = rules(LossConfig) | {"algorithm": Algorithm}
+_CHOICES = {name: get_args(kind) for name, kind in _RULES.items() if get_origin(kind) is Literal}
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    if not torch.compiler.is_compiling():
+        for name, value in settings.items():
+            check(value, _RULES[name], f"sacl_xd_loss: {name}")
+        return
+    for name, choices in _CHOICES.items():  # what torch.compile can follow
+        if settings[name] not in choices:
+            raise UserError(f"sacl_xd_loss: {name} is {settings[name]!r}; one of {choices} works")
+
+
+def _check(zs: list[Tensor], ranks: int, backend: str) -> None:
     shapes = [tuple(z.shape) for z in zs]
     if len(set(shapes)) != 1 or len(shapes[0]) != 2 or shapes[0][1] < 1:
         given = ", ".join(map(str, shapes))
@@ -287,10 +317,6 @@ def _check(zs: list[Tensor], ranks: int, algorithm: str, backend: str) -> None:
         size = f"a batch of {shapes[0][0] * ranks}"
         raise UserError(
             f"{size}: the loss standardises every feature over the batch; 2 or more work"
-        )
-    if algorithm not in ("auto", "gram", "tiles"):
-        raise UserError(
-            f"unknown algorithm {algorithm!r}; {nearest(algorithm, ['auto', 'gram', 'tiles'])}"
         )
     if backend == "triton" and zs[0].dtype == torch.float64:
         raise UserError("backend 'triton' takes fp32, bf16 and fp16; 'torch' takes float64 too")

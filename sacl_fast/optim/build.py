@@ -7,10 +7,12 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from sacl_fast.checks import checked
 from sacl_fast.config import OptimConfig
 from sacl_fast.optim.lars import Lars
 
 
+@checked
 def build_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimConfig
 ) -> torch.optim.Optimizer:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sacl_fast.errors import UserError
+from sacl_fast.checks import BelowOne, NotNegative, checked
 
 
 class Lars(Optimizer):
@@ -35,21 +35,17 @@ class Lars(Optimizer):
         exclude_1d: leave parameters of at most one dimension unscaled and undecayed.
     """
 
+    @checked
     def __init__(
         self,
         params: Any,
-        lr: float,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        eta: float = 0.001,
+        lr: NotNegative,
+        momentum: BelowOne = 0.9,
+        weight_decay: NotNegative = 0.0,
+        eta: NotNegative = 0.001,
         clip: bool = False,
         exclude_1d: bool = True,
     ) -> None:
-        for name, value in dict(
-            lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta
-        ).items():
-            if value < 0:
-                raise UserError(f"{name} is {value}; 0 or more works")
         defaults = dict(
             lr=lr,
             momentum=momentum,

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import math
 
+from sacl_fast.checks import CountOrZero, NotNegative, checked
 
-def learning_rate(step: int, *, base: float, warmup_steps: int, total_steps: int) -> float:
+
+@checked
+def learning_rate(
+    step: CountOrZero, *, base: NotNegative, warmup_steps: CountOrZero, total_steps: CountOrZero
+) -> float:
     """Linear warm-up to ``base`` over ``warmup_steps``, then a cosine to 0 at ``total_steps``.
 
     Args:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sacl_fast.checks import Ratio, checked
+from sacl_fast.errors import UserError
 from sacl_fast.slim.channels import Channels, channels
 from sacl_fast.slim.slicer import strongest_filters
 from sacl_fast.slim.tensor import KeptFilters, SlimTensor, dense
@@ -22,7 +24,8 @@ class SlimConv2d(nn.Conv2d):
 
     mask: Tensor
 
-    def __init__(self, *args: Any, ratio: float = 1.0, **kwargs: Any) -> None:
+    @checked
+    def __init__(self, *args: Any, ratio: Ratio = 1.0, **kwargs: Any) -> None:
         """As ``nn.Conv2d``; ``ratio``: as of ``keep``."""
         super().__init__(*args, **kwargs)
         filters = torch.ones(self.out_channels, dtype=torch.bool, device=self.weight.device)
@@ -31,14 +34,13 @@ class SlimConv2d(nn.Conv2d):
         self.keep(ratio)
 
     @torch.no_grad()
-    def keep(self, kept: float | Tensor) -> None:
+    @checked
+    def keep(self, kept: Ratio | Tensor) -> None:
         """Choose the filters: ``int(kept * Cout)``, at least 1, of largest L1 norm, or those where
         a mask (Cout,) is true."""
-        if not isinstance(kept, Tensor) and not 0 < kept <= 1:
-            raise ValueError(f"ratio is {kept}; a value above 0 and at most 1 works")
         mask = kept if isinstance(kept, Tensor) else strongest_filters(self.weight, kept)
         if mask.shape != self.mask.shape or not mask.any():
-            raise ValueError(
+            raise UserError(
                 f"a mask of shape {tuple(mask.shape)} that keeps {int(mask.sum())} filters; one of "
                 f"shape ({self.out_channels},) that keeps at least one works"
             )

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from sacl_fast.ops.batch_norm import global_batch_norm
+from sacl_fast.ops.batch_norm import DAMPED, damped, global_batch_norm
 from sacl_fast.ops.batch_norm_act import Activation, batch_norm_act
 from sacl_fast.ops.slim_batch_norm import slim_batch_norm
 from sacl_fast.ops.slim_channels import take_pixels
@@ -206,11 +206,16 @@ def _batch_norm(
     def index(channels: Channels) -> Tensor | None:
         return channels.index(input.device, shape[1])
 
+    def given(p: Part) -> Tensor:
+        if not (training and DAMPED.get()):
+            return p.values
+        return damped(p.values, eps, over_ranks=bool(over_ranks) and len(p.values) > 1)
+
     if not training or over_ranks or weight is None or bias is None:
         norm = running_mean, running_var, weight, bias
         options |= {"training": training, **over_ranks}
         return by_part(
-            input, lambda p: slim_batch_norm(p.values, index(p.channels), count, *norm, **options)
+            input, lambda p: slim_batch_norm(given(p), index(p.channels), count, *norm, **options)
         )
     parts, zeroed = input.nonzero_parts, input.zeroed
     places = None if zeroed is None else zeroed.on(input.device)
@@ -224,10 +229,10 @@ def _batch_norm(
         norm: Any = weight, bias, *running
         options.update(count=count, act=act, backend=BACKEND.get())
         y, rest, out = batch_norm_act(
-            *(live.values, *norm),
+            *(given(live), *norm),
             kept=index(live.channels),
             zeroed=places,
-            shared=None if shared is None else shared.values,
+            shared=None if shared is None else given(shared),
             shared_kept=None if shared is None else index(shared.channels),
             **options,
         )
@@ -238,7 +243,7 @@ def _batch_norm(
             outputs.append(shared._replace(values=out))
         for p in others:
             if p is not shared:
-                values, *_ = batch_norm_act(p.values, *norm, kept=index(p.channels), **options)
+                values, *_ = batch_norm_act(given(p), *norm, kept=index(p.channels), **options)
                 outputs.append(p._replace(values=values))
         running = None, None  # whoever asks again has the same batch
         return arranged(outputs, shape)
@@ -247,9 +252,11 @@ def _batch_norm(
 
 
 def _global_batch_norm(func: Any, input: Any, *args: Any) -> Any:
-    if input.shape[0] == 1:  # a rank's own value cannot be told from one that all ranks have
-        return NotImplemented
     running_mean, running_var, weight, bias, momentum, eps = args
+    if input.shape[0] == 1:  # a rank's own value cannot be told from one that all ranks have
+        if not DAMPED.get():
+            return NotImplemented
+        return global_batch_norm(damped(dense(input), eps, over_ranks=True), *args)
     return _batch_norm(
         func, input, running_mean, running_var, weight, bias, True, momentum, eps, over_ranks=True
     )

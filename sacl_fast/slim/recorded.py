@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sacl_fast.checks import checked
 from sacl_fast.slim.slicer import Slicer
 from sacl_fast.slim.tape import Obstacle, Recording, record
 
@@ -53,6 +54,7 @@ class RecordedEncoder:
     same in passes that are recorded and in those that are run from the recording.)
     """
 
+    @checked
     def __init__(self, slicer: Slicer) -> None:
         self.slicer = slicer
         self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
@@ -125,7 +127,7 @@ class RecordedEncoder:
             rest.extend(m for m in module._modules.values() if m is not None)
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         return (
-            *(slicer.backend, *slicer.kept),
+            *(slicer.backend, slicer.norm_gradient, *slicer.kept),
             *(x.shape, x.stride(), x.storage_offset(), x.dtype, x.device, x.requires_grad),
             *(torch.is_grad_enabled(), autocast),
             *training,

@@ -8,6 +8,10 @@ no gradient from the slim pass (Meng et al., NeurIPS 2023, Section 3).
 ``mask`` mode multiplies masks into full weights: it saves no work and is the reference. ``skip``
 mode computes the same (outputs, gradients, running statistics) from the kept filters alone: the
 convolutions' weights and biases are ``KeptFilters`` there, and activations ``SlimTensor``s.
+
+What zeroed filters leave behind is constant, and a batch norm of it multiplies gradients by
+``weight / sqrt(eps)``. In most encoders none of that arrives anywhere, in some it compounds;
+``norm_gradient="damped"`` bounds it, in both modes alike (``ops.batch_norm.damped``).
 """
 
 from __future__ import annotations
@@ -24,13 +28,17 @@ from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sacl_fast.checks import Pattern, Ratio, checked
 from sacl_fast.config import SlimConfig
+from sacl_fast.encoders.batch_norm import GlobalBatchNorm
 from sacl_fast.encoders.recalibrate import recalibrated
 from sacl_fast.errors import UserError, nearest
+from sacl_fast.ops.batch_norm import DAMPED, damped
 from sacl_fast.ops.slim_conv import BACKEND
 from sacl_fast.slim.channels import Channels, all_channels, channels
-from sacl_fast.slim.tensor import KeptFilters, dense, finishing
+from sacl_fast.slim.tensor import KeptFilters, SlimTensor, dense, finishing
 
+NormGradient = Literal["exact", "damped"]
 Mode = Literal["dense", "mask", "skip"]
 # timm's, some of which stand under other names than the patterns of SlimConfig.exclude know.
 _SQUEEZE_EXCITE = (EffectiveSEModule, SEModule, SqueezeExcite)
@@ -44,7 +52,8 @@ class Masks(dict[str, Tensor]):
     that has not been estimated."""
 
 
-def strongest_filters(weight: Tensor, ratio: float) -> Tensor:
+@checked
+def strongest_filters(weight: Tensor, ratio: Ratio) -> Tensor:
     """Mask (Cout,) of the ``max(1, int(ratio * Cout))`` filters of largest L1 norm.
 
     Args:
@@ -73,23 +82,26 @@ class Slicer(nn.Module):
     """See ``Masks``. They are of the weights and masks as they were then: whoever changes weights
     sets them to None, as ``refresh`` does."""
 
+    @checked
     def __init__(
         self,
         encoder: nn.Module,
-        ratio: float = 0.5,
+        ratio: Ratio = 0.5,
         *,
-        exclude: tuple[str, ...] = SlimConfig.exclude,
+        exclude: tuple[Pattern, ...] = SlimConfig.exclude,
         batch_norm: Literal["shared", "separate"] = "shared",
+        norm_gradient: NormGradient = "exact",
     ) -> None:
         """Slims every ``Conv2d`` of ``encoder`` that is not part of a squeeze-excite block and in
-        whose name no pattern of ``exclude`` is found.
+        whose name no pattern of ``exclude`` is found. ``norm_gradient``: see ``SlimConfig``;
+        ``slim.constant_channels`` finds out whether an encoder needs ``damped``.
 
         Raises:
-            UserError: a ratio outside (0, 1].
+            UserError: a ratio outside (0, 1], or another value that cannot be.
         """
         super().__init__()
-        SlimConfig(ratio=ratio, exclude=exclude, batch_norm=batch_norm)  # checks the values
         self.ratio = ratio
+        self.norm_gradient = norm_gradient
         self.enabled = True
         """Off while slimming has not started (``slim.warmup_epochs``): all filters are kept."""
         self.backend = "auto"
@@ -100,6 +112,7 @@ class Slicer(nn.Module):
         self._kept: dict[str, Channels] = {}
         self._convs: list[tuple[str, nn.Conv2d]] = []
         self._whole: list[nn.Conv2d] = []
+        self._norms: list[nn.Module] = []
         self._norm_sites: list[tuple[nn.Module, str, str]] = []
         self.slim_norms = nn.ModuleDict()
 
@@ -120,6 +133,9 @@ class Slicer(nn.Module):
                 parent, _, child = name.rpartition(".")
                 self._norm_sites.append((modules[parent], child, _key(name)))
                 self.slim_norms[_key(name)] = copy.deepcopy(module)
+                self._norms.append(self.slim_norms[_key(name)])
+            elif isinstance(module, _BatchNorm):
+                self._norms.append(module)
         self.register_load_state_dict_pre_hook(_before_loading)
         self.register_load_state_dict_post_hook(_after_loading)
         self.refresh()
@@ -238,6 +254,10 @@ class Slicer(nn.Module):
                 if self.enabled and self.ratio < 1:
                     for key, conv in self._convs:
                         undo.callback(self._slim(key, conv, mode))
+                    if self.norm_gradient == "damped":
+                        undo.callback(DAMPED.reset, DAMPED.set(True))
+                        for norm in self._norms:
+                            undo.callback(norm.register_forward_pre_hook(_damp).remove)
                     if mode == "skip":
                         for conv in self._whole:
                             undo.callback(_keep_whole(conv))
@@ -279,6 +299,15 @@ def _swap_module(parent: nn.Module, child: str, module: nn.Module) -> Callable[[
     module.train(own.training)
     setattr(parent, child, module)
     return lambda: setattr(parent, child, own)
+
+
+def _damp(norm: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """Damp the gradient of what a batch norm is given; the rule of slim activations does theirs."""
+    x, *rest = arguments
+    if isinstance(x, SlimTensor) or not norm.training:
+        return None
+    over_ranks = isinstance(norm, GlobalBatchNorm) and norm.synchronize
+    return damped(x, norm.eps, over_ranks=over_ranks), *rest  # type: ignore[arg-type]
 
 
 def _keep_whole(conv: nn.Conv2d) -> Callable[[], None]:

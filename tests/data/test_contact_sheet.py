@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from sacl_fast.config import Config, ViewsConfig
+from sacl_fast.config import Config, DataConfig, ViewsConfig
 from sacl_fast.data.augment import epoch_order
 from sacl_fast.data.contact_sheet import contact_sheet
 from sacl_fast.data.readers import ViewReader
-from sacl_fast.data.sources import ArraySource
+from sacl_fast.data.sources import ArraySource, open_sources
+from sacl_fast.errors import UserError
 
 
 @pytest.fixture
@@ -45,6 +48,24 @@ def test_holds_the_views_of_training(source: ArraySource) -> None:
         assert _contains(sheet, large)
     other = replace(config, seed=4)
     assert not _contains(np.asarray(contact_sheet(source, other, count=1, epoch=2)), large)
+
+
+@pytest.mark.parametrize("loader", ["torchvision", "auto"])
+def test_unreadable_images_are_named(
+    tmp_path: Path, loader: Literal["torchvision", "auto"], caplog: pytest.LogCaptureFixture
+) -> None:
+    for i in range(20):
+        Image.new("RGB", (20, 20), (12 * i, 0, 0)).save(tmp_path / f"{i:02}.png")
+    (tmp_path / "07.png").write_text("<html>404</html>")
+    data = DataConfig(root=str(tmp_path), loader=loader)
+    config = Config(views=ViewsConfig(size=32), data=data)
+    source = open_sources(data, 0).train
+    contact_sheet(source, config, count=20)
+    assert f"skipped unreadable image {tmp_path / '07.png'}: no known image format" in caplog.text
+    for path in tmp_path.iterdir():
+        path.write_text("<html>404</html>")
+    with pytest.raises(UserError, match=r"of 20 images are unreadable.*no known image format"):
+        contact_sheet(source, config)
 
 
 def _contains(sheet: np.ndarray, tile: np.ndarray) -> bool:

@@ -6,6 +6,8 @@ import gc
 import io
 import logging
 import multiprocessing
+import os
+import signal
 import threading
 from dataclasses import replace
 from functools import partial
@@ -18,9 +20,12 @@ from loading import CPU, assert_same, batches_by, config_of, random_source
 from PIL import Image
 
 from sacl_fast.config import Config, DaliConfig, DataConfig, ViewConfig, ViewsConfig
+from sacl_fast.data.augment import epoch_order
 from sacl_fast.data.contact_sheet import contact_sheet
 from sacl_fast.data.loader import Batch, EvalLoader, ViewLoader
+from sacl_fast.data.readers import ViewReader
 from sacl_fast.data.sources import ArraySource, open_sources
+from sacl_fast.data.waiting import NoBatch
 from sacl_fast.errors import UserError
 from sacl_fast.ops import compiled
 
@@ -30,8 +35,6 @@ from sacl_fast.data import dali_loader
 from sacl_fast.data.compiled_views import CompiledViews
 from sacl_fast.data.dali import DaliError, ViewPipeline
 from sacl_fast.data.dali_loader import DaliViewLoader, batches_ahead
-
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
 @pytest.fixture(params=["compiled", "by DALI alone"], autouse=True)
@@ -269,10 +272,7 @@ def test_what_only_decoding_shows_is_found_late(
     source = open_sources(settings.data, 0).train
     intact = batches(source, settings, [(0, 0), (1, 0)])
     broken = 7
-    data = bytearray(file_of(folder, broken).read_bytes())
-    tables = data.find(b"\xff\xc4")  # Huffman's
-    data[tables + 4 : tables + 24] = b"\xff" * 20
-    file_of(folder, broken).write_bytes(data)
+    file_of(folder, broken).write_bytes(refused_jpeg(file_of(folder, broken).read_bytes()))
     with caplog.at_level(logging.WARNING):
         loader = DaliViewLoader(source, settings, device=CPU)
         ours = [batch for epoch in (0, 1) for batch in loader.epoch(epoch)]
@@ -284,6 +284,100 @@ def test_what_only_decoding_shows_is_found_late(
         assert torch.equal(one.index[kept], other.index[kept])
         assert torch.equal(one.view_a[kept], other.view_a[kept])
         assert (one.index[~kept] == broken + 1).all()  # the next readable one
+
+
+def damaged_png(data: bytes) -> bytes:
+    """Header and end are whole."""
+    return data[: len(data) // 2] + data[-12:]
+
+
+def refused_jpeg(data: bytes) -> bytes:
+    """Neither DALI nor Pillow decodes it, and header and end are whole."""
+    tables = data.find(b"\xff\xc4")  # Huffman's
+    return data[: tables + 4] + b"\xff" * 20 + data[tables + 24 :]
+
+
+def wrong_sum(data: bytes) -> bytes:
+    """A PNG that Pillow decodes and DALI does not."""
+    end = data.rfind(b"IEND") - 4
+    return data[: end - 4] + bytes(4) + data[end:]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "spoilt", "skipped"),
+    [
+        ("x.png", "PNG", damaged_png, True),
+        ("x.jpg", "JPEG", refused_jpeg, True),
+        ("x.png", "PNG", wrong_sum, False),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 5, 29])
+def test_what_dali_refuses_is_left_to_pillow_in_views_as_well(
+    folder: Path, name: str, kind: str, spoilt, skipped: bool, place: int
+) -> None:
+    settings = config(root=folder)
+    order = epoch_order(settings.seed, 0, 30)
+    path = file_of(folder, int(order[place]))
+    pixels = np.asarray(Image.open(path))
+    path.unlink()
+    path.with_name(f"{path.stem}{name}").write_bytes(spoilt(encoded(pixels, kind)))
+    source = open_sources(settings.data, 0).train
+    views = dali_loader.dali_views(source, settings, 0, order)
+    assert (len(views.bad), views.missed) == ((1, 1) if skipped else (0, 0))
+    assert views.index.tolist() == ViewReader(source, settings)[0, order].index.tolist()
+    contact_sheet(source, settings, count=30)
+
+
+def damaged(data: bytes, rng: np.random.Generator) -> bytes:
+    spoilt, at = bytearray(data), int(rng.integers(len(data)))
+    match int(rng.integers(5)):
+        case 0:
+            spoilt[at] ^= 1 << int(rng.integers(8))
+        case 1:
+            del spoilt[at : at + int(rng.integers(1, 40))]
+        case 2:
+            spoilt[at:at] = rng.bytes(int(rng.integers(1, 40)))
+        case 3:
+            del spoilt[at:-12]
+        case 4:
+            spoilt = spoilt[:at]
+    return bytes(spoilt)
+
+
+def test_both_loaders_skip_the_same_damaged_files(tmp_path: Path) -> None:
+    """But for JPEGs with damage in their middle, which DALI may decode as far as they go."""
+    rng = np.random.default_rng(0)
+    pixels = np.kron(rng.integers(0, 256, (5, 6, 3), np.uint8), np.ones((6, 6, 1), np.uint8))
+    for kind in ("PNG", "BMP", "GIF", "TIFF", "WEBP", "JPEG"):
+        for i in range(24):
+            data = encoded(pixels, kind)
+            if i % 2:
+                data = data[: len(data) // 3] if kind == "JPEG" else damaged(data, rng)
+            ending = {"JPEG": "jpg", "TIFF": "tif"}.get(kind, kind.lower())
+            (tmp_path / f"{i:02}.{ending}").write_bytes(data)
+    settings = config(root=tmp_path, batch_size=12)
+    settings = replace(settings, data=replace(settings.data, max_bad_share=0.9))
+    source = open_sources(settings.data, 0).train
+    skipped, orders = [], []
+    for kind in (ViewLoader, DaliViewLoader):
+        loader = kind(source, settings, device=CPU)
+        orders.append([batch.index.tolist() for epoch in (0, 1) for batch in loader.epoch(epoch)])
+        loader.close()
+        skipped.append(loader.bad)
+    assert skipped[0].keys() == skipped[1].keys()
+    assert len(skipped[0]) > 30
+    assert orders[0] == orders[1]
+
+
+def test_a_killed_reader_is_an_error(source: ArraySource) -> None:
+    loader = DaliViewLoader(source, config(readers=2), device=CPU)
+    with pytest.raises(NoBatch, match=r"killed by SIGKILL.*data\.dali\.readers"):
+        for epoch in range(1000):
+            for _ in loader.epoch(epoch):
+                for worker in multiprocessing.active_children()[:1]:
+                    os.kill(worker.pid, signal.SIGKILL)  # type: ignore
+    loader.close()
+    assert not multiprocessing.active_children()
 
 
 def test_a_failure_that_is_no_images_is_passed_on(

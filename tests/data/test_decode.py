@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
+import socket
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from sacl_fast.data.decode import BadImage, read_rgb
+from sacl_fast.data.decode import BadImage, read_bytes, read_rgb
 
 GRAY = np.linspace(0, 255, 12 * 9).astype(np.uint8).reshape(9, 12)
 COLOUR = np.stack([GRAY, GRAY[::-1], GRAY[:, ::-1]], 2)
@@ -107,3 +111,63 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
     with pytest.raises(BadImage, match="decompression bomb"):
         read_rgb(str(tmp_path / "bomb.png"))
+
+
+# --- what is opened ------------------------------------------------------------------------------
+
+
+def _fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(path))  # absolute ones may be too long
+
+
+def _to(target: str) -> Callable[[Path], None]:
+    return lambda path: path.symlink_to(target)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (_fifo, "a pipe, a socket or a device"),
+        (_socket, "a pipe, a socket or a device"),
+        (_to("/dev/zero"), "a pipe, a socket or a device"),
+        (_to("/dev/null"), "a pipe, a socket or a device"),
+        (_to("."), "a folder"),
+        (_to("x.jpg"), "symbolic links"),
+        (_to("nothing"), "No such file"),
+        (_to("x" * 300), "(?i)too long"),
+    ],
+)
+def test_only_regular_files_are_opened(
+    tmp_path: Path, make: Callable[[Path], None], reason: str
+) -> None:
+    path = tmp_path / "x.jpg"
+    try:
+        make(path)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        path = tmp_path / ("x" * 300)
+    for read in (read_bytes, read_rgb):
+        with pytest.raises(BadImage, match=reason):
+            read(str(path))
+
+
+def test_a_file_of_more_bytes_than_may_be(tmp_path: Path) -> None:
+    with (tmp_path / "x.jpg").open("wb") as file:
+        file.truncate(20 * 2**30)
+    with pytest.raises(BadImage, match=r"21474836480 bytes, and data\.max_file_bytes is 268435456"):
+        read_rgb(str(tmp_path / "x.jpg"))
+    os.truncate(tmp_path / "x.jpg", 11)
+    assert read_bytes(str(tmp_path / "x.jpg"), most=11) == bytes(11)
+    with pytest.raises(BadImage, match=r"max_file_bytes is 10"):
+        read_bytes(str(tmp_path / "x.jpg"), most=10)
+
+
+def test_a_zero_byte_in_a_path() -> None:
+    with pytest.raises(BadImage, match="null"):
+        read_rgb("a\0b.jpg")

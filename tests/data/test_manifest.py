@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sacl_fast.data.manifest import Manifest, list_images
@@ -140,3 +142,101 @@ def test_an_unusable_cache_folder_is_only_warned_of(
 def test_an_unreadable_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read the folder .*nowhere: No such file"):
         list_images(tmp_path / "nowhere")
+
+
+# --- what a kept listing may say -----------------------------------------------------------------
+
+
+def _changed(**changes) -> Callable[[dict], dict]:
+    return lambda data: {**data, **{key: change(data[key]) for key, change in changes.items()}}
+
+
+def _text(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _changed(counts=lambda counts: np.array([9, -4, *counts[2:] * 0])),
+        _changed(counts=lambda counts: counts.astype(float)),
+        _changed(counts=lambda counts: counts[:-1]),
+        _changed(counts=lambda counts: counts[None]),
+        _changed(names=lambda names: _text("/etc/x.jpg\0" * 5)),
+        _changed(names=lambda names: _text("../x.jpg\0" * 5)),
+        _changed(names=lambda names: _text("..\0" * 5)),
+        _changed(names=lambda names: _text("\0" * 5)),
+        _changed(names=lambda names: names[:-1]),
+        _changed(names=lambda names: names[:-10]),
+        _changed(names=lambda names: names.astype(np.int64)),
+        _changed(folders=lambda folders: _text("\0a\0a/..\0a/../b\0a-b\0b\0c\0")),
+        _changed(folders=lambda folders: _text("\0a\0/etc\0a/b\0a-b\0b\0c\0")),
+        _changed(folders=lambda folders: _text("\0a\0a\0a/b\0a-b\0b\0c\0")),
+        _changed(folders=lambda folders: _text("x\0a\0y\0a/b\0a-b\0b\0c\0")),
+        _changed(times_ns=lambda times: times[:, 0]),
+        _changed(times_ns=lambda times: times.astype(float)),
+        _changed(skipped_counts=lambda counts: counts[:0]),
+        lambda data: {key: value for key, value in data.items() if key != "names"},
+        lambda data: {**data, "names": np.array([object()])},
+    ],
+)
+def test_a_listing_that_is_none_is_made_anew(
+    tree: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: Callable[[dict], dict]
+) -> None:
+    first = listing(tree, tmp_path / "cache")
+    (kept,) = (tmp_path / "cache").rglob("*.npz")
+    with np.load(kept) as data:
+        changed = change(dict(data))
+    np.savez(kept, **changed)
+    caplog.clear()
+    assert list(listing(tree, tmp_path / "cache").paths()) == list(first.paths())
+    assert "ignoring the unreadable listing" in caplog.text
+    caplog.clear()
+    listing(tree, tmp_path / "cache")
+    assert not was_read(caplog)
+
+
+def test_a_time_that_was_set_back_deceives_nobody(
+    tree: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    listing(tree, tmp_path / "cache")
+    (tree / "a/1.jpg").unlink()
+    settle(tree)
+    assert len(listing(tree, tmp_path / "cache")) == 4
+
+
+def test_what_is_skipped_is_counted_each_time(
+    tree: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a/1.HEIC", "b/2.heic", "b/3.avif", "README", "a/x.csv"):
+        (tree / name).touch()
+    (tree / "b/lost").symlink_to("nowhere")
+    settle(tree)
+    for _ in range(2):
+        caplog.clear()
+        manifest = listing(tree, tmp_path / "cache")
+        assert dict(manifest.skipped) == {
+            **{".heic": 2, ".avif": 1, ".csv": 1, ".txt": 1},
+            **{"": 1, "link to nothing": 1},
+        }
+        (said,) = [r for r in caplog.records if r.getMessage().startswith("skipped")]
+        assert said.levelno == logging.WARNING
+        assert "skipped 7 files" in said.getMessage() and "2 .heic" in said.getMessage()
+
+
+def test_what_is_no_file_is_left_to_who_reads_it(tree: Path) -> None:
+    os.mkfifo(tree / "a/pipe.jpg")
+    (tree / "a/circle.jpg").symlink_to("circle.jpg")
+    (tree / "a/circle").symlink_to("circle")
+    paths = list(list_images(tree).paths())
+    assert "a/pipe.jpg" in paths and "a/circle.jpg" in paths
+
+
+def test_a_listing_is_written_through_no_link(tree: Path, tmp_path: Path) -> None:
+    listing(tree, tmp_path / "cache")
+    (kept,) = (tmp_path / "cache").rglob("*.npz")
+    (tmp_path / "victim").write_text("kept")
+    kept.unlink()
+    kept.symlink_to(tmp_path / "victim")
+    listing(tree, tmp_path / "cache")
+    assert (tmp_path / "victim").read_text() == "kept" and not kept.is_symlink()

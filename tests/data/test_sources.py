@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import multiprocessing
+import os
 import pickle
 import tarfile
 import urllib.error
@@ -326,3 +328,111 @@ def test_real_cifar(data_folder: Path) -> None:
     train, val = opened(path, source="cifar10", limit=100)
     assert len(train) == 100 and val is not None and len(val) == 10_000
     assert "airplane" in train.classes and train.load(7).size == (32, 32)
+
+
+# --- what is said before training ----------------------------------------------------------------
+
+
+def said(caplog: pytest.LogCaptureFixture) -> str:
+    return "\n".join(record.getMessage() for record in caplog.records)
+
+
+@pytest.fixture
+def info(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, "sacl_fast.data")
+    return caplog
+
+
+def test_labels_are_said(tmp_path: Path, info: pytest.LogCaptureFixture) -> None:
+    root = paint(tmp_path / "x", *(f"{year}/1.png" for year in range(2019, 2026)))
+    opened(root)
+    assert "labels for kNN evaluation: 7 classes (2019, 2020, 2021, 2022, 2023 and 2 more)" in (
+        said(info)
+    )
+    assert "names of folders" in said(info) and "data.labels none does without" in said(info)
+    info.clear()
+    opened(root, labels="none")
+    assert "no labels, so no kNN evaluation" in said(info)
+
+
+def test_skipped_kinds_are_said(tmp_path: Path, info: pytest.LogCaptureFixture) -> None:
+    root = paint(tmp_path / "x", "a/1.png", "b/1.png")
+    (root / "a/2.HEIC").touch()
+    opened(root)
+    assert "skipped 1 files" in said(info) and "1 .heic" in said(info)
+    for picture in root.rglob("*.png"):
+        picture.unlink()
+    assert "no images in" in (message := _error(root)) and "there are 1 .heic" in message
+
+
+@pytest.mark.parametrize("splits", [("Training", "Testing"), ("TRAIN", "TEST"), ("Train", "Val")])
+def test_test_images_are_not_trained_on(tmp_path: Path, splits: tuple[str, str]) -> None:
+    names = [f"{split}/{name}/1.png" for split in splits for name in "ab"]
+    train, val = opened(paint(tmp_path / "x", *names))
+    assert shades(train) == [0, 1] and val is not None and shades(val) == [2, 3]
+    train, val = opened(pack(paint(tmp_path / "y/z", *names), tmp_path / "y.zip", "z"))
+    assert shades(train) == [0, 1] and val is not None and shades(val) == [2, 3]
+
+
+def test_splits_within_classes_are_said(tmp_path: Path, info: pytest.LogCaptureFixture) -> None:
+    names = [f"{name}/{split}/1.png" for name in "ab" for split in ("train", "Test")]
+    assert len(opened(paint(tmp_path / "x", *names)).train) == 4
+    assert "the images in a/Test, b/Test are trained on as well" in said(info)
+
+
+# --- Tiny-ImageNet -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_imagenet(tmp_path: Path) -> Path:
+    root = paint(
+        tmp_path / "tiny",
+        *("train/n01/images/n01_0.png", "train/n02/images/n02_0.png"),
+        *("val/images/val_0.png", "val/images/val_1.png", "val/images/val_2.png"),
+    )
+    lines = [
+        "val_0.png\tn02\t0\t0\t9\t9",
+        "val_2.png\tn02\t0\t0\t9\t9",
+        "val_1.png\tn01\t0\t0\t9\t9",
+    ]
+    (root / "val/val_annotations.txt").write_bytes("\r\n".join(lines).encode())
+    return root
+
+
+def test_val_images_with_annotations(tiny_imagenet: Path) -> None:
+    train, val = opened(tiny_imagenet)
+    assert train.classes == ("n01", "n02") and val is not None
+    assert val.labels.tolist() == [1, 0, 1]
+
+
+def test_val_images_without_annotations(tiny_imagenet: Path) -> None:
+    annotations = tiny_imagenet / "val/val_annotations.txt"
+    annotations.write_text("val_0.png\tn02\nval_1.png\tn99\n")
+    message = _error(tiny_imagenet)
+    assert "for 2 of 3 images (val_1.png, val_2.png)" in message
+    annotations.unlink()
+    message = _error(tiny_imagenet)
+    assert f"{tiny_imagenet / 'val'} holds the folder images, which is none of the class" in message
+    assert "val_annotations.txt" in message and "data.labels none" in message
+    assert opened(tiny_imagenet, labels="none").val is None
+
+
+# --- roots that cannot be had --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["folder", "webdataset", "cifar10"])
+@pytest.mark.parametrize("suffix", ["", ".tar", ".zip", ".txt"])
+@pytest.mark.parametrize("kind", ["long", "circle", "dangling", "pipe", "home"])
+def test_roots_that_cannot_be_had(tmp_path: Path, kind: str, suffix: str, source: str) -> None:
+    root = tmp_path / f"x{suffix}"
+    if kind == "long":
+        root = tmp_path / ("x" * 300 + suffix)
+    elif kind == "pipe":
+        os.mkfifo(root)
+    elif kind == "home":
+        root = Path(f"~no-such-user-here/x{suffix}")
+    else:
+        root.symlink_to(root if kind == "circle" else "nowhere")
+    with pytest.raises(UserError) as caught:
+        open_sources(DataConfig(source=source, root=str(root)), seed=0, download=False)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)

@@ -140,3 +140,49 @@ def test_what_is_wrong_with_shards(shards: Path, tmp_path: Path) -> None:
         opened(shards, tmp_path)
     assert main(["index"]) == 2
     assert main(["index", str(tmp_path / "nowhere")]) == 2
+
+
+def test_names_with_dots(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    members = []
+    for i in range(4):
+        members += [(f"v1.{i}.png", png(i)), (f"v1.{i}.cls", b"ab"[i % 2 : i % 2 + 1])]
+    write_shard(tmp_path / "x" / "0.tar", members + samples(4, 3))
+    source = opened(tmp_path / "x", tmp_path).train
+    assert [source.read(i) for i in range(7)] == [png(i) for i in range(7)]
+    assert [source.classes[label] for label in source.labels[:4]] == ["a", "b", "a", "b"]
+    assert "ignored" not in caplog.text
+
+
+def test_other_images_of_a_sample_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    members = [("1.seg.png", png(1)), ("1.png", png(2)), ("1.jpg", png(3)), ("2.png", png(4))]
+    write_shard(tmp_path / "x" / "0.tar", members)
+    source = opened(tmp_path / "x", tmp_path).train
+    assert [source.read(i) for i in range(len(source))] == [png(2), png(4)]
+    assert "ignored 2 images" in caplog.text and "1.seg.png, 1.jpg" in caplog.text
+
+
+def test_labels_that_are_missing_or_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    members = [*samples(0, 3), ("9.png", png(9)), ("9.cls", b" \n")]
+    write_shard(tmp_path / "x" / "0.tar", members)
+    assert opened(tmp_path / "x", tmp_path).train.classes == ()
+    assert "no labels: 1 of 4 images" in caplog.text
+    write_shard(tmp_path / "x" / "0.tar", [("9.png", png(9)), ("9.cls", b"x" * 5000)])
+    with pytest.raises(UserError, match=r"9\.cls has 5000 bytes, .*data\.labels none"):
+        opened(tmp_path / "x", tmp_path)
+    assert len(opened(tmp_path / "x", tmp_path, labels="none").train) == 1
+
+
+def test_splits_by_the_names_of_shards(tmp_path: Path) -> None:
+    write_shard(tmp_path / "x" / "in1k-train-0.tar", samples(0, 12))
+    write_shard(tmp_path / "x" / "in1k-val-0.tar", samples(3, 2))
+    splits = opened(tmp_path / "x", tmp_path)
+    assert len(splits.train) == 12
+    assert splits.val is not None and len(splits.val) == 2
+
+
+def test_an_image_of_more_bytes_than_may_be(shards: Path, tmp_path: Path) -> None:
+    source = opened(shards, tmp_path, max_file_bytes=len(png(0)) - 1).train
+    with pytest.raises(BadImage, match=r"max_file_bytes"):
+        source.load(0)

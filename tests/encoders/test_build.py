@@ -91,11 +91,51 @@ def test_resnet20_is_the_papers():
         ("convnext_atto", {"stem": "cifar"}, "patches"),
         ("vgg11", {"drop_path": 0.1}, "drop_path_rate"),
         ("vgg11", {"image_size": 8}, "does not run on 8 px"),
+        ("resnet18.a1_in1kk", {}, "no tag 'a1_in1kk' in timm; without one works .* mean a1_in1k"),
+        ("resnet18.", {}, "no tag ''"),
+        ("xcit_tiny_12_p8_224.x.y", {}, r"no tag 'x\.y'"),
+        ("hf-hub:timm/resnet18", {}, "unknown encoder 'hf-hub:timm/resnet18'"),
+        ("local-dir:/tmp/x", {}, "unknown encoder"),
+        ("", {}, "build_encoder: name is empty"),
+        ("x" * 9999, {}, "unknown encoder 'xxx"),
+        ("resnet18", {"stem": "cifr"}, r"stem is 'cifr'; .* \(did you mean cifar"),
+        ("resnet18", {"width": float("inf")}, "width is inf; a finite number"),
+        ("resnet18", {"width": 1000.0}, "at most 64 works"),
+        ("resnet18", {"image_size": 64.0}, "image_size is 64.0; a whole number"),
+        ("resnet18", {"drop_path": 1.0}, "from 0 to below 1"),
+        ("halonet_h1", {}, "HaloAttn|does not run on 64 px images with this stem: "),
+        ("crossvit_tiny_240", {}, r"does not run on 64 px .*; it was made for 240 px \(views.size"),
     ],
 )
 def test_what_cannot_be_built(name, options, sentence):
     with pytest.raises(UserError, match=sentence):
         build_encoder(name, **{"image_size": 64, **options})
+
+
+def test_a_known_tag_is_the_model_itself():
+    tagged = build_encoder("mobilenetv2_100.ra_in1k", width=0.5, image_size=32)
+    plain = build_encoder("mobilenetv2_100", width=0.5, image_size=32)
+    assert [p.shape for p in tagged.parameters()] == [p.shape for p in plain.parameters()]
+
+
+@pytest.mark.parametrize("error", [AssertionError(), RuntimeError(""), IndexError(), KeyError("k")])
+def test_errors_without_words(error):
+    class Wordless(nn.Linear):
+        def forward(self, input):
+            raise error
+
+    with pytest.raises(UserError, match=f"Wordless does not run .*: ({type(error).__name__}|'k')"):
+        output_dim(Wordless(1, 1), 32)
+
+
+@pytest.mark.parametrize("features", [torch.zeros(1, 3, 2), (torch.zeros(1, 3),), None])
+def test_encoders_without_a_feature_vector(features):
+    class Maps(nn.Linear):
+        def forward(self, input):
+            return features
+
+    with pytest.raises(UserError, match="Maps gives no feature vector"):
+        output_dim(Maps(1, 1), 32)
 
 
 def test_projector():

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +24,13 @@ from sacl_fast.slim import RecordedEncoder, Slicer
 SIZE = 16
 
 
-def build(name: str, batch_norm: str, gather: bool = False, slim_mode: str = "mask") -> SaclXd:
+def build(
+    name: str,
+    batch_norm: str,
+    gather: bool = False,
+    slim_mode: str = "mask",
+    norm_gradient: str = "exact",
+) -> SaclXd:
     """The same float64 model in every process; synchronised where there are several."""
     torch.manual_seed(0)
     encoder: nn.Module = build_encoder(name, image_size=SIZE)
@@ -35,7 +42,7 @@ def build(name: str, batch_norm: str, gather: bool = False, slim_mode: str = "ma
                 nn.init.normal_(norm.bias, 0.0, 0.2)
     if dist.is_initialized():
         encoder, projector = map(synchronize_batch_norm, (encoder, projector))
-    slicer = Slicer(encoder, 0.4, batch_norm=batch_norm)
+    slicer = Slicer(encoder, 0.4, batch_norm=batch_norm, norm_gradient=norm_gradient)
     return SaclXd(encoder, projector, slicer, gather=gather, slim_mode=slim_mode).double().train()
 
 
@@ -58,16 +65,14 @@ def one_step(model: nn.Module, a: torch.Tensor, b: torch.Tensor, **loss) -> dict
     }
 
 
-def run_rank(rank, world_size, port, n, name, batch_norm, gather, slim_mode, loss, folder):
+def run_rank(rank, world_size, port, n, loss, folder, *model):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    model = DistributedDataParallel(
-        build(name, batch_norm, gather, slim_mode), broadcast_buffers=False
-    )
+    ddp = DistributedDataParallel(build(*model), broadcast_buffers=False)
     mine = slice(rank * n, (rank + 1) * n)
     a, b = views(world_size * n)
-    torch.save(one_step(model, a[mine], b[mine], **loss), f"{folder}/{rank}.pt")
+    torch.save(one_step(ddp, a[mine], b[mine], **loss), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -100,13 +105,30 @@ def free_port() -> int:
 def test_ranks_equal_one_process(
     tmp_path, world_size, n, name, batch_norm, gather, slim_mode, loss
 ):
-    options = (n, name, batch_norm, gather, slim_mode, loss)
-    arguments = (world_size, free_port(), *options, str(tmp_path))
-    mp.spawn(run_rank, arguments, nprocs=world_size)
+    model = (name, batch_norm, gather, slim_mode)
+    mp.spawn(run_rank, (world_size, free_port(), n, loss, str(tmp_path), *model), nprocs=world_size)
     expected = one_step(build(name, batch_norm), *views(world_size * n), **loss)
+    assert_equal_to(expected, tmp_path, world_size)
+
+
+@pytest.mark.parametrize("slim_mode", ["mask", "skip"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_damped_gradients_are_by_the_variance_over_all_ranks(tmp_path, slim_mode, n):
+    model = ("mobilenetv3_small_050", "shared", False, slim_mode, "damped")
+    mp.spawn(run_rank, (2, free_port(), n, {}, str(tmp_path), *model), nprocs=2)
+    alone, exact = (
+        one_step(build("mobilenetv3_small_050", "shared", norm_gradient=g), *views(2 * n))
+        for g in ("damped", "exact")
+    )
+    assert_equal_to(alone, tmp_path, 2)
+    assert any(not torch.allclose(alone[k], exact[k]) for k in alone if k.startswith("grad."))
+
+
+def assert_equal_to(expected: dict[str, torch.Tensor], folder: Path, world_size: int) -> None:
+    """What each rank has saved in ``folder``."""
     largest = max(v.abs().max() for k, v in expected.items() if k.startswith("grad."))
     for rank in range(world_size):
-        got = torch.load(tmp_path / f"{rank}.pt")
+        got = torch.load(folder / f"{rank}.pt")
         assert got.keys() == expected.keys()
         for key, value in expected.items():
             scale = (

@@ -209,21 +209,6 @@ def test_one_of_many_that_start_at_once_gets_it(tmp_path):
     assert len(refused) >= 1 and all(text in ("", *refused) for text in said), said
 
 
-def test_a_folder_that_vanishes(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    lock = RunLock(folder)
-    assert not lock.folder_is_gone()
-    (folder / "metrics.jsonl").touch()
-    lock.path.unlink()  # by hand: the folder is still there
-    assert not lock.folder_is_gone()
-    folder.rename(tmp_path / "other")
-    assert lock.folder_is_gone()
-    folder.mkdir()
-    assert lock.folder_is_gone()
-    lock.release()
-
-
 def test_a_folder_that_was_taken_over(tmp_path):
     lock = RunLock(tmp_path)
     left_by(tmp_path, machine="other", pid=77)

@@ -16,13 +16,13 @@ import sacl_fast
 from sacl_fast.config import to_dict
 from sacl_fast.engine.checkpoint import (
     UnusableCheckpoint,
+    changed_settings,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
 )
 from sacl_fast.engine.distributed import process_group
 from sacl_fast.engine.metrics import MetricWriter, read_metrics
-from sacl_fast.engine.resume import changed_settings
 from sacl_fast.engine.run_folder import claimed_run_folder
 from sacl_fast.engine.trainer import Run
 from sacl_fast.errors import UserError
@@ -373,13 +373,16 @@ def test_settings_of_another_version_are_no_change():
 # The folder while the run writes
 
 
-def test_a_folder_that_vanishes_is_said_at_the_end_and_the_state_saved(tiny, monkeypatch):
+@pytest.mark.parametrize("then", ["nothing", "an empty folder"])
+def test_a_folder_that_vanishes_is_said_at_the_end_and_the_state_saved(tiny, monkeypatch, then):
     write = MetricWriter.write
 
     def vanishing(self, kind, step, epoch, values):
         write(self, kind, step, epoch, values)
         if step == 2 and not (self.folder.parent / "renamed").exists():
             self.folder.rename(self.folder.parent / "renamed")
+            if then == "an empty folder":
+                self.folder.mkdir()
 
     monkeypatch.setattr(MetricWriter, "write", vanishing)
     tiny = replace(tiny, checkpoint=replace(tiny.checkpoint, every_steps=0))
@@ -387,6 +390,16 @@ def test_a_folder_that_vanishes_is_said_at_the_end_and_the_state_saved(tiny, mon
         sacl_fast.train(tiny)
     assert checkpoints(tiny.out) == [2]
     assert list(losses(Path(tiny.out).parent / "renamed")) == [1, 2]
+
+
+def test_a_folder_is_gone_with_its_files_only(tiny, tmp_path):
+    with process_group("cpu") as ranks, claimed_run_folder(tiny, ranks) as claim:
+        (claim.path / "config.yaml").touch()
+        assert not claim.is_gone()
+        (claim.path / "run.lock").unlink()  # by hand: the folder is still there
+        assert not claim.is_gone()
+        (claim.path / "config.yaml").rename(tmp_path / "x")
+        assert claim.is_gone()
 
 
 def test_the_same_folder_twice_at_once(tiny):

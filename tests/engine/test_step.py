@@ -99,6 +99,21 @@ def step_of(steps_per_epoch=30, **slim) -> TrainingStep:
     return TrainingStep(build_method(config), config, ranks, steps_per_epoch=steps_per_epoch)
 
 
+def test_only_what_has_four_dimensions_is_channels_last():
+    """Some encoders have 3-D or 1-D convolutions, whose weights have other dimensions."""
+    config = Config(
+        views=CIFAR,
+        encoder=EncoderConfig(name="resnet20", width=0.25),
+        projector=ProjectorConfig(hidden=8, out=8),
+    )
+    method = build_method(config)
+    method.encoder.add_module("extra", nn.ModuleList([nn.Conv3d(2, 3, 2), nn.Conv1d(2, 3, 2)]))
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    TrainingStep(method, config, ranks, steps_per_epoch=1)
+    weights = [m.weight for m in method.modules() if isinstance(m, nn.Conv2d)]
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+
+
 def test_slim_passes_are_recorded_where_that_pays():
     assert step_of(30).method.recorded is not None
     assert step_of(29).method.recorded is None

@@ -120,8 +120,9 @@ def test_equal_votes_go_to_the_lower_class():
         ({"num_classes": 3}, "0 to 2 work"),
         ({"query_labels": torch.full((101,), -1)}, "labels go from -1"),
         ({"bank": torch.full((300, 5), torch.nan)}, "not finite"),
-        ({"k": 0}, "above 0"),
-        ({"temperature": 0.0}, "above 0"),
+        ({"k": 0}, "k is 0; 1 or more works"),
+        ({"temperature": 0.0}, "temperature is 0.0; a value above 0"),
+        ({"temperature": float("nan")}, "temperature is nan; a finite number"),
     ],
 )
 def test_what_does_not_fit_is_said(change: dict, sentence: str):

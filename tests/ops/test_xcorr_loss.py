@@ -257,7 +257,16 @@ def test_distillation_needs_its_targets():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"algorithm": "grams"}, "unknown algorithm 'grams'; did you mean gram"),
+        ({"algorithm": "grams"}, "algorithm is 'grams'; one of auto, gram, tiles works"),
+        ({"distillation": "corelation"}, "did you mean correlation"),
+        ({"off_diagonal": "square"}, "did you mean squared"),
+        ({"pairing": "samewidth"}, "did you mean same_width"),
+        ({"variance": "unbias"}, "did you mean unbiased"),
+        ({"statistics": "globl"}, "did you mean global"),
+        ({"alpha": float("nan")}, "alpha is nan"),
+        ({"lambda_": float("inf")}, "lambda_ is inf"),
+        ({"eps": -1e-5}, "eps is -1e-05"),
+        ({"scale": "1"}, "scale is '1', a text; a number works"),
         ({"backend": "tritn"}, "no such backend"),
         ({"backend": "triton"}, "float64"),
     ],

@@ -1,0 +1,42 @@
+"""What may help a run whose loss is not finite: only what can, for this configuration."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from sacl_fast.config import Config
+from sacl_fast.engine.method import build_method
+
+
+def what_may_help(config: Config, amp_dtype: torch.dtype | None) -> str:
+    """A sentence or two for whoever configured the run.
+
+    Args:
+        amp_dtype: what autocast ran in; None: float32.
+    """
+    if config.slim.norm_gradient == "exact" and _gradients_grow(config):
+        return (
+            f"In slim passes of {config.encoder.name}, gradients grow over batch norms of constant "
+            "channels, at any rate and precision; --slim.norm-gradient damped, or auto, bounds them"
+        )
+    if config.loss.off_diagonal == "literal" and config.loss.alpha < 1:
+        return (
+            "The literal objective has no lower bound; --loss.off-diagonal squared is the one that "
+            "can be minimised"
+        )
+    ways = ["a lower --optim.lr"]
+    if config.optim.warmup_epochs == 0:
+        ways.append("--optim.warmup-epochs 1 or more")
+    if amp_dtype is not None:
+        ways.append("--precision fp32")
+    if config.slim.ratio < 1 and config.slim.norm_gradient != "damped":
+        ways.append("--slim.norm-gradient damped")
+    return f"What often helps: {', or '.join(ways)}"
+
+
+def _gradients_grow(config: Config) -> bool:
+    """Whether ``auto`` would damp the slim passes' gradients."""
+    by_architecture = replace(config, slim=replace(config.slim, norm_gradient="auto"))
+    return build_method(by_architecture).slicer.norm_gradient == "damped"

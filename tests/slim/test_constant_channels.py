@@ -1,0 +1,435 @@
+"""Gradients through batch norms of constant channels: ``norm_gradient`` and what ``auto`` takes."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sacl_fast.config import (
+    Config,
+    EncoderConfig,
+    LossConfig,
+    ProjectorConfig,
+    SlimConfig,
+    ViewsConfig,
+)
+from sacl_fast.encoders import build_encoder
+from sacl_fast.engine.method import build_method
+from sacl_fast.errors import UserError
+from sacl_fast.losses import SaclXdLoss
+from sacl_fast.ops import batch_norm_act
+from sacl_fast.ops.batch_norm import DAMPED, damped
+from sacl_fast.optim import build_optimizer
+from sacl_fast.slim import RecordedEncoder, Slicer
+from sacl_fast.slim.constant_channels import constant_norms_in_a_row
+
+EPS = 1e-5
+
+
+def expected_factor(x: torch.Tensor, eps: float = EPS) -> torch.Tensor:
+    """(1, C, ...), by the definition."""
+    rows = x.detach().transpose(0, 1).flatten(1).double()  # (C, n)
+    variance = ((rows - rows.mean(1, keepdim=True)) ** 2).mean(1)
+    return (variance / eps).clamp(max=1).view(1, -1, *[1] * (x.ndim - 2))
+
+
+# --- one norm -------------------------------------------------------------------------------------
+
+SPREADS = torch.tensor([0.0, 1e-9, 1e-4, 1e-3, 0.0031, 0.0033, 0.1, 3.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (2, 8, 5), (3, 8, 4, 5), (1, 8, 7, 3)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_factor_of_each_channel(shape, dtype):
+    torch.manual_seed(0)
+    spread = SPREADS.view(1, -1, *[1] * (len(shape) - 2))
+    x = (torch.randn(shape, dtype=torch.float64) * spread).to(dtype).requires_grad_()
+    g = torch.randn(shape).to(dtype)
+    y = damped(x, EPS)
+    assert torch.equal(y, x)
+    (gradient,) = torch.autograd.grad(y, x, g)
+    assert gradient.dtype == dtype
+    expected = g.double() * expected_factor(x)
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-2, atol=1e-6)
+    varied = (expected_factor(x) == 1).expand(shape)
+    assert torch.equal(gradient[varied], g[varied]) and varied.any()
+    assert (gradient[:, 0] == 0).all()
+
+
+def test_a_large_constant_is_one_however_it_is_rounded():
+    for value in (0.1, 1 / 3, -7.7, 123.4):
+        x = torch.full((4, 3, 9, 11), value).contiguous(memory_format=torch.channels_last)
+        x.requires_grad_()
+        norm = nn.BatchNorm2d(3)
+        (gradient,) = torch.autograd.grad(norm(damped(x, EPS)), x, torch.randn_like(x))
+        assert gradient.abs().max() < 1e-3
+
+
+def test_nothing_is_done_where_there_is_no_gradient():
+    x = torch.randn(2, 3, 4, 4)
+    assert damped(x, EPS) is x
+    x.requires_grad_()
+    with torch.no_grad():
+        assert damped(x, EPS) is x
+    assert damped(x, 0.0) is x
+
+
+def test_the_host_reads_no_value():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.randn(2, 3, 4, 4, requires_grad=True)
+        damped(x, EPS).sum().backward()
+
+
+# --- slim encoders --------------------------------------------------------------------------------
+
+
+class Reparameterised(nn.Module):
+    """Blocks of a residual stream that no block fills in all channels, as RepViT's: depthwise
+    filters of two sizes and nothing, added, normalised, then a gated bottleneck."""
+
+    def __init__(self, width: int = 12, blocks: int = 4, classes: int = 5) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width))
+        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
+        self.head = nn.Conv2d(width, classes, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x).mean((2, 3))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.large = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
+        self.large_norm = nn.BatchNorm2d(width)
+        self.small = nn.Conv2d(width, width, 1, groups=width)
+        self.norm = nn.BatchNorm2d(width)
+        self.up, self.up_norm = nn.Conv2d(width, 2 * width, 1), nn.BatchNorm2d(2 * width)
+        self.down, self.down_norm = nn.Conv2d(2 * width, width, 1), nn.BatchNorm2d(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.large_norm(self.large(x)) + self.small(x) + x)
+        y = nn.functional.gelu(self.up_norm(self.up(x)))
+        y = y * y.mean((2, 3), keepdim=True).sigmoid()
+        return x + self.down_norm(self.down(y))
+
+
+class ReferenceNorm(_BatchNorm):
+    """Train-mode batch norm written out, with the gradient that is defined."""
+
+    def _check_input_dim(self, input):
+        pass
+
+    def forward(self, x):
+        shape = [1, -1, *[1] * (x.ndim - 2)]
+        dims = [0, *range(2, x.ndim)]
+        factor = expected_factor(x, self.eps)
+        x = x.view_as(x)
+        x.register_hook(lambda gradient: gradient * factor)
+        mean, variance = x.mean(dims), x.var(dims, correction=0)
+        out = (x - mean.view(shape)) / (variance + self.eps).sqrt().view(shape)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(x.var(dims), self.momentum)
+            self.num_batches_tracked += 1
+        return out * self.weight.view(shape) + self.bias.view(shape)
+
+
+def with_reference_norms(module: nn.Module) -> nn.Module:
+    for name, child in module.named_children():
+        setattr(module, name, with_reference_norms(child))
+    if not isinstance(module, _BatchNorm):
+        return module
+    twin = ReferenceNorm(module.num_features, eps=module.eps, momentum=module.momentum)
+    twin.load_state_dict(module.state_dict())
+    return twin.double()
+
+
+def with_bias(encoder: nn.Module, std: float) -> nn.Module:
+    """Norms as after some training: constants that are not 0, maps that vary a little."""
+    for norm in encoder.modules():
+        if isinstance(norm, _BatchNorm):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias, std=std)
+    return encoder
+
+
+def observe(encoder, x, *around) -> dict[str, torch.Tensor]:
+    x = x.clone().requires_grad_()
+    torch.manual_seed(1)
+    with around[0] if around else torch.enable_grad():
+        out = encoder(x)
+    (
+        out.square() + torch.linspace(-1, 1, out.numel()).to(out).view(out.shape) * out
+    ).sum().backward()
+    return {
+        "out": out.detach(),
+        "x": x.grad,
+        **{f"grad.{n}": p.grad for n, p in encoder.named_parameters() if p.grad is not None},
+        **{n: b.double() for n, b in encoder.named_buffers()},
+    }
+
+
+def assert_equal(got, expected, tolerance: float = 1e-9) -> None:
+    """Gradients relative to the largest: those of a bias before a norm are rounding noise."""
+    assert got.keys() == expected.keys()
+    largest = largest_gradient(expected)
+    for name, value in expected.items():
+        scale = largest if name.startswith("grad.") else value.abs().max().clamp(min=1e-3)
+        error = (got[name] - value).abs().max() / scale
+        assert error < tolerance, f"{name}: {error:.1e}"
+
+
+def largest_gradient(seen) -> float:
+    return max(v.abs().max().item() for name, v in seen.items() if name.startswith("grad."))
+
+
+@pytest.mark.parametrize("std", [0.0, 1e-5, 1e-3, 0.5])
+def test_masked_skipped_and_defined_gradients_are_one(std):
+    torch.manual_seed(0)
+    # Two blocks: rounding of a constant grows over its norms as well, in values.
+    encoder = with_bias(Reparameterised(blocks=2), std).double()
+    x = torch.randn(4, 3, 12, 12, dtype=torch.float64)
+    reference = with_reference_norms(copy.deepcopy(encoder))
+    results = []
+    for mode, own in (("mask", reference), ("mask", encoder), ("skip", copy.deepcopy(encoder))):
+        gradient = "exact" if own is reference else "damped"
+        slicer = Slicer(own, 0.4, norm_gradient=gradient)
+        results.append(observe(own, x, slicer.mode(mode)))
+    assert_equal(results[1], results[0])
+    assert_equal(results[2], results[0])
+    assert not DAMPED.get() and not any(m._forward_pre_hooks for m in encoder.modules())
+
+
+def test_separate_norms():
+    torch.manual_seed(0)
+    encoder = with_bias(Reparameterised(blocks=2), 1e-3).double()
+    x = torch.randn(4, 3, 12, 12, dtype=torch.float64)
+    results = []
+    for mode in ("mask", "skip"):
+        own = copy.deepcopy(encoder)
+        options = {"batch_norm": "separate", "norm_gradient": "damped"}
+        slicer = Slicer(own, 0.4, **options).double()
+        seen = observe(own, x, slicer.mode(mode))
+        seen |= {f"grad.{n}": p.grad for n, p in slicer.named_parameters()}
+        seen |= {n: b.double() for n, b in slicer.named_buffers()}
+        results.append(seen)
+    shared = Slicer(encoder, 0.4, norm_gradient="damped")
+    expected = observe(encoder, x, shared.mode("mask"))
+    assert_equal(results[1], results[0])
+    torch.testing.assert_close(results[0]["x"], expected["x"])
+
+
+@pytest.mark.parametrize("name", ["repvit_m0_9", "ghostnet_050", "efficientvit_m0"])
+def test_encoders_in_which_it_compounds(name):
+    """No gradient is far from the dense encoder's (RepViT: else 1e28 times), and skipped equals
+    masked once the norms have biases: before, rounding decides what a constant map becomes over
+    RepViT's norms."""
+    torch.manual_seed(0)
+    encoder = build_encoder(name, image_size=32).double().train()
+    x = torch.randn(6, 3, 32, 32, dtype=torch.float64)
+    for std in (0.0, 0.01):
+        if std:
+            with_bias(encoder, std)
+        results = {}
+        for mode in ("dense", "mask", "skip"):
+            own = copy.deepcopy(encoder)
+            results[mode] = observe(own, x, Slicer(own, norm_gradient="damped").mode(mode))
+        for mode in ("mask", "skip"):
+            assert largest_gradient(results[mode]) < 1e3 * largest_gradient(results["dense"])
+    assert_equal(results["skip"], results["mask"], 1e-7)
+    assert all(map(torch.equal, results["dense"].values(), observe(encoder, x).values()))
+
+
+def gradients(seen) -> torch.Tensor:
+    return torch.cat([v.double().flatten() for k, v in seen.items() if k.startswith("grad.")])
+
+
+def test_autocast():
+    torch.manual_seed(0)
+    encoder = with_bias(Reparameterised(24), 0.2)
+    x = torch.randn(8, 3, 24, 24)
+    exact = copy.deepcopy(encoder).double()
+    truth = observe(exact, x.double(), Slicer(exact, norm_gradient="damped").mode("mask"))
+    errors = {}
+    for mode in ("mask", "skip"):
+        own = copy.deepcopy(encoder)
+        slicer = Slicer(own, norm_gradient="damped")
+        with torch.autocast("cpu", torch.bfloat16):
+            seen = observe(own, x, slicer.mode(mode))
+        got, wanted = map(gradients, (seen, truth))
+        assert got.isfinite().all()
+        errors[mode] = ((got - wanted).norm() / wanted.norm()).item()
+    assert errors["skip"] < 1.5 * errors["mask"] and errors["mask"] < 0.5, errors
+
+
+@pytest.mark.skipif(not batch_norm_act.is_compiled(), reason="the compiled module is not built")
+@pytest.mark.parametrize("std", [0.0, 1e-3, 0.5])
+def test_the_compiled_operators(std):
+    """In float32, as near to float64 as the masked encoder is."""
+    torch.manual_seed(0)
+    encoder = with_bias(Reparameterised(24), std).to(memory_format=torch.channels_last)
+    x = torch.randn(8, 3, 24, 24).contiguous(memory_format=torch.channels_last)
+    seen = {}
+    for name, mode, backend, dtype in (
+        ("exact", "mask", "torch", torch.float64),
+        ("masked", "mask", "torch", torch.float32),
+        ("skipped", "skip", "cpu", torch.float32),
+    ):
+        own = copy.deepcopy(encoder).to(dtype)
+        slicer = Slicer(own, norm_gradient="damped")
+        slicer.backend = backend
+        results = observe(own, x.to(dtype), slicer.mode(mode))
+        seen[name] = gradients(results)
+    norm = seen["exact"].norm()
+    errors = {n: ((seen[n] - seen["exact"]).norm() / norm).item() for n in ("masked", "skipped")}
+    assert errors["skipped"] < 3 * max(errors["masked"], 1e-6), errors
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_recorded_passes(backend):
+    torch.manual_seed(0)
+    encoder = with_bias(Reparameterised(), 1e-3).to(memory_format=torch.channels_last)
+    twin = copy.deepcopy(encoder)
+    slicer, twins = (Slicer(e, 0.4, norm_gradient="damped") for e in (encoder, twin))
+    slicer.backend = twins.backend = backend
+    recorded = RecordedEncoder(slicer)
+    for step in range(3):
+        x = torch.randn(4, 3, 12, 12).contiguous(memory_format=torch.channels_last)
+        for run, around in ((recorded, torch.enable_grad()), (twin, twins.mode("skip"))):
+            with around:
+                run(x).square().sum().backward()
+        for (name, p), q in zip(encoder.named_parameters(), twin.parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad), (step, name)
+    own = next(iter(recorded._kinds.values()))
+    assert own.confirmed is not None
+    slicer.norm_gradient = twins.norm_gradient = "exact"  # is another kind of pass
+    for run, around in ((recorded, torch.enable_grad()), (twin, twins.mode("skip"))):
+        with around:
+            run(x).square().sum().backward()
+    for (name, p), q in zip(encoder.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
+
+
+@pytest.mark.parametrize("name", ["resnet18", "regnety_002"])
+def test_where_norms_vary_damped_is_exact_to_the_bit(name):
+    torch.manual_seed(0)
+    encoder = build_encoder(name, image_size=64).train()
+    x = torch.randn(4, 3, 64, 64)
+    results = []
+    for gradient in ("exact", "damped"):
+        own = copy.deepcopy(encoder)
+        results.append(observe(own, x, Slicer(own, norm_gradient=gradient).mode("mask")))
+    for key, value in results[0].items():
+        assert torch.equal(value, results[1][key]), key
+
+
+def test_unknown_choices():
+    with pytest.raises(UserError, match="damped"):
+        Slicer(nn.Sequential(nn.Conv2d(3, 4, 1)), norm_gradient="dampened")
+    with pytest.raises(UserError, match="damped"):
+        Slicer(nn.Sequential(nn.Conv2d(3, 4, 1)), norm_gradient="auto")
+
+
+# --- what auto takes ------------------------------------------------------------------------------
+
+
+def configured(name: str, **slim) -> Config:
+    return Config(
+        views=ViewsConfig(size=32),
+        encoder=EncoderConfig(name=name),
+        projector=ProjectorConfig(hidden=32, out=32),
+        slim=SlimConfig(**slim),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("resnet20", "exact"),
+        ("mobilenetv3_small_050", "exact"),
+        ("vit_tiny_patch16_224", "exact"),
+        ("repvit_m0_9", "damped"),
+        ("fastvit_t8", "damped"),
+        ("ghostnet_050", "damped"),
+    ],
+)
+def test_auto_goes_by_the_architecture(name, expected):
+    assert build_method(configured(name)).slicer.norm_gradient == expected
+
+
+def test_auto_changes_no_ordinary_encoder_and_no_random_number():
+    states = []
+    for choice in ("auto", "exact"):
+        torch.manual_seed(0)
+        method = build_method(configured("mobilenetv3_small_050", norm_gradient=choice))
+        x_a, x_b = torch.randn(2, 4, 3, 32, 32)
+        loss, _ = SaclXdLoss(LossConfig())(*method(x_a, x_b))
+        loss.backward()
+        states.append({**method.state_dict(), **{n: p.grad for n, p in method.named_parameters()}})
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+    assert build_method(configured("repvit_m0_9", norm_gradient="exact")).slicer.norm_gradient == (
+        "exact"
+    )
+
+
+def test_norms_in_a_row_are_counted():
+    torch.manual_seed(0)
+    for blocks in (1, 2, 3):
+        slicer = Slicer(Reparameterised(16, blocks), 0.5)
+        # A block's outer norm and the one of its larger filters.
+        before = torch.get_rng_state()
+        with torch.no_grad():
+            assert constant_norms_in_a_row(slicer, 32) == pytest.approx(2 * blocks, abs=0.1)
+        assert torch.equal(before, torch.get_rng_state())
+    assert constant_norms_in_a_row(Slicer(Reparameterised(), 1.0), 32) == 0
+    separate = Slicer(Reparameterised(16, 2), 0.5, batch_norm="separate")
+    assert constant_norms_in_a_row(separate, 32) == pytest.approx(4, abs=0.1)
+
+
+class Choosy(Reparameterised):
+    """Runs at one size, and not in float64."""
+
+    def __init__(self, side: int, dtype: torch.dtype | None = None) -> None:
+        super().__init__(16, 2)
+        self.side, self.dtype = side, dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[2] != self.side or self.dtype not in (None, x.dtype):
+            raise RuntimeError("not like this")
+        return super().forward(x)
+
+
+def test_encoders_that_do_not_run_as_they_are_asked_to(caplog):
+    torch.manual_seed(0)
+    assert constant_norms_in_a_row(Slicer(Choosy(80)), 80) == pytest.approx(4, abs=0.1)
+    assert constant_norms_in_a_row(Slicer(Choosy(80, torch.float32)), 80) == 0
+    assert "float64 (not like this); slim.norm_gradient damped" in caplog.text
+
+
+def test_repvit_survives_the_stock_recipe():
+    """LARS at rate 0.3 leaves one-dimensional parameters unscaled."""
+    torch.manual_seed(0)
+    config = configured("repvit_m0_9", norm_gradient="damped")
+    method = build_method(config)
+    optimizer = build_optimizer(method.parameters(), config.optim)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.3
+    criterion = SaclXdLoss(config.loss)
+    for _ in range(3):
+        x_a, x_b = torch.randn(2, 8, 3, 32, 32)
+        loss, _ = criterion(*method(x_a, x_b))
+        assert math.isfinite(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert all(p.isfinite().all() for p in method.parameters())
