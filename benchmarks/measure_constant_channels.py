@@ -26,6 +26,7 @@ from sacl_fast.encoders import build_encoder
 from sacl_fast.errors import UserError
 from sacl_fast.slim import Slicer
 from sacl_fast.slim.constant_channels import Probe, constant_norms_in_a_row
+from sacl_fast.slim.slicer import Mode
 
 ENCODERS = """
     repvit_m0_9 repvit_m1_0 fastvit_t8 mobileone_s0 ghostnet_050 ghostnetv2_100 ghostnetv3_100
@@ -81,7 +82,8 @@ def measure(encoder: nn.Module, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(1)
     images = torch.randn(options.batch, 3, options.size, options.size, dtype=dtype)
     largest = {}
-    for name, mode in (("dense", "dense"), ("exact", "mask"), ("damped", "mask")):
+    passes: dict[str, Mode] = {"dense": "dense", "exact": "mask", "damped": "mask"}
+    for name, mode in passes.items():
         own = copy.deepcopy(encoder)
         slicer = Slicer(own, options.ratio, norm_gradient="damped" if name == "damped" else "exact")
         torch.manual_seed(2)

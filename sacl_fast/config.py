@@ -157,7 +157,7 @@ class EncoderConfig(Settings, path="encoder"):
 
     name: str = "mobilenetv1_100"
     """Any timm model, or 'resnet20' (CIFAR)."""
-    width: Annotated[float, Range(0, 64, above=True)] = 1.0
+    width: Annotated[float, Range(0.01, 64)] = 1.0
     """Width multiplier, for the families where timm has one (MobileNet-V1/V2/V3, EfficientNet,
     ResNet) and 'resnet20'."""
     stem: Literal["imagenet", "stride1", "cifar"] = "imagenet"

@@ -33,7 +33,7 @@ class Stopped(Exception):
     def __init__(self, number: int = 0, *, everywhere: bool = False) -> None:
         super().__init__(f"stopped by signal {number}")
         self.number = number
-        """The signal that asked for it; 0 from who was only asked not to wait."""
+        """The signal that asked for it; 0: whoever waited does not know."""
         self.everywhere = everywhere
         """Whether all processes of the run stop at the same step."""
 

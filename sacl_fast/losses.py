@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sacl_fast.checks import NotNegative, checked
+from sacl_fast.checks import NotNegative, check, checked
 from sacl_fast.config import Backend, LossConfig
 from sacl_fast.ops.collectives import RowGather
 from sacl_fast.ops.xcorr_loss import LossParts, sacl_xd_loss
@@ -22,10 +22,11 @@ class SaclXdLoss(nn.Module):
 
     @checked
     def __init__(
-        self, config: LossConfig | None = None, *, backend: Backend = "auto", **settings: Any
+        self, config: LossConfig | None = None, *, backend: str = "auto", **settings: Any
     ) -> None:
         """Takes a ``LossConfig``, its fields as keywords, or both: the keywords are later."""
         super().__init__()
+        check(backend, Backend, "SaclXdLoss: backend")
         self.config = replace(config or LossConfig(), **settings)
         self.backend = backend
         self._settings = dict(vars(self.config))  # torch.compile cannot see through a dataclass

@@ -150,7 +150,10 @@ def test_text_of_other_classes_becomes_pythons():
     [
         (lambda: OptimConfig(name="LARS"), "optim.name is 'LARS'; one of lars, adamw works (did"),
         (lambda: OptimConfig(lr="0.3"), "optim.lr is '0.3', a text; a number works"),
-        (lambda: Config(seed=2**60), "a value from 0 to 9,007,199,254,740,991 works, because prog"),
+        (
+            lambda: Config(seed=2**60),
+            "a value from 0 to 9,007,199,254,740,991 works, because",
+        ),
         (lambda: Config(epochs=10**5000), "epochs is a number of 5,001 digits; at most"),
         (lambda: ViewConfig(crop_scale=(0.9, 0.1)), "(0.9, 0.1); the lower value first works"),
         (lambda: ViewsConfig(blur_window=4), "views.blur_window is 4; an odd number works"),

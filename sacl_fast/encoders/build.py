@@ -46,7 +46,7 @@ _REFUSALS = (
 def build_encoder(
     name: str,
     *,
-    width: Annotated[float, Range(0, 64, above=True)] = 1.0,
+    width: Annotated[float, Range(0.01, 64)] = 1.0,
     stem: Stem = "imagenet",
     image_size: Count = 224,
     in_chans: Count = 3,

@@ -68,10 +68,15 @@ def _count(module: nn.Module) -> int:
 def _forward_flops(method: SaclXd, size: int) -> int:
     """FLOPs of encoder and projector on one image."""
     counter = FlopCounterMode(display=False)
-    method.eval()
+    trained = [p for p in method.parameters() if p.requires_grad]
+    # Without gradient: the counter asks for the history of what goes from module to module, and a
+    # parameter that does (a class token) has none.
+    method.eval().requires_grad_(False)
     with counter, torch.no_grad():
         method.embed(torch.zeros(1, 3, size, size))
     method.train()
+    for parameter in trained:
+        parameter.requires_grad_()
     return counter.get_total_flops()
 
 

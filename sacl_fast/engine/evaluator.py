@@ -64,10 +64,9 @@ class Evaluator:
         self.bank = self._loader(splits.train, order[: config.eval.bank])
 
     def _loader(self, source: Source, indices: np.ndarray) -> _UntilStopped:
-        def stopping() -> bool:
-            return self.stop.number != 0
-
-        loader = EvalLoader(source, indices, self.config, self.device, stopping=stopping)
+        loader = EvalLoader(
+            source, indices, self.config, self.device, stopping=lambda: self.stop.requested
+        )
         return _UntilStopped(loader, self.stop)
 
     def knn(self, method: SaclXd) -> dict[str, float]:

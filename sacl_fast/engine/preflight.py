@@ -6,6 +6,7 @@ machine, or on how many images there are.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 from sacl_fast.checks import check
@@ -21,7 +22,8 @@ def check_run(config: Config) -> None:
     """Refuse what this machine cannot do.
 
     Raises:
-        UserError: more processes than it can have, a path in a home folder that is not known.
+        UserError: more processes or weights than it can have, a path in a home folder that is
+            not known.
     """
     check(config, Config, "the configuration")
     paths = {
@@ -33,6 +35,14 @@ def check_run(config: Config) -> None:
     for name, path in paths.items():
         if path is not None:
             user_path(path, name)
+    head = config.projector
+    weights = head.hidden * (head.hidden * max(0, head.layers - 2) + head.out)
+    if 4 * weights > _memory():
+        raise UserError(
+            f"projector.hidden is {head.hidden} and projector.out {head.out}: {4e-9 * weights:.0f} "
+            f"GB of weights, and this machine has {1e-9 * _memory():.0f} GB of memory; smaller "
+            "ones work, such as 2048"
+        )
     cores = worker_count(-1)
     most = 16 * (cores + 1)  # more only take memory; a disk far away may keep some waiting
     processes = {
@@ -46,6 +56,10 @@ def check_run(config: Config) -> None:
                 f"{name} is {asked}, and a process has {cores} cores here; at most {most} works, "
                 "and -1 takes what suits"
             )
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def remarks(config: Config, images: int) -> Iterator[str]:

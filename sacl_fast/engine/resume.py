@@ -197,8 +197,8 @@ def set_aside(folder: Path, *, after: int, spare: Path | None = None) -> None:
     if lines := rewind_metrics(folder / METRICS, after, aside / METRICS):
         moved.append(f"{lines} line{'s' if lines > 1 else ''} of {METRICS}")
     if moved:
-        since = "an earlier run" if after < 0 else f"steps after {after}"
-        logger.warning("moved what is of %s to %s: %s", since, aside, ", ".join(moved))
+        begins = "begins at step 0" if after < 0 else f"goes on from step {after}"
+        logger.warning("the run %s, so this is moved to %s: %s", begins, aside, ", ".join(moved))
 
 
 def _newest_readable(

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from sacl_fast.checks import checked
+from sacl_fast.config import Backend
 from sacl_fast.errors import UserError, nearest
 
 # A backend's check: None where it can run on that device, else why it cannot.
@@ -24,7 +25,7 @@ Check = Callable[[torch.device], str | None]
 class Resolution(NamedTuple):
     """The backend that runs, and why that one."""
 
-    backend: str
+    backend: Backend
     reason: str
 
 
@@ -68,7 +69,7 @@ def _compiled_for_cuda(device: torch.device) -> str | None:
 
 
 # Operator -> its backends besides ``torch``, fastest first.
-OPERATORS: dict[str, dict[str, Check]] = {
+OPERATORS: dict[str, dict[Backend, Check]] = {
     "xcorr_loss": {"triton": _triton},
     "slim_conv": {"cuda": _compiled_for_cuda, "cpu": _compiled_for_cpu},
     "lars": {},
@@ -78,7 +79,7 @@ OPERATORS: dict[str, dict[str, Check]] = {
 
 
 @checked
-def resolve(requested: str, op: str, device: torch.device) -> Resolution:
+def resolve(requested: Backend, op: str, device: torch.device) -> Resolution:
     """The backend of operator ``op`` on ``device``.
 
     ``auto`` takes the fastest that can run. A backend asked for by name that cannot run, or that
@@ -88,7 +89,8 @@ def resolve(requested: str, op: str, device: torch.device) -> Resolution:
         raise UserError(f"unknown operator {op!r}; {nearest(op, OPERATORS)}")
     checks = OPERATORS[op]
     obstacles = {name: check(device) for name, check in checks.items()}
-    usable = [name for name, why_not in obstacles.items() if why_not is None] + ["torch"]
+    usable: list[Backend] = [name for name in checks if obstacles[name] is None]
+    usable.append("torch")
     if requested == "auto":
         passed_over = [f"{name}: {why_not}" for name, why_not in obstacles.items() if why_not]
         if usable[0] != "torch":
@@ -103,14 +105,14 @@ def resolve(requested: str, op: str, device: torch.device) -> Resolution:
     )
 
 
-def asked_of(op: str, requested: str) -> str:
+def asked_of(op: str, requested: Backend) -> Backend:
     """The backend that is asked of one operator where ``requested`` is asked of all: that one
     where the operator has it, else ``auto``. ``torch`` is had by all."""
     return requested if requested in ("torch", *OPERATORS[op]) else "auto"
 
 
 @checked
-def resolve_all(requested: str, device: torch.device) -> dict[str, Resolution]:
+def resolve_all(requested: Backend, device: torch.device) -> dict[str, Resolution]:
     """The backend of every operator, as ``asked_of`` it.
 
     ``UserError`` where no operator has the requested one, or one that has it cannot run.

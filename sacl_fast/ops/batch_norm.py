@@ -44,7 +44,11 @@ def damped(x: Tensor, eps: float, *, over_ranks: bool = False) -> Tensor:
         if over_ranks and world_size() > 1:
             *_, variance = standardize_channels(x, eps, over_ranks=True)
         else:
-            variance = x.var([0, *range(2, x.ndim)], correction=0)
+            # Batch norm's own statistics: on the CPU, channels-last, ``var`` takes 90 times as long
+            # (32 images of 64 x 56 x 56, one core: 1.5 and 135 ms or more).
+            # Of differences to a channel's first value, so that a large constant's is exactly 0.
+            first = x[:1, :, *[slice(1)] * (x.ndim - 2)]
+            _, variance = torch.batch_norm_update_stats(x - first, None, None, 0.0)
         factor = (variance / eps).clamp(max=1).to(x.dtype)
     return _Damped.apply(x, factor.view(1, -1, *[1] * (x.ndim - 2)))  # type: ignore[no-any-return]
 

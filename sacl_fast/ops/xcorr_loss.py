@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, NamedTuple, cast, get_args, get_origin
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sacl_fast.checks import check, rules
-from sacl_fast.config import LossConfig
+from sacl_fast.config import Backend, LossConfig
 from sacl_fast.errors import UserError
 from sacl_fast.ops import xcorr_reference
 from sacl_fast.ops.backend import resolve
@@ -160,7 +160,7 @@ def _rows(z: Tensor, place: list[int]) -> Rows:
 def _resolve(backend: str, z: Tensor) -> str:
     if backend == "auto" and z.dtype == torch.float64:
         return "torch"
-    return resolve(backend, "xcorr_loss", z.device).backend
+    return resolve(cast(Backend, backend), "xcorr_loss", z.device).backend
 
 
 def _implementation(backend: str, z: Tensor) -> Any:

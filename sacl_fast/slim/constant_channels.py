@@ -4,7 +4,7 @@ A zeroed filter leaves a constant channel behind, 0 where the norm's bias is 0, 
 encoder. Its batch norm multiplies gradients by ``weight / sqrt(eps)``, 316 times the weight. As a
 rule they end there, at the zeroed filter before it. But where a kept filter, an addition or nothing
 at all stands between a constant and a norm, gradients go on: through one such norm in MobileNet-V3,
-and in RepViT, where no block fills some channels of the residual stream, through thirty in a row,
+and in RepViT, where no block fills some channels of the residual stream, through 16 in a row,
 to 1e30 (``benchmarks/results/constant_channels.json``). One is a factor, several are a hazard.
 
 How many follow one another is found by differentiating, not read from the modules: if each of

@@ -100,7 +100,7 @@ def test_resnet20_is_the_papers():
         ("x" * 9999, {}, "unknown encoder 'xxx"),
         ("resnet18", {"stem": "cifr"}, r"stem is 'cifr'; .* \(did you mean cifar"),
         ("resnet18", {"width": float("inf")}, "width is inf; a finite number"),
-        ("resnet18", {"width": 1000.0}, "at most 64 works"),
+        ("resnet18", {"width": 1000.0}, "from 0.01 to 64 works"),
         ("resnet18", {"image_size": 64.0}, "image_size is 64.0; a whole number"),
         ("resnet18", {"drop_path": 1.0}, "from 0 to below 1"),
         ("halonet_h1", {}, "HaloAttn|does not run on 64 px images with this stem: "),

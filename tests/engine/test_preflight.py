@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from sacl_fast.cli import parse_config
-from sacl_fast.config import Config, DaliConfig, DataConfig, OptimConfig
+from sacl_fast.config import Config, DaliConfig, DataConfig, OptimConfig, ProjectorConfig
 from sacl_fast.data.loader import worker_count
 from sacl_fast.engine.dry_run import print_dry_run
 from sacl_fast.engine.preflight import check_run, remarks
@@ -20,6 +20,10 @@ from sacl_fast.presets import PRESETS, get_preset
         (Config(data=DataConfig(workers=500)), r"data\.workers is 500.*and -1 takes what suits"),
         (Config(data=DataConfig(dali=DaliConfig(readers=500))), r"data\.dali\.readers is 500"),
         (Config(data=DataConfig(dali=DaliConfig(threads=500))), r"data\.dali\.threads is 500"),
+        (
+            Config(projector=ProjectorConfig(hidden=65_536, out=65_536, layers=16)),
+            r"projector\.hidden is 65536 and projector\.out 65536: 258 GB of weights",
+        ),
         (Config(out="~no-such-user/x"), "out is ~no-such-user/x, but no home folder"),
         (Config(resume="~no-such-user/x"), "resume is ~no-such-user/x"),
         (Config(data=DataConfig(root="~no-such-user/x")), r"data\.root is ~no-such-user"),
@@ -30,6 +34,7 @@ from sacl_fast.presets import PRESETS, get_preset
 def test_what_this_machine_cannot_do(config, sentence, tmp_path, monkeypatch):
     if worker_count(-1) > 30:
         monkeypatch.setattr("sacl_fast.engine.preflight.worker_count", lambda given: 8)
+    monkeypatch.setattr("sacl_fast.engine.preflight._memory", lambda: 64 * 10**9)
     monkeypatch.chdir(tmp_path)
     for begin in (check_run, train, print_dry_run):
         with pytest.raises(UserError, match=sentence):
@@ -98,3 +103,9 @@ def test_a_dry_run_says_so_too(capsys):
     assert "warning     the warm-up of 1 epochs" in said and "leaves out 30 of 94 images" in said
     print_dry_run(replace(config, data=replace(config.data, limit=40)))
     assert "0 steps an epoch" in capsys.readouterr().out
+
+
+def test_a_dry_run_of_an_encoder_that_passes_parameters_between_modules(capsys):
+    preset = get_preset("demo")
+    print_dry_run(replace(preset, encoder=replace(preset.encoder, name="cait_xxs24_224")))
+    assert "GFLOP" in capsys.readouterr().out

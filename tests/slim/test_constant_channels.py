@@ -65,7 +65,7 @@ def test_a_large_constant_is_one_however_it_is_rounded():
         x.requires_grad_()
         norm = nn.BatchNorm2d(3)
         (gradient,) = torch.autograd.grad(norm(damped(x, EPS)), x, torch.randn_like(x))
-        assert gradient.abs().max() < 1e-3
+        assert (gradient == 0).all()
 
 
 def test_nothing_is_done_where_there_is_no_gradient():
