@@ -91,14 +91,13 @@ def make_courtesy(name: str) -> None:
         return
 
     def failed(error: OSError) -> None:
-        if name == "stdout":
+        line = (
+            f"sacl-fast: standard output is not written to any more ({error.strerror}); "
+            "training goes on\n"
+        )
+        if name == "stdout":  # not by sys.stderr: a live display hands that on to this stream
             with contextlib.suppress(OSError):
-                print(
-                    f"sacl-fast: standard output is not written to any more ({error.strerror}); "
-                    "training goes on",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                os.write(2, line.encode())
 
     with contextlib.suppress(OSError):
         stream.flush()

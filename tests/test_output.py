@@ -67,6 +67,30 @@ def test_a_reader_that_goes_away():
     assert "(Broken pipe)" in said and said.endswith("done\n") and "Exception" not in said
 
 
+def test_a_live_display_whose_terminal_goes_away():
+    code = """
+import os, pty, sys
+from sacl_fast.output import make_courtesy, open_standard_streams
+master, slave = pty.openpty()
+os.dup2(slave, 1)
+os.close(slave)
+open_standard_streams()
+make_courtesy("stderr")
+make_courtesy("stdout")
+from sacl_fast.engine.console import RunConsole
+with RunConsole(10, 100, 256) as console:
+    console.update(1, 0.1, {"loss": 1.0})
+    os.close(master)
+    for step in range(2, 5):
+        console.update(step, 0.1, {"loss": 1.0})
+        console.message("a line")
+sys.exit(7)
+"""
+    done = run(code, env=os.environ | {"TERM": "xterm"})
+    assert done.returncode == 7, done.stderr
+    assert done.stderr.count("\n") == 1 and "(Input/output error)" in done.stderr
+
+
 def test_a_reader_that_waits_holds_nobody_up():
     code = LONG.replace("open_standard_streams()\n", "output._PATIENCE = 0.2\n", 1)
     code = "import sacl_fast.output as output\n" + code

@@ -74,7 +74,7 @@ class Ranks:
             except UserError as error:
                 failed = error
             except Stopped as error:
-                stopped = error.number
+                stopped = error.number or self.stop.number
         self.wait()
         box: list[Any] = [(value, failed and str(failed), stopped)]
         dist.broadcast_object_list(box, src=0)

@@ -167,7 +167,10 @@ def read_until(master: int, sign: str) -> str:
     while sign.encode() not in said:
         assert time.monotonic() < deadline, said.decode()
         if select.select([master], [], [], 0.1)[0]:
-            said += os.read(master, 65536)
+            try:
+                said += os.read(master, 65536)
+            except OSError:  # its process has ended
+                raise AssertionError(said.decode()) from None
     return said.decode()
 
 
@@ -175,7 +178,7 @@ def test_a_run_outlives_its_terminal(tiny):
     """Which sends SIGHUP to everything in it, workers included, and can be written no more."""
     tiny = replace(tiny, data=replace(tiny.data, workers=1), eval=replace(tiny.eval, every=0))
     process, master = in_a_terminal(command(tiny))
-    read_until(master, "loss")
+    read_until(master, "on-diagonal")
     os.close(master)
     assert process.wait(timeout=200) == 0
     assert len(losses(tiny.out)) == 6 and (Path(tiny.out) / "encoder.safetensors").exists()
@@ -184,7 +187,7 @@ def test_a_run_outlives_its_terminal(tiny):
 def test_ctrl_c_in_a_terminal(tiny):
     tiny = replace(tiny, epochs=10_000, eval=replace(tiny.eval, every=0))
     process, master = in_a_terminal(command(tiny))
-    read_until(master, "loss")
+    read_until(master, "on-diagonal")
     os.write(master, b"\x03")
     said = read_until(master, "goes on from there")
     assert process.wait(timeout=100) == -signal.SIGINT
