@@ -30,10 +30,10 @@ class OtherRankFailed(RuntimeError):
 class Stopped(Exception):
     """A wait was ended because the run is to stop. Not an error: the trainer saves and ends."""
 
-    def __init__(self, number: int = 0, *, everywhere: bool = False) -> None:
+    def __init__(self, number: int, *, everywhere: bool = False) -> None:
         super().__init__(f"stopped by signal {number}")
         self.number = number
-        """The signal that asked for it; 0: whoever waited does not know."""
+        """The signal that asked for it."""
         self.everywhere = everywhere
         """Whether all processes of the run stop at the same step."""
 

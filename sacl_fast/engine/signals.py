@@ -47,6 +47,11 @@ class StopRequest:
         if self.number:
             raise Stopped(self.number)
 
+    def end_wait(self) -> None:
+        """Raise ``Stopped`` if ``requested``; for whoever waits while others may wait for it."""
+        if self.requested:
+            raise Stopped(self.number)
+
     def ask(self, number: int) -> None:
         """What a signal does; any thread may."""
         if not self.number:

@@ -16,6 +16,7 @@ from sacl_fast.config import Config, to_dict
 from sacl_fast.data.contact_sheet import contact_sheet
 from sacl_fast.data.sources import open_sources
 from sacl_fast.data.view_loader import open_view_loader
+from sacl_fast.data.waiting import NoBatch
 from sacl_fast.encoders.file import encode_encoder, encoder_metadata, save_encoder
 from sacl_fast.engine import run_folder as files
 from sacl_fast.engine.agreement import check_same_settings
@@ -114,7 +115,7 @@ class Run:
             device=ranks.device,
             rank=ranks.rank,
             world_size=ranks.world_size,
-            check=self.stop.check,
+            check=self.stop.end_wait,
         )
         self.method.slicer.enabled = config.slim.warmup_epochs == 0
         self.step = TrainingStep(
@@ -161,11 +162,14 @@ class Run:
                     self._end_epoch(epoch)
                 self._finish()
             except Stopped as stopped:
-                stopped.number = stopped.number or self.stop.number
                 self._end_stopped(stopped)
                 if self.ranks.world_size > 1 and not stopped.everywhere:
                     raise
                 return self._result(finished=False, stopped_by=stopped.number)
+            except NoBatch:
+                if self.ranks.world_size == 1 and self.steps_done:
+                    self._save()
+                raise
             return self._result(finished=True)
 
     def _train_epoch(self, epoch: int) -> None:
