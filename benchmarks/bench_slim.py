@@ -35,8 +35,9 @@ from sacl_fast.engine.memory import keep_freed_memory
 from sacl_fast.slim import RecordedEncoder, Slicer
 from sacl_fast.slim.channels import channels
 from sacl_fast.slim.compact import compact, cost
+from sacl_fast.slim.parts import Part
 from sacl_fast.slim.slicer import Mode
-from sacl_fast.slim.tensor import Part, SlimTensor, make
+from sacl_fast.slim.tensor import SlimTensor, make
 
 ENCODERS = ("mobilenetv1_100", "mobilenetv3_large_100", "efficientnet_b0", "resnet50")
 

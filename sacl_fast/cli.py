@@ -164,6 +164,9 @@ def _print_result(result: RunResult) -> None:
                 )
     print(f"pictures: {result.folder / 'curves.png'}, {result.folder / 'views.png'}")
     print(f"encoder:  {result.folder / 'encoder.safetensors'}")
+    slim = result.folder / "encoder_slim.safetensors"
+    if slim.exists():
+        print(f"slim:     {slim}")
 
 
 def _views(args: list[str]) -> None:

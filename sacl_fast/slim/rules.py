@@ -28,7 +28,8 @@ from sacl_fast.slim.channels import (
     sources,
     window,
 )
-from sacl_fast.slim.tensor import RULES, KeptFilters, Part, SlimTensor, at, dense, make, select
+from sacl_fast.slim.parts import Part, at, select
+from sacl_fast.slim.tensor import RULES, KeptFilters, SlimTensor, dense, make
 
 Rule = Callable[..., Any]
 _NAMESPACES = (torch, F, Tensor, torch._C._nn, torch._C._VariableFunctions)  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ so nothing is dropped: outputs, gradients and running statistics are those of th
 It is one for autograd, too. A ``torch.autograd.Function`` is the one way into autograd that
 ``__torch_function__`` does not see: it takes the tensor as it is, and computes without gradient. So
 each tensor has a node of its own, by which the gradient of its dense form goes on to the parts
-(``_Gradient``); without gradient, an operation on a tensor that has one makes it dense; and a
+(``slim.gradient``); without gradient, an operation on a tensor that has one makes it dense; and a
 tensor whose node has become another than its own takes the gradient from there (``_heal``).
 """
 
@@ -30,17 +30,17 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 from sacl_fast.ops.batch_norm_act import Activation
-from sacl_fast.ops.slim_channels import assemble, take_channels
-from sacl_fast.slim.channels import Channels, all_channels, channels, joined
+from sacl_fast.ops.slim_channels import assemble
+from sacl_fast.slim.channels import Channels, all_channels
+from sacl_fast.slim.gradient import DenseForm, connect
+from sacl_fast.slim.parts import Part, arranged, is_live, zeros
 
 logger = logging.getLogger(__name__)
 
@@ -70,18 +70,6 @@ _METADATA: set[Callable[..., Any]] = {
 _MAKE_LEAVES = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
 _UNFINISHED: ContextVar[Callable[[], Any] | None] = ContextVar("_UNFINISHED", default=None)
 _already_logged: set[str] = set()
-
-
-class Part(NamedTuple):
-    """Some channels of an activation, in a form that broadcasts to its full size."""
-
-    channels: Channels
-    values: Tensor  # (1 or N, K, 1 or H, 1 or W)
-
-    @property
-    def is_constant(self) -> bool:
-        """Over the image; it may differ by sample."""
-        return self.values.shape[2:] == (1, 1)
 
 
 Finish = Callable[[Activation], tuple[Part, ...]]
@@ -186,7 +174,7 @@ class SlimTensor(_Wrapper):
         if self.knows_gradient:
             if sources is None:
                 sources = [p.values for p in content.made]
-            _connect(self, content.dense, sources)
+            connect(self, content.dense, sources)
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -286,7 +274,7 @@ class _Content:
             self.finished("none")
         if self.zeroed is not None:
             zeroed, self.zeroed = self.zeroed, None
-            self.made = arranged((*self.made, _zeros(zeroed, self.made)), self.shape)
+            self.made = arranged((*self.made, zeros(zeroed, self.made)), self.shape)
         return self.made
 
     def dense(self) -> Tensor:
@@ -320,7 +308,7 @@ class KeptFilters(_Wrapper):
         made.parameter, made.mask, made.kept = parameter, mask, kept
         made.knows_gradient = torch.is_grad_enabled()
         if made.knows_gradient:
-            _connect(made, lambda: _masked(parameter, mask), [parameter])
+            connect(made, lambda: _masked(parameter, mask), [parameter])
         return made  # type: ignore[no-any-return]
 
     def dense(self) -> Tensor:
@@ -342,57 +330,11 @@ def _masked(parameter: Tensor, mask: Tensor | None) -> Tensor:
 # --- autograd ------------------------------------------------------------------------------------
 
 
-class _Gradient(torch.autograd.Function):
-    """Autograd's node of a wrapper: the gradient of its dense form goes on to its sources."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, wrapper: _Wrapper, dense: Callable[[], Tensor], *sources: Tensor
-    ) -> _Wrapper:
-        ctx.dense, ctx.sources = dense, sources
-        ctx.mark_dirty(wrapper)
-        ctx.set_materialize_grads(False)
-        return wrapper
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor | None) -> Any:
-        if gradient is None:  # from a node that took this one's place
-            return (None,) * (2 + len(ctx.sources))
-        with torch.enable_grad():
-            dense = ctx.dense()
-        # The graph of the parts belongs to whoever else has them.
-        found = torch.autograd.grad(
-            dense, ctx.sources, gradient, retain_graph=True, allow_unused=True
-        )
-        return None, None, *found
-
-
-class _Dense(torch.autograd.Function):
-    """The dense form, with the gradient going on to the wrapper's node."""
-
-    @staticmethod
-    def forward(ctx: Any, x: SlimTensor) -> Tensor:
-        return x.dense().clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
-
-
-def _connect(wrapper: _Wrapper, dense: Callable[[], Tensor], sources: Sequence[Tensor]) -> None:
-    """Have autograd know the wrapper as made of ``sources``."""
-    sources = [t for t in sources if t.requires_grad]
-    if sources:
-        with torch._C.DisableTorchFunctionSubclass():
-            _Gradient.apply(wrapper, dense, *sources)
-
-
 def _heal(x: SlimTensor) -> None:
     """With gradient again: what was made or changed without has the gradient of autograd's node,
     if it has one. (A ``torch.autograd.Function`` gives its results one.)"""
     if x.requires_grad:
-        values = _Dense.apply(x)
+        values = DenseForm.apply(x)
         x._content = _Content((Part(all_channels(values.shape[1]), values),), x.shape)
     x.knows_gradient = True
 
@@ -424,8 +366,8 @@ def make(parts: Sequence[Part], shape: torch.Size) -> Tensor:
 def with_zeros(parts: Sequence[Part], zeroed: Channels, shape: torch.Size) -> Tensor:
     """The tensor of these parts and of channels of value 0. The first part is full-size, or not
     there to be read."""
-    if not len(zeroed) or shape[2:] == (1, 1) or not _is_live(parts[0], shape):
-        return make([*parts, _zeros(zeroed, parts)], shape)
+    if not len(zeroed) or shape[2:] == (1, 1) or not is_live(parts[0], shape):
+        return make([*parts, zeros(zeroed, parts)], shape)
     content = _Content(arranged(parts, shape), shape, zeroed=zeroed)
     return SlimTensor._of(content, content.made[0].values)
 
@@ -455,58 +397,6 @@ def _finish_other_than(x: Any) -> None:
         _UNFINISHED.set(None)
         if tensor is not None:
             tensor.parts  # noqa: B018
-
-
-def arranged(parts: Sequence[Part], shape: torch.Size) -> tuple[Part, ...]:
-    """The parts that are not empty, those of one form joined, a full-size one first."""
-    by_form: dict[tuple[int, ...], list[Part]] = {}
-    for part in parts:
-        if len(part.channels):
-            b, _, h, w = part.values.shape
-            by_form.setdefault((b, h, w), []).append(part)
-    full = (shape[0], *shape[2:])
-    live = by_form.pop(full, [])
-    rest = [_join(group) for group in by_form.values()]
-    if not live and rest and shape.numel():  # an operation needs at least one live channel
-        one, others = _split_first(rest[0])
-        live = [one._replace(values=one.values.expand(full[0], 1, *full[1:]).contiguous())]
-        rest = [p for p in (others, *rest[1:]) if len(p.channels)]
-    return (_join(live), *rest)
-
-
-def _is_live(part: Part, shape: torch.Size) -> bool:
-    return part.values.shape[::2] == shape[::2] and part.values.shape[3] == shape[3]
-
-
-def _zeros(zeroed: Channels, parts: Sequence[Part]) -> Part:
-    return Part(zeroed, parts[0].values.new_zeros(1, len(zeroed), 1, 1))
-
-
-def _join(parts: list[Part]) -> Part:
-    if len(parts) == 1:
-        return parts[0]
-    dtype = reduce(torch.promote_types, (p.values.dtype for p in parts))
-    values = torch.cat([p.values.to(dtype) for p in parts], 1)
-    return Part(joined(*(p.channels for p in parts)), values)
-
-
-def _split_first(part: Part) -> tuple[Part, Part]:
-    numbers = part.channels.numbers
-    return (
-        Part(channels(numbers[:1]), part.values[:, :1]),
-        Part(channels(numbers[1:]), part.values[:, 1:]),
-    )
-
-
-def select(part: Part, positions: Channels, chosen: Channels) -> Part:
-    """The part's channels at some positions, which are numbered ``chosen``."""
-    return Part(chosen, at(part.values, positions))
-
-
-def at(x: Tensor, positions: Channels) -> Tensor:
-    """The channels of (N, C, H, W) at some positions; the tensor itself where that is all."""
-    index = positions.index(x.device, x.shape[1])
-    return x if index is None else take_channels(x, index)
 
 
 def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -10,7 +10,8 @@ from timm.layers import BatchNormAct2d, Conv2dSame, DropPath, SqueezeExcite
 from torch import nn
 
 from sacl_fast.slim.channels import channels
-from sacl_fast.slim.tensor import KeptFilters, Part, SlimTensor, _already_logged, make
+from sacl_fast.slim.parts import Part
+from sacl_fast.slim.tensor import KeptFilters, SlimTensor, _already_logged, make
 
 N, C, H, W = 3, 12, 7, 5
 FORMS = {

@@ -1,0 +1,77 @@
+"""An activation's channels in parts, and what moves them from part to part; see ``slim.tensor``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sacl_fast.ops.slim_channels import take_channels
+from sacl_fast.slim.channels import Channels, channels, joined
+
+
+class Part(NamedTuple):
+    """Some channels of an activation, in a form that broadcasts to its full size."""
+
+    channels: Channels
+    values: Tensor  # (1 or N, K, 1 or H, 1 or W)
+
+    @property
+    def is_constant(self) -> bool:
+        """Over the image; it may differ by sample."""
+        return self.values.shape[2:] == (1, 1)
+
+
+def arranged(parts: Sequence[Part], shape: torch.Size) -> tuple[Part, ...]:
+    """The parts that are not empty, those of one form joined, a full-size one first."""
+    by_form: dict[tuple[int, ...], list[Part]] = {}
+    for part in parts:
+        if len(part.channels):
+            b, _, h, w = part.values.shape
+            by_form.setdefault((b, h, w), []).append(part)
+    full = (shape[0], *shape[2:])
+    live = by_form.pop(full, [])
+    rest = [_join(group) for group in by_form.values()]
+    if not live and rest and shape.numel():  # an operation needs at least one live channel
+        one, others = _split_first(rest[0])
+        live = [one._replace(values=one.values.expand(full[0], 1, *full[1:]).contiguous())]
+        rest = [p for p in (others, *rest[1:]) if len(p.channels)]
+    return (_join(live), *rest)
+
+
+def is_live(part: Part, shape: torch.Size) -> bool:
+    return part.values.shape[::2] == shape[::2] and part.values.shape[3] == shape[3]
+
+
+def zeros(zeroed: Channels, parts: Sequence[Part]) -> Part:
+    return Part(zeroed, parts[0].values.new_zeros(1, len(zeroed), 1, 1))
+
+
+def _join(parts: list[Part]) -> Part:
+    if len(parts) == 1:
+        return parts[0]
+    dtype = reduce(torch.promote_types, (p.values.dtype for p in parts))
+    values = torch.cat([p.values.to(dtype) for p in parts], 1)
+    return Part(joined(*(p.channels for p in parts)), values)
+
+
+def _split_first(part: Part) -> tuple[Part, Part]:
+    numbers = part.channels.numbers
+    return (
+        Part(channels(numbers[:1]), part.values[:, :1]),
+        Part(channels(numbers[1:]), part.values[:, 1:]),
+    )
+
+
+def select(part: Part, positions: Channels, chosen: Channels) -> Part:
+    """The part's channels at some positions, which are numbered ``chosen``."""
+    return Part(chosen, at(part.values, positions))
+
+
+def at(x: Tensor, positions: Channels) -> Tensor:
+    """The channels of (N, C, H, W) at some positions; the tensor itself where that is all."""
+    index = positions.index(x.device, x.shape[1])
+    return x if index is None else take_channels(x, index)
