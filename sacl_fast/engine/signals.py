@@ -47,6 +47,11 @@ class StopRequest:
         if self.number:
             raise Stopped(self.number)
 
+    def check_wait(self) -> None:
+        """Raise ``Stopped`` where waiting should end; for whoever other processes may wait for."""
+        if self.requested:
+            raise Stopped(self.number)
+
     def ask(self, number: int) -> None:
         """What a signal does; any thread may."""
         if not self.number:
