@@ -125,8 +125,7 @@ class Ranks:
         while here < self.world_size:
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
-            if self.stop.requested:
-                raise Stopped(self.stop.number)
+            self.stop.check_wait()
             if store.check([_FAILED]):
                 raise RuntimeError("a rank that is waited for has failed")
             here = store.add(key, 0)

@@ -47,8 +47,8 @@ class StopRequest:
         if self.number:
             raise Stopped(self.number)
 
-    def end_wait(self) -> None:
-        """Raise ``Stopped`` if ``requested``; for whoever waits while others may wait for it."""
+    def check_wait(self) -> None:
+        """Raise ``Stopped`` where waiting should end; for whoever other processes may wait for."""
         if self.requested:
             raise Stopped(self.number)
 

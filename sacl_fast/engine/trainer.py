@@ -115,7 +115,7 @@ class Run:
             device=ranks.device,
             rank=ranks.rank,
             world_size=ranks.world_size,
-            check=self.stop.end_wait,
+            check=self.stop.check_wait,  # the others go on to the step that all stop at
         )
         self.method.slicer.enabled = config.slim.warmup_epochs == 0
         self.step = TrainingStep(

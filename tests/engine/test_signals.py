@@ -49,9 +49,12 @@ def test_handlers_are_as_before_afterwards():
 def test_among_several_processes_waits_last_a_little_longer():
     stop = StopRequest(patience=1000)
     stop.ask(signal.SIGTERM)
+    stop.check_wait()
     assert not stop.requested and stop.number
     stop.patience = 0
     assert stop.requested
+    with pytest.raises(Stopped):
+        stop.check_wait()
 
 
 def test_a_terminal_that_goes_away_stops_nothing(monkeypatch):
