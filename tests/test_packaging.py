@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -198,3 +199,22 @@ def test_cuda_architectures(setup_module: ModuleType):
     ]
     with pytest.raises(ValueError, match="'Hopper'; numbers such as"):
         setup_module.cuda_targets("Hopper")
+
+
+def test_lower_bounds_are_tested_versions():
+    """Those of constraints.txt, to the digits that a bound has."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for requirement in [*project["dependencies"], *extras["dali"]]:
+        name, bound = re.fullmatch(r"([\w-]+)>=([\d.]+)", requirement).groups()
+        assert f"{tested[name]}.".startswith(f"{bound}."), requirement
+
+
+def test_both_sets_of_versions_name_the_same_packages():
+    sets = [
+        [line.split("==")[0] for line in (ROOT / name).read_text().splitlines() if "==" in line]
+        for name in ("constraints.txt", "constraints-newest.txt")
+    ]
+    assert sets[0] == sets[1]
