@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from sacl_fast.config import Config
 from sacl_fast.engine.method import build_method
+from sacl_fast.errors import UserError
+
+
+class NonFiniteLoss(UserError):
+    """The loss became NaN or infinite; nothing was saved since."""
+
+    def __init__(
+        self,
+        config: Config,
+        amp_dtype: torch.dtype | None,
+        step: int,
+        learning_rate: float,
+        saved: Sequence[Path],
+    ) -> None:
+        """``saved``: the run's checkpoints, oldest first; ``amp_dtype`` as of ``what_may_help``."""
+        kept = f"{saved[-1]} is from before" if saved else "no checkpoint had been written"
+        super().__init__(
+            f"the loss is not finite at step {step} (learning rate {learning_rate:.3g}, precision "
+            f"{config.precision}); the run stops, {kept}. {what_may_help(config, amp_dtype)}"
+        )
 
 
 def what_may_help(config: Config, amp_dtype: torch.dtype | None) -> str:

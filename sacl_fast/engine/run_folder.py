@@ -23,7 +23,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 
 CONFIG, ENVIRONMENT, METRICS = "config.yaml", "environment.json", "metrics.jsonl"
 VIEWS, CURVES, CHECKPOINTS = "views.png", "curves.png", "checkpoints"
-ENCODER, ENCODER_SLIM = "encoder.safetensors", "encoder_slim.safetensors"
-SUPERSEDED = "superseded"
+ENCODER, SUPERSEDED = "encoder.safetensors", "superseded"
+ENCODERS = {"dense": ENCODER, "slim": "encoder_slim.safetensors"}
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,11 @@ def _make(folder: Path | None, config: Config) -> tuple[Path, bool]:
             raise UserError(
                 f"cannot make run folder {wanted}: {reason_of(error)}; --out names another"
             ) from error
+
+
+def has_encoders(folder: Path, widths: Iterable[str]) -> bool:
+    """Whether the trained encoders of these widths (keys of ``ENCODERS``) are there."""
+    return all(kind_of(folder / ENCODERS[width]) is not None for width in widths)
 
 
 def _holds_a_run(folder: Path) -> bool:

@@ -30,7 +30,7 @@ from sacl_fast.engine.clock import Clock
 from sacl_fast.engine.collapse import CollapseAlarm, effective_rank, embedding_std
 from sacl_fast.engine.console import RunConsole
 from sacl_fast.engine.description import describe
-from sacl_fast.engine.diagnosis import what_may_help
+from sacl_fast.engine.diagnosis import NonFiniteLoss
 from sacl_fast.engine.distributed import Ranks, process_group
 from sacl_fast.engine.environment import environment
 from sacl_fast.engine.evaluator import Evaluator
@@ -43,6 +43,7 @@ from sacl_fast.engine.resume import Continuation, data_record, find_continuation
 from sacl_fast.engine.signals import StopRequest
 from sacl_fast.engine.step import TrainingStep
 from sacl_fast.errors import Stopped, UserError
+from sacl_fast.files import whole_file
 from sacl_fast.ops.xcorr_loss import LossParts
 
 logger = logging.getLogger(__name__)
@@ -66,10 +67,6 @@ class RunResult:
     """Those of the untrained encoder; empty where they were not measured."""
     stopped_by: int = 0
     """The number of the signal that ended it, 0 for none."""
-
-
-class NonFiniteLoss(UserError):
-    """The loss became NaN or infinite; nothing was saved since."""
 
 
 def train(config: Config) -> RunResult:
@@ -261,24 +258,21 @@ class Run:
         self.final_states = self.evaluator.final_states(self.method)
 
     def _save_encoders(self) -> None:
-        names = {"dense": files.ENCODER, "slim": files.ENCODER_SLIM}
         widths = ("dense", "slim") if self.method.slicer.active else ("dense",)
-        if all((self.folder / names[width]).exists() for width in widths):
+        if files.has_encoders(self.folder, widths):
             return
         self.claim.check()
         states = self.final_states or self.evaluator.final_states(self.method)
         for width in reversed(widths):  # the dense one says that the run is finished
-            metadata = self._encoder_metadata(slim=width == "slim")
-            save_encoder(self.folder / names[width], states[width], metadata)
+            path = self.folder / files.ENCODERS[width]
+            save_encoder(path, states[width], self._encoder_metadata(slim=width == "slim"))
 
     def _encoder_metadata(self, *, slim: bool = False) -> dict[str, str]:
-        epochs = self.steps_done / self.loader.steps_per_epoch
-        images = len(self.splits.train)
         return encoder_metadata(
             self.config,
-            epochs=epochs,
+            epochs=self.steps_done / self.loader.steps_per_epoch,
             steps=self.steps_done,
-            images=images,
+            images=len(self.splits.train),
             knn=self.knn,
             slim=slim,
         )
@@ -305,7 +299,7 @@ class Run:
         *readings, first_nonfinite = values
         if first_nonfinite >= 0:
             self._event(f"loss is not finite at step {int(first_nonfinite) + 1}")
-            raise NonFiniteLoss(self._nonfinite_sentence(int(first_nonfinite) + 1))
+            raise self._not_finite(int(first_nonfinite) + 1)
         metrics = dict(zip(names, readings, strict=True))
         metrics["lr"] = self.step.learning_rate(self.steps_done - 1)
         metrics |= clock.read()
@@ -320,14 +314,10 @@ class Run:
             self._event(warning)
             self.console.message(warning, warning=True)
 
-    def _nonfinite_sentence(self, step: int) -> str:
+    def _not_finite(self, step: int) -> NonFiniteLoss:
         saved = files.list_checkpoints(self.folder / files.CHECKPOINTS)
-        kept = f"{saved[-1]} is from before" if saved else "no checkpoint had been written"
-        return (
-            f"the loss is not finite at step {step} (learning rate "
-            f"{self.step.learning_rate(step - 1):.3g}, precision {self.config.precision}); the run "
-            f"stops, {kept}. {what_may_help(self.config, self.step.amp_dtype)}"
-        )
+        rate = self.step.learning_rate(step - 1)
+        return NonFiniteLoss(self.config, self.step.amp_dtype, step, rate, saved)
 
     def _evaluate(self, epochs_done: int) -> dict[str, float]:
         """kNN accuracies on every rank, computed by the first; empty without labels."""
@@ -352,7 +342,8 @@ class Run:
             return
         try:
             if name == files.VIEWS:
-                contact_sheet(self.splits.train, self.config).save(self.folder / name)
+                with whole_file(self.folder / name) as file:
+                    contact_sheet(self.splits.train, self.config).save(file, "PNG")
             else:
                 plot_curves(read_metrics(self.folder / files.METRICS), self.folder / name)
         except (OSError, UserError) as error:
@@ -364,9 +355,9 @@ class Run:
         """Write a checkpoint; all ranks take part, the first one writes."""
         first_nonfinite = int(self.step.first_nonfinite.item())
         if first_nonfinite >= 0:
-            raise NonFiniteLoss(self._nonfinite_sentence(first_nonfinite + 1))
+            raise self._not_finite(first_nonfinite + 1)
         if not self.step.weights_are_finite():  # the next loss would not be
-            raise NonFiniteLoss(self._nonfinite_sentence(self.steps_done + 1))
+            raise self._not_finite(self.steps_done + 1)
         random_states = self.ranks.gather(random_state(self.ranks.device))
         path = checkpoint_path(self.folder / files.CHECKPOINTS, self.steps_done)
 

@@ -22,10 +22,11 @@ import sacl_fast
 from sacl_fast.config import Config, to_dict
 from sacl_fast.encoders import build_encoder
 from sacl_fast.engine.checkpoint import list_checkpoints, load_checkpoint
+from sacl_fast.engine.diagnosis import NonFiniteLoss
 from sacl_fast.engine.distributed import process_group
 from sacl_fast.engine.metrics import read_metrics
 from sacl_fast.engine.run_folder import claimed_run_folder
-from sacl_fast.engine.trainer import NonFiniteLoss, Run
+from sacl_fast.engine.trainer import Run
 from sacl_fast.errors import UserError
 from sacl_fast.slim import Slicer
 
