@@ -66,7 +66,8 @@ def launch_for(N: int, D: int, dtype: torch.dtype, capability: tuple[int, int]) 
             tile_columns=32,
             fused_rows=256,
         )
-    if N % 16 or D % 16:  # rows are not aligned: an address for every number, so smaller blocks
+    aligned = N % 16 == 0 and D % 16 == 0
+    if not aligned:  # an address for every number, so smaller blocks
         launch = replace(
             launch,
             standardize_rows=64,
@@ -81,7 +82,9 @@ def launch_for(N: int, D: int, dtype: torch.dtype, capability: tuple[int, int]) 
         )
     if capability[0] < 9:  # less goes into an Ampere's registers, as Triton 3.8 lays it out
         if dtype == torch.float32:
-            launch = replace(launch, gram_warps=8, tile_columns=16)
+            launch = replace(launch, gram_warps=8)
+            if not aligned:
+                launch = replace(launch, standardize_rows=32, tile_columns=16)
         elif N > 256:
             launch = replace(launch, gradient_columns=16)
     return launch
