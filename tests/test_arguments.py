@@ -69,8 +69,8 @@ CALLS: list[tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = [
         },
     ),
     (extract_features, lambda: {"encoder": encoder(), "loader": batches(), "device": CPU}),
-    (resolve, lambda: {"requested": "auto", "op": "slim_conv", "device": CPU}),
-    (resolve_all, lambda: {"requested": "auto", "device": CPU}),
+    (resolve, lambda: {"backend": "auto", "op": "slim_conv", "device": CPU}),
+    (resolve_all, lambda: {"backend": "auto", "device": CPU}),
 ]
 IDS = [call.__name__ for call, _ in CALLS]
 

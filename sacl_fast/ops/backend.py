@@ -79,7 +79,7 @@ OPERATORS: dict[str, dict[Backend, Check]] = {
 
 
 @checked
-def resolve(requested: Backend, op: str, device: torch.device) -> Resolution:
+def resolve(backend: Backend, op: str, device: torch.device) -> Resolution:
     """The backend of operator ``op`` on ``device``.
 
     ``auto`` takes the fastest that can run. A backend asked for by name that cannot run, or that
@@ -91,34 +91,34 @@ def resolve(requested: Backend, op: str, device: torch.device) -> Resolution:
     obstacles = {name: check(device) for name, check in checks.items()}
     usable: list[Backend] = [name for name in checks if obstacles[name] is None]
     usable.append("torch")
-    if requested == "auto":
+    if backend == "auto":
         passed_over = [f"{name}: {why_not}" for name, why_not in obstacles.items() if why_not]
         if usable[0] != "torch":
             return Resolution(usable[0], f"the fastest that runs on {device.type}")
         return Resolution("torch", "; ".join(passed_over) or "the only backend")
-    if requested in usable:
-        return Resolution(requested, "as requested")
-    why_not = obstacles.get(requested) or f"{op} has no such backend"
+    if backend in usable:
+        return Resolution(backend, "as requested")
+    why_not = obstacles.get(backend) or f"{op} has no such backend"
     raise UserError(
-        f"backend {requested!r} cannot run {op} on {device.type} ({why_not}); "
+        f"backend {backend!r} cannot run {op} on {device.type} ({why_not}); "
         f"what can: {', '.join(usable)}"
     )
 
 
-def asked_of(op: str, requested: Backend) -> Backend:
-    """The backend that is asked of one operator where ``requested`` is asked of all: that one
-    where the operator has it, else ``auto``. ``torch`` is had by all."""
-    return requested if requested in ("torch", *OPERATORS[op]) else "auto"
+def asked_of(op: str, backend: Backend) -> Backend:
+    """The backend that is asked of one operator where ``backend`` is asked of all: that one
+    where the operator has it, else ``auto``. Every operator has ``torch``."""
+    return backend if backend in ("torch", *OPERATORS[op]) else "auto"
 
 
 @checked
-def resolve_all(requested: Backend, device: torch.device) -> dict[str, Resolution]:
+def resolve_all(backend: Backend, device: torch.device) -> dict[str, Resolution]:
     """The backend of every operator, as ``asked_of`` it.
 
-    ``UserError`` where no operator has the requested one, or one that has it cannot run.
+    ``UserError`` where no operator has the backend, or one that has it cannot run.
     """
     known = {name for checks in OPERATORS.values() for name in checks}
-    if requested not in ("auto", "torch", *known):
+    if backend not in ("auto", "torch", *known):
         works = ", ".join(["auto", "torch", *sorted(known)])
-        raise UserError(f"no operator has the backend {requested!r}; what works: {works}")
-    return {op: resolve(asked_of(op, requested), op, device) for op in OPERATORS}
+        raise UserError(f"no operator has the backend {backend!r}; what works: {works}")
+    return {op: resolve(asked_of(op, backend), op, device) for op in OPERATORS}

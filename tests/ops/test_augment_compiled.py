@@ -74,7 +74,8 @@ def pixels(
 
 
 def by_torchvision(image: np.ndarray, draw: ViewDraw, size: int, window: int = 23) -> np.ndarray:
-    views = ViewsConfig(size=size, blur_window=window, a=PLAIN, b=PLAIN)
+    views = ViewsConfig(blur_window=window, a=PLAIN, b=PLAIN)
+    object.__setattr__(views, "size", size)  # smaller than a run's may be, too
     return np.asarray(apply_view(Image.fromarray(image), draw, views, PLAIN), np.float32)
 
 
