@@ -162,7 +162,8 @@ def _print_result(result: RunResult) -> None:
                     "another --optim.lr or larger batches may help, and curves.png shows where it "
                     "fell"
                 )
-    print(f"pictures: {result.folder / 'curves.png'}, {result.folder / 'views.png'}")
+    pictures = [result.folder / name for name in ("curves.png", "views.png")]
+    print(f"pictures: {', '.join(str(path) for path in pictures if path.exists())}")
     print(f"encoder:  {result.folder / 'encoder.safetensors'}")
     slim = result.folder / "encoder_slim.safetensors"
     if slim.exists():

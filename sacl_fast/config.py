@@ -372,15 +372,19 @@ class Config(Settings):
 
     @property
     def warmup_epochs(self) -> float:
-        """Epochs of warm-up as they are trained: those of 'optim', or a tenth of the run where it
-        has no more epochs than that, since the learning rate would only rise."""
-        asked = self.optim.warmup_epochs
-        return asked if asked < self.epochs else self.epochs / 10
+        """Epochs of warm-up as they are trained, see 'warmup_as_trained'."""
+        return warmup_as_trained(self.optim.warmup_epochs, self.epochs)
 
     @property
     def base_lr(self) -> float:
         """The learning rate after warm-up, scaled with the global batch."""
         return self.optim.lr * self.batch_size / 256
+
+
+def warmup_as_trained(asked: int, epochs: int) -> float:
+    """The epochs of warm-up that were asked for, or a tenth of the run where it has no more epochs
+    than that, since the learning rate would only rise."""
+    return asked if asked < epochs else epochs / 10
 
 
 def to_dict(config: Any) -> dict[str, Any]:

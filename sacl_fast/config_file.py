@@ -109,6 +109,9 @@ def layered(config: _S, values: Mapping[Any, Any], path: str = "") -> _S:
         name = names.get(str(key).strip("_").replace("-", "_")) if isinstance(key, str) else None
         if name is None:
             unknown = f"{path}{key}"[:100] if isinstance(key, str) else shown(key)
+            if unknown in _all_names():
+                group, _, last = unknown.rpartition(".")
+                raise UserError(f"{unknown} is one name; '{last}' below '{group}:' works")
             raise UserError(f"unknown setting {unknown}; {nearest(unknown, _all_names())}")
         setting, annotation = f"{path}{name.strip('_')}", annotations[name]
         now = getattr(config, name)

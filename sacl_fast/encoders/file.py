@@ -152,6 +152,14 @@ def load_encoder(path: str | os.PathLike[str]) -> nn.Module:
     return encoder.eval()
 
 
+def is_encoder_of(path: Path, metadata: Mapping[str, str]) -> bool:
+    """Whether a whole file that says this of itself is at ``path``."""
+    try:
+        return read_encoder_metadata(path) == dict(metadata)
+    except UserError:
+        return False
+
+
 def read_encoder_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """What an encoder's file says of itself, see above; empty for files without metadata.
 

@@ -124,11 +124,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         UnusableCheckpoint: no such file, a damaged one, or one that is no checkpoint of this
             engine.
     """
-    kind = kind_of(path)
+    try:
+        kind = kind_of(path)
+    except UserError as error:
+        raise UnusableCheckpoint(str(error)) from None
     if kind is None:
         raise UnusableCheckpoint(f"no checkpoint at {path}")
     if kind != "file":
-        raise UnusableCheckpoint(f"{path} is a {kind} and no checkpoint; a file works")
+        found = "a folder" if kind == "folder" else "a pipe or a device"
+        raise UnusableCheckpoint(f"{path} is {found} and no checkpoint; a file works")
     try:
         sealed = _verify(path)
         state = torch.load(path, map_location="cpu", weights_only=True)

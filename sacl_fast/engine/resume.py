@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from sacl_fast.config import Config, to_dict
+from sacl_fast.config import Config, to_dict, warmup_as_trained
 from sacl_fast.data.fingerprint import fingerprint
 from sacl_fast.data.sources import Source
 from sacl_fast.engine.checkpoint import (
@@ -346,7 +346,7 @@ def _rate(config: dict[str, Any], step: int, steps_per_epoch: int) -> float | No
     return learning_rate(
         step,
         base=lr * batch_size / 256,
-        warmup_steps=warmup * steps_per_epoch,
+        warmup_steps=round(warmup_as_trained(warmup, epochs) * steps_per_epoch),
         total_steps=epochs * steps_per_epoch,
     )
 

@@ -23,7 +23,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -167,11 +167,6 @@ def _make(folder: Path | None, config: Config) -> tuple[Path, bool]:
             ) from error
 
 
-def has_encoders(folder: Path, widths: Iterable[str]) -> bool:
-    """Whether the trained encoders of these widths (keys of ``ENCODERS``) are there."""
-    return all(kind_of(folder / ENCODERS[width]) is not None for width in widths)
-
-
 def _holds_a_run(folder: Path) -> bool:
     return (
         kind_of(folder / METRICS) is not None
@@ -213,14 +208,14 @@ def _check_space(folder: Path, checkpoint: int, keep: int) -> None:
     free, most = shutil.disk_usage(folder).free, checkpoint * (keep + 2)
     if free < checkpoint:
         raise UserError(
-            f"{folder} has {free / 1e6:,.0f} MB free, and a checkpoint of this run takes "
-            f"{checkpoint / 1e6:,.0f} MB; make room, or name a folder on another disk with --out"
+            f"{folder} has {free / 1e6:,.1f} MB free, and a checkpoint of this run takes "
+            f"{checkpoint / 1e6:,.1f} MB; make room, or name a folder on another disk with --out"
         )
     there = sum(path.stat().st_size for path in list_checkpoints(folder))
     if free + there < most:
         logger.warning(
-            "%s has %.0f MB free; the checkpoints of this run (%d, the best one and one being "
-            "written) take up to %.0f MB. --checkpoint.keep 1 takes less",
+            "%s has %.1f MB free; the checkpoints of this run (%d, the best one and one being "
+            "written) take up to %.1f MB. --checkpoint.keep 1 takes less",
             folder, free / 1e6, keep, most / 1e6,
         )  # fmt: skip
 

@@ -91,7 +91,7 @@ def ended_by_signals() -> Iterator[None]:
     """A signal ends this process at once: there is nothing to save, before training and after."""
 
     def end(number: int, frame: FrameType | None) -> None:
-        end_at_once(number, "no step was under way")
+        end_at_once(number, "what had been saved is whole")
 
     def hang_up(number: int, frame: FrameType | None) -> None:
         pass

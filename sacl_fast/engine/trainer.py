@@ -17,7 +17,12 @@ from sacl_fast.data.contact_sheet import contact_sheet
 from sacl_fast.data.sources import open_sources
 from sacl_fast.data.view_loader import open_view_loader
 from sacl_fast.data.waiting import NoBatch
-from sacl_fast.encoders.file import encode_encoder, encoder_metadata, save_encoder
+from sacl_fast.encoders.file import (
+    encode_encoder,
+    encoder_metadata,
+    is_encoder_of,
+    save_encoder,
+)
 from sacl_fast.engine import run_folder as files
 from sacl_fast.engine.agreement import check_same_settings
 from sacl_fast.engine.checkpoint import (
@@ -123,7 +128,10 @@ class Run:
         self.evaluator = Evaluator(
             self.splits, config, ranks.device, self.step.amp_dtype, self.stop
         )
-        self.alarm = CollapseAlarm(config.log.min_std, config.log.min_rank)
+        # The rank of a few rows is low whatever they hold: standardised, at most one less.
+        rows = min(_MONITORED, config.batch_size // ranks.world_size)
+        min_rank = config.log.min_rank if rows - 1 > config.log.min_rank else 0
+        self.alarm = CollapseAlarm(config.log.min_std, min_rank)
         self.steps_done = 0
         self.knn: dict[str, float] = {}
         self.knn_before: dict[str, float] = {}
@@ -163,10 +171,14 @@ class Run:
                 if self.ranks.world_size > 1 and not stopped.everywhere:
                     raise
                 return self._result(finished=False, stopped_by=stopped.number)
-            except NoBatch:
-                if self.ranks.world_size == 1 and self.steps_done:
-                    self._save()
-                raise
+            except NoBatch as error:
+                if self.ranks.world_size > 1 or not self.steps_done:
+                    raise
+                self._save()
+                folder = shlex.quote(str(self.folder))
+                raise NoBatch(
+                    f"{error}. --resume auto --out {folder} goes on after step {self.steps_done}"
+                ) from error
             return self._result(finished=True)
 
     def _train_epoch(self, epoch: int) -> None:
@@ -259,13 +271,14 @@ class Run:
 
     def _save_encoders(self) -> None:
         widths = ("dense", "slim") if self.method.slicer.active else ("dense",)
-        if files.has_encoders(self.folder, widths):
+        metadata = {width: self._encoder_metadata(slim=width == "slim") for width in widths}
+        paths = {width: self.folder / files.ENCODERS[width] for width in widths}
+        if all(is_encoder_of(paths[width], metadata[width]) for width in widths):
             return
         self.claim.check()
         states = self.final_states or self.evaluator.final_states(self.method)
         for width in reversed(widths):  # the dense one says that the run is finished
-            path = self.folder / files.ENCODERS[width]
-            save_encoder(path, states[width], self._encoder_metadata(slim=width == "slim"))
+            save_encoder(paths[width], states[width], metadata[width])
 
     def _encoder_metadata(self, *, slim: bool = False) -> dict[str, str]:
         return encoder_metadata(

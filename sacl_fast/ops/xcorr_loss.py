@@ -311,6 +311,8 @@ def _check(zs: list[Tensor], ranks: int, backend: str) -> None:
     if len(set(shapes)) != 1 or len(shapes[0]) != 2 or shapes[0][1] < 1:
         given = ", ".join(map(str, shapes))
         raise UserError(f"embeddings of shapes {given}; matrices of one shape (N, D) work")
+    if len(devices := {str(z.device) for z in zs}) > 1:
+        raise UserError(f"embeddings on {', '.join(sorted(devices))}; those of one device work")
     if not zs[0].is_floating_point():
         raise UserError(f"embeddings of type {zs[0].dtype}; floating-point ones work")
     if shapes[0][0] * ranks < 2:

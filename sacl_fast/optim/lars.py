@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sacl_fast.checks import BelowOne, NotNegative, checked
+from sacl_fast.checks import BelowOne, NotNegative, check, checked
+
+# Of what a parameter group may have in place of the defaults.
+_RULES: dict[str, Any] = {
+    **dict.fromkeys(("lr", "weight_decay", "eta"), NotNegative),
+    "momentum": BelowOne,
+    **dict.fromkeys(("clip", "exclude_1d"), bool),
+}
 
 
 class Lars(Optimizer):
@@ -55,6 +62,9 @@ class Lars(Optimizer):
             exclude_1d=exclude_1d,
         )
         super().__init__(params, defaults)
+        for group in self.param_groups:
+            for name in defaults:
+                check(group[name], _RULES[name], f"Lars: {name} of a group")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:

@@ -31,7 +31,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
-from sacl_fast.checks import check
+from sacl_fast.checks import Count, check, checked
 from sacl_fast.encoders import load_encoder
 from sacl_fast.errors import UserError, reason_of
 from sacl_fast.slim.compacter import CONVOLUTIONS, Compacter
@@ -45,7 +45,8 @@ class Cost(NamedTuple):
     """Of one image, forward, two for a multiply-add."""
 
 
-def cost(module: nn.Module, image_size: int, in_chans: int = 3) -> Cost:
+@checked
+def cost(module: nn.Module, image_size: Count, in_chans: Count = 3) -> Cost:
     """Parameters of a module and, in eval mode, the FLOPs of its convolutions and matrix products.
 
     The module is left as it is, its running statistics and its mode too.
@@ -83,6 +84,9 @@ def compact(
     """
     check(statistics, Literal["slim", "encoder"], "statistics")
     encoder = _plain_copy(encoder)
+    modules = dict(encoder.named_modules())
+    if unknown := [name for name in masks if not isinstance(modules.get(name), nn.Conv2d)]:
+        raise UserError(f"masks name {unknown[0]!r}, which is no convolution of the encoder")
     for name, norm in (norms or {}).items():
         own = copy.deepcopy(norm).eval().requires_grad_(False)
         parent, _, child = name.rpartition(".")

@@ -18,7 +18,6 @@ from sacl_fast.engine.checkpoint import (
     mark_best,
     save_checkpoint,
 )
-from sacl_fast.errors import UserError
 
 
 def state(step=8):
@@ -132,7 +131,7 @@ def test_things_that_are_no_files(tmp_path):
         with pytest.raises(UnusableCheckpoint, match="no checkpoint"):
             load_checkpoint(tmp_path / name)
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(UserError, match="cannot look at"):
+    with pytest.raises(UnusableCheckpoint, match="cannot look at"):
         load_checkpoint(tmp_path / "loop")
 
 

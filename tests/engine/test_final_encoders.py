@@ -75,3 +75,18 @@ def test_a_file_that_does_not_say_what_it_is(tmp_path):
     safetensors.torch.save_file({"weight": torch.zeros(2)}, path, named)
     with pytest.raises(ValueError, match="does not hold the encoder that it names"):
         load_compact(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", None])
+def test_a_damaged_encoder_of_a_finished_run_is_made_anew(tiny, content):
+    path = train(tiny).folder / "encoder.safetensors"
+    whole = safetensors.torch.load(path.read_bytes())
+    metadata = read_encoder_metadata(path)
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    train(replace(tiny, resume="auto"))
+    assert read_encoder_metadata(path) == metadata
+    again = safetensors.torch.load_file(path)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())

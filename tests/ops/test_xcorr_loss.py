@@ -274,3 +274,9 @@ def test_distillation_needs_its_targets():
 def test_unknown_ways_are_named(options, sentence):
     with pytest.raises(UserError, match=sentence):
         sacl_xd_loss(*embeddings(4, 3), **options)
+
+
+def test_embeddings_of_several_devices_are_refused():
+    z = torch.randn(4, 3)
+    with pytest.raises(UserError, match=r"embeddings on cpu, meta; those of one device work"):
+        BarlowTwinsLoss()(z, z.to("meta"))

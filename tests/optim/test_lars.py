@@ -93,3 +93,9 @@ def test_schedule():
     assert rate(60) == pytest.approx(1.0)
     assert rate(110) == pytest.approx(0.0) and rate(109) > 0
     assert learning_rate(0, base=1.0, warmup_steps=0, total_steps=1) == 1.0
+
+
+def test_what_groups_say_is_checked_too():
+    parameters = [torch.nn.Parameter(torch.zeros(2))]
+    with pytest.raises(ValueError, match="lr of a group is -3"):
+        Lars([{"params": parameters, "lr": -3.0}], lr=0.1)
