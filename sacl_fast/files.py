@@ -25,9 +25,12 @@ def user_path(given: str | os.PathLike[str], setting: str) -> Path:
     """The path that a user gave for ``setting`` (such as ``data.root``), ``~`` made a home folder.
 
     Raises:
-        UserError: it is empty, holds a zero byte, or names a home folder that is not known.
+        UserError: it is no path, is empty, holds a zero byte, or names a home folder that is not known.
     """
-    text = os.fspath(given)
+    try:
+        text = os.fsdecode(given)
+    except TypeError:
+        raise UserError(f"{setting} is {given!r}, no path; a text works") from None
     if not text:
         raise UserError(f"{setting} is empty; a path works")
     if "\0" in text:

@@ -9,7 +9,7 @@ from sacl_fast.errors import UserError
 from sacl_fast.files import kind_of, remove_leftovers, user_path, whole_file
 
 
-@pytest.mark.parametrize("given", ["", "a\0b", "~no-such-user-here/x"])
+@pytest.mark.parametrize("given", ["", "a\0b", "~no-such-user-here/x", 3, None])
 def test_paths_that_are_none(given):
     with pytest.raises(UserError, match=r"^out is .*works$"):
         user_path(given, "out")
