@@ -25,7 +25,7 @@ def user_path(given: str | os.PathLike[str], setting: str) -> Path:
     """The path that a user gave for ``setting`` (such as ``data.root``), ``~`` made a home folder.
 
     Raises:
-        UserError: it is no path, is empty, holds a zero byte, or names a home folder that is not known.
+        UserError: it is no path, is empty, holds a zero byte, or names an unknown home folder.
     """
     try:
         text = os.fsdecode(given)
