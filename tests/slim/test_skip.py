@@ -51,8 +51,11 @@ def encoder_of(name: str, width: float = 1.0, **options) -> nn.Module:
     return encoder.double()
 
 
-def observe(encoder, slicer, mode, x, refreshes=1) -> dict[str, torch.Tensor]:
-    """Output, input gradient, parameter gradients and buffers after forward and backward."""
+def observe(encoder, slicer, mode, x, refreshes=1, unused=()) -> dict[str, torch.Tensor]:
+    """Output, input gradient, parameter gradients and buffers after forward and backward.
+
+    Every parameter has a gradient, but for those in modules named ``unused``.
+    """
     x = x.clone().requires_grad_()
     seen = {}
     torch.manual_seed(1)
@@ -66,8 +69,10 @@ def observe(encoder, slicer, mode, x, refreshes=1) -> dict[str, torch.Tensor]:
                 p += 0.05 * torch.randn_like(p) * p.std().nan_to_num()
         slicer.refresh()
         seen[f"out.{_}"] = out.detach()
-    gradients = {n: p.grad for n, p in encoder.named_parameters()}
-    assert all(g is None or type(g) is torch.Tensor for g in gradients.values())
+    gradients = {
+        n: p.grad for n, p in encoder.named_parameters() if n.partition(".")[0] not in unused
+    }
+    assert all(type(g) is torch.Tensor for g in gradients.values())
     buffers = {n: b.double() for n, b in encoder.named_buffers()}
     return {
         **seen,
