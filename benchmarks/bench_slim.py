@@ -32,9 +32,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sacl_fast.encoders import build_encoder
 from sacl_fast.engine.memory import keep_freed_memory
-from sacl_fast.slim import RecordedEncoder, Slicer
+from sacl_fast.passes import RecordedEncoder
+from sacl_fast.slim import Slicer
 from sacl_fast.slim.channels import channels
-from sacl_fast.slim.compact import compact, cost
+from sacl_fast.slim.export import compact, cost
 from sacl_fast.slim.parts import Part
 from sacl_fast.slim.slicer import Mode
 from sacl_fast.slim.tensor import SlimTensor, make

@@ -19,7 +19,8 @@ from sacl_fast.evaluation.knn import knn_accuracy
 from sacl_fast.losses import BarlowTwinsLoss, SaclXdLoss
 from sacl_fast.ops.backend import resolve, resolve_all
 from sacl_fast.optim import Lars, build_optimizer, learning_rate
-from sacl_fast.slim import RecordedEncoder, Slicer
+from sacl_fast.passes import RecordedEncoder
+from sacl_fast.slim import Slicer
 from sacl_fast.slim.conv import SlimConv2d
 from sacl_fast.slim.slicer import strongest_filters
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Parts of sacl_fast; "data.views" is one module of a part. A part may always import itself.
 COMMON = ("errors", "files", "output", "checks", "config", "_version")
 METHOD = ("ops", "losses", "slim", "encoders", "optim")
-RUN = (*METHOD, "data", "engine", "evaluation", "presets")
+RUN = (*METHOD, "passes", "data", "engine", "evaluation", "presets")
 
 OURS: dict[str, tuple[str, ...]] = {
     "_version": (),
@@ -32,6 +32,7 @@ OURS: dict[str, tuple[str, ...]] = {
     "slim": METHOD,
     "encoders": METHOD,
     "optim": METHOD,
+    "passes": ("ops", "slim"),
     "data": (),
     "engine": RUN,
     "evaluation": RUN,
@@ -160,6 +161,8 @@ def test_the_tree_keeps_the_layers():
         ("sacl_fast/losses.py", "import sacl_fast.engine.trainer", "sacl_fast.engine.trainer"),
         ("sacl_fast/losses.py", "def f():\n    from sacl_fast import _C", "sacl_fast._C"),
         ("sacl_fast/slim/x.py", "def f():\n    from sacl_fast.data import views", "sacl_fast.data"),
+        ("sacl_fast/slim/x.py", "from sacl_fast.passes import RecordedEncoder", "sacl_fast.passes"),
+        ("sacl_fast/passes/x.py", "from sacl_fast.encoders import Projector", "sacl_fast.encoders"),
         ("sacl_fast/encoders/x.py", "from ..evaluation.knn import knn", "sacl_fast.evaluation"),
         ("sacl_fast/optim/x.py", "from sacl_fast.cli import main", "sacl_fast.cli"),
         ("sacl_fast/data/x.py", "from sacl_fast.ops import backend", "sacl_fast.ops"),

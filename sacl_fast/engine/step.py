@@ -20,7 +20,7 @@ from sacl_fast.ops.backend import resolve_all
 from sacl_fast.ops.slim_channels import take_pixels
 from sacl_fast.ops.xcorr_loss import LossParts
 from sacl_fast.optim import build_optimizer, learning_rate
-from sacl_fast.slim import RecordedEncoder
+from sacl_fast.passes import RecordedEncoder
 from sacl_fast.slim.slicer import Mode
 from sacl_fast.slim.tensor import SlimTensor
 

@@ -19,7 +19,8 @@ from sacl_fast.encoders.batch_norm import (
 )
 from sacl_fast.engine.method import SaclXd
 from sacl_fast.losses import SaclXdLoss
-from sacl_fast.slim import RecordedEncoder, Slicer
+from sacl_fast.passes import RecordedEncoder
+from sacl_fast.slim import Slicer
 
 SIZE = 16
 

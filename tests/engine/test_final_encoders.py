@@ -15,7 +15,7 @@ from sacl_fast.engine.trainer import train
 from sacl_fast.evaluation.features import extract_features
 from sacl_fast.evaluation.knn import knn_accuracy
 from sacl_fast.slim import Slicer
-from sacl_fast.slim.compact import compact, load_compact
+from sacl_fast.slim.export import compact, load_compact
 
 
 def accuracy(encoder, config) -> float:

@@ -11,7 +11,8 @@ from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.metrics import read_metrics
 from sacl_fast.engine.step import TrainingStep
-from sacl_fast.slim import RecordedEncoder, Slicer
+from sacl_fast.passes import RecordedEncoder
+from sacl_fast.slim import Slicer
 
 pytestmark = pytest.mark.gpu
 

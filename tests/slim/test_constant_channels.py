@@ -23,7 +23,8 @@ from sacl_fast.losses import SaclXdLoss
 from sacl_fast.ops import batch_norm_act
 from sacl_fast.ops.batch_norm import DAMPED, damped
 from sacl_fast.optim import build_optimizer
-from sacl_fast.slim import RecordedEncoder, Slicer
+from sacl_fast.passes import RecordedEncoder
+from sacl_fast.slim import Slicer
 from sacl_fast.slim.constant_channels import constant_norms_in_a_row
 
 EPS = 1e-5

@@ -33,7 +33,7 @@ from sacl_fast.ops.slim_conv import (
 from sacl_fast.ops.slim_pointwise import slim_pointwise
 from sacl_fast.slim.channels import Channels, all_channels, complement, readers
 from sacl_fast.slim.parts import Part, arranged, at
-from sacl_fast.slim.rules import as_image, by_part, rule_for
+from sacl_fast.slim.rules.elementwise import as_image, by_part, rule_for
 from sacl_fast.slim.tensor import RULES, KeptFilters, SlimTensor, dense, later, with_zeros
 
 

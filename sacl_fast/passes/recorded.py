@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from sacl_fast.checks import checked
+from sacl_fast.passes.recording import Obstacle, Recording, record
 from sacl_fast.slim.slicer import Slicer
-from sacl_fast.slim.tape import Obstacle, Recording, record
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from test_skip import ENCODERS, encoder_of
 from torch import nn
 
 from sacl_fast.config import Config, EncoderConfig, ViewsConfig
@@ -18,7 +17,8 @@ from sacl_fast.encoders.file import encoder_metadata, save_encoder
 from sacl_fast.encoders.recalibrate import recalibrated
 from sacl_fast.errors import UserError
 from sacl_fast.slim import Slicer
-from sacl_fast.slim.compact import compact, cost, load_compact
+from sacl_fast.slim.export import compact, cost, load_compact
+from tests.slim.test_skip import ENCODERS, encoder_of
 
 
 def slim_output(encoder, slicer, x, mode="mask"):
@@ -51,7 +51,9 @@ def test_equal_and_smaller(name, width, ratio):
         assert ours == theirs
     else:
         assert ours.parameters < theirs.parameters and ours.flops < theirs.flops
-        assert not {type(m).__module__ for m in module.modules()} & {"sacl_fast.slim.compact"}
+        assert not {type(m).__module__ for m in module.modules()} & {
+            "sacl_fast.slim.export.compact"
+        }
 
 
 @pytest.mark.parametrize(

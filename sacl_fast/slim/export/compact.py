@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sacl_fast.checks import Count, check, checked
 from sacl_fast.encoders import load_encoder
 from sacl_fast.errors import UserError, reason_of
-from sacl_fast.slim.compacter import CONVOLUTIONS, Compacter
+from sacl_fast.slim.export.graph import CONVOLUTIONS, Compacter
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sacl_fast.encoders import build_encoder
 from sacl_fast.encoders.resnet20 import ResNet20
-from sacl_fast.slim import RecordedEncoder, Slicer
+from sacl_fast.passes import RecordedEncoder
+from sacl_fast.slim import Slicer
 
 SIZE = 64
 RECORDED = 2
@@ -337,7 +338,7 @@ def _reshapes(module, x):
 def test_what_cannot_be_recorded_stays_right(what, reason, caplog):
     torch.manual_seed(0)
     pair, results = Pair(Odd(what).to(memory_format=torch.channels_last)), []
-    with caplog.at_level(logging.INFO, logger="sacl_fast.slim.recorded"):
+    with caplog.at_level(logging.INFO, logger="sacl_fast.passes.recorded"):
         for seed in range(6):
             for run, encoder in ((pair.recorded, pair.encoder), (pair.skip, pair.twin)):
                 torch.manual_seed(seed)
@@ -359,7 +360,7 @@ def test_what_cannot_be_recorded_stays_right(what, reason, caplog):
 def test_passes_that_are_never_alike_are_not_recorded_for_ever(caplog):
     encoder = Odd(lambda module, x: x)
     recorded = RecordedEncoder(Slicer(encoder, 0.5))
-    with caplog.at_level(logging.INFO, logger="sacl_fast.slim.recorded"), torch.no_grad():
+    with caplog.at_level(logging.INFO, logger="sacl_fast.passes.recorded"), torch.no_grad():
         for size in range(20, 40):
             recorded(images(size=size))
     (record,) = caplog.records
@@ -367,7 +368,7 @@ def test_passes_that_are_never_alike_are_not_recorded_for_ever(caplog):
 
 
 def test_passes_that_nobody_differentiates_are_not_recorded_for_ever(monkeypatch):
-    from sacl_fast.slim import recorded as module
+    from sacl_fast.passes import recorded as module
 
     recorded, calls, record = (
         RecordedEncoder(Slicer(Odd(lambda module, x: x), 0.5)),

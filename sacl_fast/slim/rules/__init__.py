@@ -1,0 +1,1 @@
+"""Which operations act on a slim activation part by part, and how."""
