@@ -38,7 +38,7 @@ from sacl_fast.slim.channels import channels
 from sacl_fast.slim.export import compact, cost
 from sacl_fast.slim.parts import Part
 from sacl_fast.slim.slicer import Mode
-from sacl_fast.slim.tensor import SlimTensor, make
+from sacl_fast.slim.tensor import SlimTensor, from_parts
 
 ENCODERS = ("mobilenetv1_100", "mobilenetv3_large_100", "efficientnet_b0", "resnet50")
 
@@ -187,7 +187,7 @@ def measure_layers(name: str, options: argparse.Namespace) -> list[dict[str, Any
             parts = [Part(channels(order[:kept]), images(kept, layer.size))]
             parts.append(Part(channels(order[kept:]), constants))
 
-            slim = partial(make, parts, dense.shape)
+            slim = partial(from_parts, parts, dense.shape)
 
             def run(mode: Mode, layer: Layer, slicer: Slicer, slim: Any, x: torch.Tensor) -> None:
                 autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)

@@ -5,7 +5,6 @@ the slim encoder an ordinary module, and ``conv`` is a slim convolution by itsel
 """
 
 from sacl_fast.slim.conv import SlimConv2d
-from sacl_fast.slim.rules import convolution as _convolution  # noqa: F401 - registers the rules
 from sacl_fast.slim.slicer import Slicer
 
 __all__ = ["Slicer", "SlimConv2d"]

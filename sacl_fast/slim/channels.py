@@ -1,8 +1,8 @@
 """Lists of channel numbers, kept on the host and on the device, and what is derived from them.
 
-Which channels two activations share, or which filters read which channels, is worked out on the
-host from the masks that were read there when they were chosen. A training step therefore never
-waits for the device to learn a size, and equal lists are one object: deriving the same list
+Which channels two activations have in common, or which filters read which channels, is worked out
+on the host from the masks that were read there when they were chosen. A training step therefore
+never waits for the device to learn a size, and equal lists are one object: deriving the same list
 again is a look-up.
 """
 
@@ -67,11 +67,9 @@ def complement(kept: Channels, count: int) -> Channels:
 @lru_cache(maxsize=16384)
 def common(a: Channels, b: Channels) -> tuple[Channels, Channels, Channels]:
     """The channels in both lists, and their positions in ``a`` and in ``b``."""
-    shared, in_a, in_b = np.intersect1d(
-        a.numbers, b.numbers, assume_unique=True, return_indices=True
-    )
+    both, in_a, in_b = np.intersect1d(a.numbers, b.numbers, assume_unique=True, return_indices=True)
     order = np.argsort(in_a)  # as ``a`` has them, so that its own tensor needs no shuffling
-    return channels(shared[order]), channels(in_a[order]), channels(in_b[order])
+    return channels(both[order]), channels(in_a[order]), channels(in_b[order])
 
 
 @lru_cache(maxsize=16384)
@@ -100,14 +98,14 @@ def joined(*lists: Channels) -> Channels:
 
 
 @lru_cache(maxsize=16384)
-def window(a: Channels, start: int, stop: int) -> tuple[Channels, Channels]:
+def channels_between(a: Channels, start: int, stop: int) -> tuple[Channels, Channels]:
     """Those numbered ``start`` to ``stop - 1``, counted from ``start``; and their positions."""
     positions = np.flatnonzero((a.numbers >= start) & (a.numbers < stop))
     return channels(a.numbers[positions] - start), channels(positions)
 
 
 @lru_cache(maxsize=16384)
-def sources(
+def live_in_either(
     live_a: Channels, rest_a: Channels, live_b: Channels, rest_b: Channels
 ) -> tuple[Channels, Channels, Channels]:
     """For the sum of two activations of the same channels: those that are live in either, and

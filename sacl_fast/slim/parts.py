@@ -1,15 +1,19 @@
-"""An activation's channels in parts, and what moves them from part to part; see ``slim.tensor``."""
+"""An activation's channels in parts, and what moves them from part to part; see ``slim.tensor``.
+
+Data alone: what torch's functions and autograd do with it is told in ``tensor`` and ``rules``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sacl_fast.ops.slim_channels import take_channels
+from sacl_fast.ops.batch_norm_act import Activation
+from sacl_fast.ops.slim_channels import assemble, take_channels
 from sacl_fast.slim.channels import Channels, channels, joined
 
 
@@ -46,7 +50,7 @@ def is_live(part: Part, shape: torch.Size) -> bool:
     return part.values.shape[::2] == shape[::2] and part.values.shape[3] == shape[3]
 
 
-def zeros(zeroed: Channels, parts: Sequence[Part]) -> Part:
+def zero_part(zeroed: Channels, parts: Sequence[Part]) -> Part:
     return Part(zeroed, parts[0].values.new_zeros(1, len(zeroed), 1, 1))
 
 
@@ -68,10 +72,80 @@ def _split_first(part: Part) -> tuple[Part, Part]:
 
 def select(part: Part, positions: Channels, chosen: Channels) -> Part:
     """The part's channels at some positions, which are numbered ``chosen``."""
-    return Part(chosen, at(part.values, positions))
+    return Part(chosen, channels_at(part.values, positions))
 
 
-def at(x: Tensor, positions: Channels) -> Tensor:
+def channels_at(x: Tensor, positions: Channels) -> Tensor:
     """The channels of (N, C, H, W) at some positions; the tensor itself where that is all."""
     index = positions.index(x.device, x.shape[1])
     return x if index is None else take_channels(x, index)
+
+
+def for_part(y: Tensor, part: Part) -> Tensor:
+    """What of an operand (., C or 1, ., .) belongs to the part's channels."""
+    return y if y.shape[1] == 1 else channels_at(y, part.channels)
+
+
+def as_image(part: Part, shape: torch.Size) -> Tensor:
+    """The part's values at every pixel of (N, C, H, W), still for one sample where that is all."""
+    values, size = part.values, shape[2:]
+    return values if values.shape[2:] == size else values.expand(-1, -1, *size)
+
+
+Resolve = Callable[[Activation], tuple[Part, ...]]
+"""Computes parts that were deferred, with the activation that follows done along with them."""
+
+
+class Content:
+    """The parts of a slim tensor, of which some may still have to be computed.
+
+    Apart from the tensor, so that autograd's node of the tensor can have it and not the tensor,
+    which has the node.
+    """
+
+    def __init__(
+        self,
+        computed: tuple[Part, ...],
+        shape: torch.Size,
+        *,
+        zeroed: Channels | None = None,
+        resolve: Resolve | None = None,
+    ) -> None:
+        """
+        Args:
+            computed: the parts that are there.
+            shape: of the tensor.
+            zeroed: channels of value 0 besides.
+            resolve: computes the parts, where there are none yet.
+        """
+        self.computed, self.shape, self.zeroed, self.resolve = computed, shape, zeroed, resolve
+        self.with_gradient = torch.is_grad_enabled()
+
+    @property
+    def is_deferred(self) -> bool:
+        return self.resolve is not None
+
+    def resolved(self, act: Activation) -> tuple[Part, ...]:
+        """The deferred parts, after an activation."""
+        assert self.resolve is not None
+        resolve, self.resolve = self.resolve, None
+        self.computed = resolve(act)
+        return self.computed
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        if self.is_deferred:
+            self.resolved("none")
+        if self.zeroed is not None:
+            zeroed, self.zeroed = self.zeroed, None
+            parts = (*self.computed, zero_part(zeroed, self.computed))
+            self.computed = arranged(parts, self.shape)
+        return self.computed
+
+    def dense(self) -> Tensor:
+        (first, *rest) = self.parts
+        if not rest and first.channels.in_order:
+            return first.values
+        values = [p.values.to(first.values.dtype) for p in self.parts]
+        indices = [p.channels.on(first.values.device) for p in self.parts]
+        return assemble(self.shape, values, indices)

@@ -36,7 +36,7 @@ from sacl_fast.errors import UserError, nearest
 from sacl_fast.ops.batch_norm import DAMPED, damped
 from sacl_fast.ops.slim_conv import BACKEND
 from sacl_fast.slim.channels import Channels, all_channels, channels
-from sacl_fast.slim.tensor import KeptFilters, SlimTensor, dense, finishing
+from sacl_fast.slim.tensor import KeptFilters, SlimTensor, dense, resolving
 
 NormGradient = Literal["exact", "damped"]
 Mode = Literal["dense", "mask", "skip"]
@@ -264,7 +264,7 @@ class Slicer(nn.Module):
                         undo.callback(BACKEND.reset, BACKEND.set(self.backend))
                         hook = self._encoder[0].register_forward_hook(lambda *call: dense(call[2]))
                         undo.callback(hook.remove)
-                        undo.enter_context(finishing())
+                        undo.enter_context(resolving())
             yield
 
     def _slim(self, key: str, conv: nn.Conv2d, mode: Mode) -> Callable[[], None]:

@@ -1,8 +1,8 @@
 """The activation of a slim encoder: live channels, and the rest in its smallest form.
 
 A zeroed filter gives a convolution output of exactly 0, and train-mode batch norm turns that into
-its bias: the channel is a constant, the same for all samples and places. What follows it changes
-its form, but seldom to the full size: a padded convolution makes it vary by place, a
+its bias: the channel is a constant, the same for all samples and pixels. What follows it changes
+its form, but seldom to the full size: a padded convolution makes it vary by pixel, a
 squeeze-excite gate by sample. So an activation (N, C, H, W) is kept as parts ::
 
     live    (N, K, H, W)
@@ -20,16 +20,18 @@ It is one for autograd, too. A ``torch.autograd.Function`` is the one way into a
 ``__torch_function__`` does not see: it takes the tensor as it is, and computes without gradient. So
 each tensor has a node of its own, by which the gradient of its dense form goes on to the parts
 (``slim.gradient``); without gradient, an operation on a tensor that has one makes it dense; and a
-tensor whose node has become another than its own takes the gradient from there (``_heal``).
+tensor whose node has become another than its own takes the gradient from there
+(``_follow_new_node``).
 """
 
 from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,42 +39,17 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from sacl_fast.ops.batch_norm_act import Activation
-from sacl_fast.ops.slim_channels import assemble
 from sacl_fast.slim.channels import Channels, all_channels
 from sacl_fast.slim.gradient import DenseForm, connect
-from sacl_fast.slim.parts import Part, arranged, is_live, zeros
+from sacl_fast.slim.operations import METADATA
+from sacl_fast.slim.parts import Content, Part, Resolve, arranged, is_live, zero_part
 
 logger = logging.getLogger(__name__)
 
-RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
-"""PyTorch function -> rule, called with that function and its arguments; a rule that does not
-cover them returns NotImplemented. Filled by ``slim.rules``."""
-
-_METADATA: set[Callable[..., Any]] = {
-    *(
-        getattr(Tensor, name).__get__
-        for name in """
-            shape dtype device layout ndim itemsize is_cuda is_sparse is_quantized is_meta is_mkldnn
-            is_nested requires_grad is_leaf grad_fn grad
-        """.split()
-    ),
-    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__),
-    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.get_device, Tensor.element_size),
-    *(torch.is_floating_point, torch.is_complex, torch.numel, Tensor.__hash__),
-    # Autograd's; the hooks' it uses itself, where a function has changed its input in place.
-    *(
-        Tensor.backward,
-        torch.autograd.backward,
-        torch.autograd.grad,
-        Tensor._backward_hooks.__set__,  # pyright: ignore
-    ),
-}
 _MAKE_LEAVES = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
-_UNFINISHED: ContextVar[Callable[[], Any] | None] = ContextVar("_UNFINISHED", default=None)
+_DEFERRED: ContextVar[Callable[[], Any] | None] = ContextVar("_DEFERRED", default=None)
+"""Refers to the tensor whose parts are still to be computed; there is at most one."""
 _already_logged: set[str] = set()
-
-
-Finish = Callable[[Activation], tuple[Part, ...]]
 
 
 class _Wrapper(Tensor):
@@ -116,7 +93,7 @@ class _Wrapper(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA:
+        if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func in _MAKE_LEAVES:
@@ -126,11 +103,11 @@ class _Wrapper(Tensor):
         if torch.is_grad_enabled():
             for x in _slim_tensors(args, kwargs):
                 if not x.knows_gradient:
-                    _heal(x)
+                    _follow_new_node(x)
         elif any(x.requires_grad for x in _slim_tensors(args, kwargs)):
             return _on_dense(func, args, kwargs)  # within a torch.autograd.Function, it may be
-        _finish_other_than(args[0] if args else None)
-        if rule := RULES.get(func):
+        _resolve_other_than(args[0] if args else None)
+        if rule := _rules().get(func):
             out = rule(func, *args, **kwargs)
             if out is not NotImplemented:
                 return out
@@ -147,57 +124,57 @@ class _Wrapper(Tensor):
 class SlimTensor(_Wrapper):
     """An activation (N, C, H, W) in parts; the first is full-size and has at least one channel.
 
-    Made by ``make``, ``with_zeros`` and ``later``. The last two leave something undone until the
-    parts are asked for: what comes next can often do it along with its own work.
+    Made by ``from_parts``, ``with_zeros`` and ``deferred``. The last two leave something undone
+    until the parts are asked for: what comes next can often do it along with its own work.
     """
 
-    _content: _Content
+    _content: Content
 
     @staticmethod
     def __new__(cls, parts: tuple[Part, ...], shape: torch.Size) -> SlimTensor:
-        return cls._of(_Content(parts, shape), parts[0].values)
+        return cls._of(Content(parts, shape), parts[0].values)
 
     @classmethod
     def _of(
-        cls, content: _Content, like: Tensor, sources: Sequence[Tensor] | None = None
+        cls, content: Content, like: Tensor, computed_from: Sequence[Tensor] | None = None
     ) -> SlimTensor:
         shape, dtype, device = content.shape, like.dtype, like.device
         made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         made.full_shape, made._type = shape, (dtype, device)
-        made._take(content, sources)
+        made._hold(content, computed_from)
         return made  # type: ignore[no-any-return]
 
-    def _take(self, content: _Content, sources: Sequence[Tensor] | None = None) -> None:
-        """``sources``: what the parts are computed from; None: the parts themselves."""
+    def _hold(self, content: Content, computed_from: Sequence[Tensor] | None = None) -> None:
+        """``computed_from``: what the parts are computed from; None: they are there."""
         self._content = content
         self.knows_gradient = torch.is_grad_enabled()
         if self.knows_gradient:
-            if sources is None:
-                sources = [p.values for p in content.made]
-            connect(self, content.dense, sources)
+            if computed_from is None:
+                computed_from = [p.values for p in content.computed]
+            connect(self, content.dense, computed_from)
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        if self._content.finish is not None:
-            self._finish()
+        if self._content.is_deferred:
+            self._resolve()
         return self._content.parts
 
     @property
     def nonzero_parts(self) -> tuple[Part, ...]:
         """The parts but for the channels ``zeroed``."""
-        return self._content.made if self._content.finish is None else self.parts
+        return self.parts if self._content.is_deferred else self._content.computed
 
-    def _finish(self) -> None:
+    def _resolve(self) -> None:
         content = self._content
         with torch.set_grad_enabled(content.with_gradient):
-            content.finished("none")
+            content.resolved("none")
         if content.with_gradient and not torch.is_grad_enabled():
             # A torch.autograd.Function may have the node already. So that goes on to the sources,
-            # once, with the gradients of all, and nobody else does (see ``_heal``).
-            detached = tuple(p._replace(values=p.values.detach()) for p in content.made)
-            self._content, self.knows_gradient = _Content(detached, self.shape), False
+            # once, with the gradients of all, and nobody else does (see ``_follow_new_node``).
+            detached = tuple(p._replace(values=p.values.detach()) for p in content.computed)
+            self._content, self.knows_gradient = Content(detached, self.shape), False
         else:
-            self._take(_Content(content.made, self.shape))
+            self._hold(Content(content.computed, self.shape))
 
     @property
     def zeroed(self) -> Channels | None:
@@ -208,16 +185,16 @@ class SlimTensor(_Wrapper):
     def waits_for_activation(self) -> bool:
         """Whether the parts can be computed along with an activation, as ``activated`` does."""
         content = self._content
-        return content.finish is not None and content.with_gradient == torch.is_grad_enabled()
+        return content.is_deferred and content.with_gradient == torch.is_grad_enabled()
 
     def activated(self, act: Activation, *, in_place: bool) -> SlimTensor:
         """The tensor after the activation that it waits for."""
-        assert self._content.finish is not None
+        assert self._content.resolve is not None
         if in_place:
-            self._take(_Content(self._content.finished(act), self.shape))
+            self._hold(Content(self._content.resolved(act), self.shape))
             return self
-        _UNFINISHED.set(weakref.ref(self))  # to be finished for whoever still has it
-        return SlimTensor(self._content.finish(act), self.shape)
+        _DEFERRED.set(weakref.ref(self))  # to be resolved for whoever still has it
+        return SlimTensor(self._content.resolve(act), self.shape)
 
     def dense(self) -> Tensor:
         self.parts  # noqa: B018
@@ -229,61 +206,12 @@ class SlimTensor(_Wrapper):
             parts = other.parts
         else:
             parts = (Part(all_channels(other.shape[1]), other),)
-        self._take(_Content(parts, self.shape))
+        self._hold(Content(parts, self.shape))
         return self
 
     def __repr__(self, **_: Any) -> str:
         forms = ", ".join(str(tuple(p.values.shape)) for p in self.parts)
         return f"SlimTensor({tuple(self.shape)}: {forms})"
-
-
-class _Content:
-    """The parts of a slim tensor, of which some may still have to be made.
-
-    Apart from the tensor, so that autograd's node of the tensor can have it and not the tensor,
-    which has the node.
-    """
-
-    def __init__(
-        self,
-        made: tuple[Part, ...],
-        shape: torch.Size,
-        *,
-        zeroed: Channels | None = None,
-        finish: Finish | None = None,
-    ) -> None:
-        """
-        Args:
-            made: the parts that are there.
-            shape: of the tensor.
-            zeroed: channels of value 0 besides.
-            finish: gives the parts, after an activation.
-        """
-        self.made, self.shape, self.zeroed, self.finish = made, shape, zeroed, finish
-        self.with_gradient = torch.is_grad_enabled()
-
-    def finished(self, act: Activation) -> tuple[Part, ...]:
-        assert self.finish is not None
-        finish, self.finish = self.finish, None
-        self.made = finish(act)
-        return self.made
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        if self.finish is not None:
-            self.finished("none")
-        if self.zeroed is not None:
-            zeroed, self.zeroed = self.zeroed, None
-            self.made = arranged((*self.made, zeros(zeroed, self.made)), self.shape)
-        return self.made
-
-    def dense(self) -> Tensor:
-        (first, *rest) = self.parts
-        if not rest and first.channels.in_order:
-            return first.values
-        values = [p.values.to(first.values.dtype) for p in self.parts]
-        indices = [p.channels.on(first.values.device) for p in self.parts]
-        return assemble(self.shape, values, indices)
 
 
 class KeptFilters(_Wrapper):
@@ -330,12 +258,12 @@ def _masked(parameter: Tensor, mask: Tensor | None) -> Tensor:
 # --- autograd ------------------------------------------------------------------------------------
 
 
-def _heal(x: SlimTensor) -> None:
+def _follow_new_node(x: SlimTensor) -> None:
     """With gradient again: what was made or changed without has the gradient of autograd's node,
     if it has one. (A ``torch.autograd.Function`` gives its results one.)"""
     if x.requires_grad:
         values = DenseForm.apply(x)
-        x._content = _Content((Part(all_channels(values.shape[1]), values),), x.shape)
+        x._content = Content((Part(all_channels(values.shape[1]), values),), x.shape)
     x.knows_gradient = True
 
 
@@ -351,7 +279,7 @@ def _slim_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Sli
 # --- making slim tensors -------------------------------------------------------------------------
 
 
-def make(parts: Sequence[Part], shape: torch.Size) -> Tensor:
+def from_parts(parts: Sequence[Part], shape: torch.Size) -> Tensor:
     """The tensor (N, C, H, W) of these parts, which together hold each channel once.
 
     Where nothing is left to save, because all channels are full-size or a channel is a single
@@ -360,43 +288,59 @@ def make(parts: Sequence[Part], shape: torch.Size) -> Tensor:
     parts = arranged(parts, shape)
     if len(parts) > 1 and shape[2:] != (1, 1):
         return SlimTensor(parts, shape)
-    return _Content(parts, shape).dense()
+    return Content(parts, shape).dense()
+
+
+def by_part(x: SlimTensor, function: Callable[[Part], Tensor]) -> Tensor:
+    """What a function gives for each part, at the part's own size."""
+    return from_parts([p._replace(values=function(p)) for p in x.parts], x.shape)
 
 
 def with_zeros(parts: Sequence[Part], zeroed: Channels, shape: torch.Size) -> Tensor:
     """The tensor of these parts and of channels of value 0. The first part is full-size, or not
     there to be read."""
     if not len(zeroed) or shape[2:] == (1, 1) or not is_live(parts[0], shape):
-        return make([*parts, zeros(zeroed, parts)], shape)
-    content = _Content(arranged(parts, shape), shape, zeroed=zeroed)
-    return SlimTensor._of(content, content.made[0].values)
+        return from_parts([*parts, zero_part(zeroed, parts)], shape)
+    content = Content(arranged(parts, shape), shape, zeroed=zeroed)
+    return SlimTensor._of(content, content.computed[0].values)
 
 
-def later(finish: Finish, shape: torch.Size, like: Tensor, sources: Sequence[Tensor]) -> SlimTensor:
-    """The tensor whose parts ``finish`` gives, computed from ``sources``: with the activation that
-    is done next, or with none before anything else is done to any slim tensor."""
-    made = SlimTensor._of(_Content((), shape, finish=finish), like, sources)
-    _UNFINISHED.set(lambda: made)
+def deferred(
+    resolve: Resolve, shape: torch.Size, like: Tensor, computed_from: Sequence[Tensor]
+) -> SlimTensor:
+    """The tensor whose parts ``resolve`` computes: with the activation that is done next, or with
+    none before anything else is done to any slim tensor."""
+    made = SlimTensor._of(Content((), shape, resolve=resolve), like, computed_from)
+    _DEFERRED.set(lambda: made)
     return made
 
 
 @contextmanager
-def finishing() -> Iterator[None]:
-    """At its end, what ``later`` has left undone is done."""
+def resolving() -> Iterator[None]:
+    """At its end, what was ``deferred`` is computed."""
     try:
         yield
-        _finish_other_than(None)
+        _resolve_other_than(None)
     finally:
-        _UNFINISHED.set(None)
+        _DEFERRED.set(None)
 
 
-def _finish_other_than(x: Any) -> None:
-    unfinished = _UNFINISHED.get()
-    tensor = None if unfinished is None else unfinished()
-    if unfinished is not None and tensor is not x:
-        _UNFINISHED.set(None)
+def _resolve_other_than(x: Any) -> None:
+    """Compute what was deferred, unless it is ``x``, which the next operation is done to."""
+    reference = _DEFERRED.get()
+    tensor = None if reference is None else reference()
+    if reference is not None and tensor is not x:
+        _DEFERRED.set(None)
         if tensor is not None:
             tensor.parts  # noqa: B018
+
+
+@cache
+def _rules() -> Mapping[Callable[..., Any], Callable[..., Any]]:
+    """Not at the top of this file, since the rules are written with what stands in it."""
+    from sacl_fast.slim.rules import RULES
+
+    return RULES
 
 
 def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -11,7 +11,7 @@ from torch import nn
 
 from sacl_fast.slim.channels import channels
 from sacl_fast.slim.parts import Part
-from sacl_fast.slim.tensor import KeptFilters, SlimTensor, _already_logged, make
+from sacl_fast.slim.tensor import KeptFilters, SlimTensor, _already_logged, from_parts
 
 N, C, H, W = 3, 12, 7, 5
 FORMS = {
@@ -30,7 +30,7 @@ def activation(form: str, seed: int = 0) -> tuple[SlimTensor, list[torch.Tensor]
     order = torch.randperm(C).split([s[1] for s in shapes])
     values = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
     parts = [Part(channels(o.numpy()), v.clone()) for o, v in zip(order, values, strict=True)]
-    made = make(parts, torch.Size((N, C, H, W)))
+    made = from_parts(parts, torch.Size((N, C, H, W)))
     assert isinstance(made, SlimTensor)
     return made, values
 

@@ -1,4 +1,4 @@
-"""The rules of a slim activation for convolutions and batch norms; see ``slim.rules``.
+"""The rule for convolutions.
 
 An ungrouped convolution sums over the parts of its input, each at its own size, and gives live
 channels for the kept filters and the constant 0 for the others. A depthwise filter reads one
@@ -16,9 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from sacl_fast.ops.batch_norm import DAMPED, damped, global_batch_norm
-from sacl_fast.ops.batch_norm_act import Activation, batch_norm_act
-from sacl_fast.ops.slim_batch_norm import slim_batch_norm
 from sacl_fast.ops.slim_channels import take_pixels
 from sacl_fast.ops.slim_conv import (
     BACKEND,
@@ -32,13 +29,13 @@ from sacl_fast.ops.slim_conv import (
 )
 from sacl_fast.ops.slim_pointwise import slim_pointwise
 from sacl_fast.slim.channels import Channels, all_channels, complement, readers
-from sacl_fast.slim.parts import Part, arranged, at
-from sacl_fast.slim.rules.elementwise import as_image, by_part, rule_for
-from sacl_fast.slim.tensor import RULES, KeptFilters, SlimTensor, dense, later, with_zeros
+from sacl_fast.slim.parts import Part, as_image, channels_at
+from sacl_fast.slim.rules.registry import rule_for
+from sacl_fast.slim.tensor import KeptFilters, SlimTensor, dense, with_zeros
 
 
 @rule_for("conv2d")
-def _conv2d(
+def conv2d(
     func: Any,
     input: Any,
     weight: Any,
@@ -70,7 +67,7 @@ def _conv2d(
         outputs = _depthwise(parts, input, full_weight, full_bias, kept, geometry)
     else:
         y = F.conv2d(dense(input), dense(weight), dense(bias), *geometry, groups=groups)
-        outputs = [Part(kept, at(y, kept))]
+        outputs = [Part(kept, channels_at(y, kept))]
     size = output_size(_size(input), _size(weight), geometry)
     shape = torch.Size((input.shape[0], count, *size))
     return with_zeros(outputs, complement(kept, count), shape)
@@ -94,7 +91,9 @@ def _sum_over_parts(
     offset = None if bias is None else take(bias, out).view(1, -1, 1, 1)
     if weight.shape[2:] == (1, 1) and geometry.padding in ((0, 0), "valid", "same"):
         read = tuple(
-            p if p.is_constant else p._replace(values=take_pixels(as_image(p, x), geometry.stride))
+            p
+            if p.is_constant
+            else p._replace(values=take_pixels(as_image(p, x.shape), geometry.stride))
             for p in parts
         )
         return _sum_of_pointwise(read, weight, out, offset)
@@ -104,7 +103,7 @@ def _sum_over_parts(
             filters = take_filters(weight, out, index)
             response = constant_response(p.values, filters, _size(x), geometry)
         else:
-            response = slim_conv2d(as_image(p, x), weight, index, out, None, geometry)
+            response = slim_conv2d(as_image(p, x.shape), weight, index, out, None, geometry)
         offset = response if offset is None else offset + response
     live = parts[0]
     index = live.channels.index(device, in_channels)
@@ -119,8 +118,8 @@ def _sum_of_pointwise(
     maps = [p for p in others if not p.is_constant]
     constants = sorted((p for p in others if p.is_constant), key=lambda p: len(p.values))
 
-    def convolve(p: Part, rest: Part | None = None, shared: Part | None = None) -> Tensor:
-        """And the offset, which with ``shared`` is one for all samples."""
+    def convolve(p: Part, rest: Part | None = None, mapped: Part | None = None) -> Tensor:
+        """And the offset, which with a map is one for all samples."""
 
         def given(part: Part | None) -> tuple[Tensor | None, Tensor | None]:
             if part is None:
@@ -130,7 +129,7 @@ def _sum_of_pointwise(
         values, index = given(p)
         assert values is not None
         own = values, weight, index, out
-        return slim_pointwise(*own, *given(rest), offset, *given(shared), backend=BACKEND.get())
+        return slim_pointwise(*own, *given(rest), offset, *given(mapped), backend=BACKEND.get())
 
     for p in constants[:-1]:  # those for all samples, where each sample has others too
         offset = convolve(p)
@@ -159,12 +158,12 @@ def _depthwise(
             continue
         out, read = own.index(device, count), positions.index(device, len(p.channels))
         if p.is_constant and p.values.shape[0] > 1:
-            values, filters = at(p.values, positions), take(weight, out)
+            values, filters = channels_at(p.values, positions), take(weight, out)
             response = constant_response(values, filters, _size(x), geometry, depthwise=True)
             if bias is not None:
                 response = response + take(bias, out).view(1, -1, 1, 1)
         else:
-            size, values = (_size(x), p.values) if p.is_constant else (None, as_image(p, x))
+            size, values = (_size(x), p.values) if p.is_constant else (None, as_image(p, x.shape))
             response = slim_depthwise(values, weight, read, out, bias, geometry, multiplier, size)
         outputs.append(Part(own, response))
     live, first = parts[0], outputs[0]
@@ -173,84 +172,3 @@ def _depthwise(
         # of them says so (without it DDP waits for parameters that only the slim pass uses).
         outputs[0] = first._replace(values=first.values + live.values[:, :0].sum())
     return outputs
-
-
-@rule_for("batch_norm")
-def _batch_norm(
-    func: Any,
-    input: Any,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    *_: Any,
-    **over_ranks: bool,
-) -> Any:
-    if not isinstance(input, SlimTensor):
-        return NotImplemented
-    shape, count = input.shape, input.numel() // input.shape[1]
-    options: dict[str, Any] = {"momentum": momentum, "eps": eps}
-
-    def index(channels: Channels) -> Tensor | None:
-        return channels.index(input.device, shape[1])
-
-    def given(p: Part) -> Tensor:
-        if not (training and DAMPED.get()):
-            return p.values
-        return damped(p.values, eps, over_ranks=bool(over_ranks) and len(p.values) > 1)
-
-    if not training or over_ranks or weight is None or bias is None:
-        norm = running_mean, running_var, weight, bias
-        options |= {"training": training, **over_ranks}
-        return by_part(
-            input, lambda p: slim_batch_norm(given(p), index(p.channels), count, *norm, **options)
-        )
-    parts, zeroed = input.nonzero_parts, input.zeroed
-    places = None if zeroed is None else zeroed.on(input.device)
-    running: tuple[Tensor | None, Tensor | None] = running_mean, running_var
-
-    def finish(act: Activation) -> tuple[Part, ...]:
-        nonlocal running
-        live, *others = parts
-        maps = [p for p in others if p.values.shape[0] == 1 and not p.is_constant]
-        shared = maps[0] if maps else None
-        norm: Any = weight, bias, *running
-        options.update(count=count, act=act, backend=BACKEND.get())
-        y, rest, out = batch_norm_act(
-            *(given(live), *norm),
-            kept=index(live.channels),
-            zeroed=places,
-            shared=None if shared is None else given(shared),
-            shared_kept=None if shared is None else index(shared.channels),
-            **options,
-        )
-        outputs = [live._replace(values=y)]
-        if zeroed is not None:
-            outputs.append(Part(zeroed, rest))
-        if shared is not None and out is not None:
-            outputs.append(shared._replace(values=out))
-        for p in others:
-            if p is not shared:
-                values, *_ = batch_norm_act(given(p), *norm, kept=index(p.channels), **options)
-                outputs.append(p._replace(values=values))
-        running = None, None  # whoever asks again has the same batch
-        return arranged(outputs, shape)
-
-    return later(finish, shape, parts[0].values, [*(p.values for p in parts), weight, bias])
-
-
-def _global_batch_norm(func: Any, input: Any, *args: Any) -> Any:
-    running_mean, running_var, weight, bias, momentum, eps = args
-    if input.shape[0] == 1:  # a rank's own value cannot be told from one that all ranks have
-        if not DAMPED.get():
-            return NotImplemented
-        return global_batch_norm(damped(dense(input), eps, over_ranks=True), *args)
-    return _batch_norm(
-        func, input, running_mean, running_var, weight, bias, True, momentum, eps, over_ranks=True
-    )
-
-
-RULES[global_batch_norm] = _global_batch_norm
