@@ -7,8 +7,7 @@ activation of 0. The encoder's graph is walked with the channels of each activat
 - constant: known now, and folded into the bias of the convolution that reads them. Where zero
   padding makes their share vary at the border it is a convolution of an image of ones, one
   channel and one sample whatever the batch, so it is exact at any input size;
-- by sample: a constant times a squeeze-excite gate, (N, C, 1, 1), read through a convolution at
-  one place.
+- by sample: a constant times a squeeze-excite gate, (N, C, 1, 1), read by a 1x1 convolution.
 
 Padded depthwise filters that read a constant become live, and an operation that is not known here
 is given the whole activation. The result is a ``torch.fx.GraphModule`` of the encoder's own kinds
@@ -34,7 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from sacl_fast.checks import Count, check, checked
 from sacl_fast.encoders import load_encoder
 from sacl_fast.errors import UserError, reason_of
-from sacl_fast.slim.export.graph import CONVOLUTIONS, Compacter
+from sacl_fast.slim.export.graph import without_zeroed_filters
+from sacl_fast.slim.export.layers import CONVOLUTIONS
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ def compact(
     norms: Mapping[str, nn.Module] | None = None,
     *,
     statistics: Literal["slim", "encoder"] = "slim",
+    strict: bool = False,
 ) -> nn.Module:
     """A standalone module that equals the slim encoder in eval mode, on images of any size.
 
@@ -74,15 +75,19 @@ def compact(
         statistics: of batch norms. ``slim``: those estimated for the slim encoder, which ``masks``
             know after ``Slicer.recalibrate`` and in the last checkpoint of a run. ``encoder``: the
             encoder's as they are; after training these are of two networks and of no use to either.
+        strict: raise where the module would be no smaller.
 
     Returns:
-        A module in eval mode. Where the encoder's graph cannot be followed (its code branches on
-        values), the whole encoder with zeroed filters: equal, but not smaller; the log says why.
+        A module in eval mode. Where the encoder cannot be made smaller (its code branches on
+        values, its convolutions are of a kind that is not known here), the whole of it with zeroed
+        filters: equal, at full size; a warning says why.
 
     Raises:
-        UserError: ``statistics`` is ``slim``, and they have not been estimated.
+        UserError: ``statistics`` is ``slim``, and they have not been estimated; or, if ``strict``,
+            why the encoder cannot be made smaller.
     """
     check(statistics, Literal["slim", "encoder"], "statistics")
+    check(strict, bool, "strict")
     encoder = _plain_copy(encoder)
     modules = dict(encoder.named_modules())
     if unknown := [name for name in masks if not isinstance(modules.get(name), nn.Conv2d)]:
@@ -105,19 +110,24 @@ def compact(
     for name, mask in masks.items():
         for p in encoder.get_submodule(name).parameters(recurse=False):
             p.mul_(mask.to(p.device).view(-1, *[1] * (p.ndim - 1)))
-    return _compacted(encoder, masks)
+    return _compacted(encoder, masks, strict)
 
 
-def load_compact(path: str | os.PathLike[str]) -> nn.Module:
+def load_compact(path: str | os.PathLike[str], *, strict: bool = False) -> nn.Module:
     """The slim encoder of a run as a smaller module, from its ``encoder_slim.safetensors``.
+
+    Args:
+        strict: raise where the module would be no smaller.
 
     Returns:
         As ``compact``: in eval mode, for images (N, 3, H, W) of any size, normalised by the
         ``mean`` and ``std`` in the file's metadata (``encoders.read_encoder_metadata``).
 
     Raises:
-        UserError: there is no such file, or it does not say which encoder it holds.
+        UserError: there is no such file, or it does not say which encoder it holds; or, if
+            ``strict``, why the encoder cannot be made smaller.
     """
+    check(strict, bool, "strict")
     encoder = _plain_copy(load_encoder(path))
     # A filter of zeros gives a constant, whoever zeroed it.
     masks = {
@@ -127,7 +137,7 @@ def load_compact(path: str | os.PathLike[str]) -> nn.Module:
         for name, module in encoder.named_modules()
         if isinstance(module, nn.Conv2d) and (parameters := list(module.parameters(recurse=False)))
     }
-    return _compacted(encoder, masks)
+    return _compacted(encoder, masks, strict)
 
 
 def _plain_copy(encoder: nn.Module) -> nn.Module:
@@ -152,21 +162,44 @@ def _has_statistics(encoder: nn.Module) -> bool:
     return any(isinstance(m, _BatchNorm) and m.track_running_stats for m in encoder.modules())
 
 
-def _compacted(encoder: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+def _compacted(encoder: nn.Module, masks: Mapping[str, Tensor], strict: bool) -> nn.Module:
     """An encoder with zeroed filters, without them."""
+    module, obstacle = _without_zeroed_filters(encoder, masks)
+    if obstacle is not None:
+        if strict:
+            raise UserError(f"the slim encoder cannot be made smaller, since {obstacle}")
+        logger.warning("the slim encoder keeps its full size, since %s", obstacle)
+    return module
+
+
+def _without_zeroed_filters(
+    encoder: nn.Module, masks: Mapping[str, Tensor]
+) -> tuple[nn.Module, str | None]:
+    """The smaller module; or one that is no smaller, and why."""
     try:
-        graph = _Tracer().trace(encoder)
+        traced = fx.GraphModule(encoder, _Tracer().trace(encoder))
     except (TypeError, ValueError, RuntimeError, AttributeError, AssertionError, KeyError) as error:
-        logger.warning(
-            "the slim encoder keeps its full size, since its code cannot be followed: %s",
-            reason_of(error),
-        )
-        return encoder
-    traced = fx.GraphModule(encoder, graph)
+        return encoder, f"its code cannot be followed: {reason_of(error)}"
     if not _with_shapes(traced):
-        logger.warning("the slim encoder keeps its full size, since it takes no image tried")
-        return encoder
-    return Compacter(traced, masks).run()
+        return encoder, "it takes no image tried"
+    module = without_zeroed_filters(traced, masks)
+    if all(mask.all() for mask in masks.values()) or _size(module) < _size(encoder):
+        return module, None
+    return module, _kinds_that_stay(encoder, masks)
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _kinds_that_stay(encoder: nn.Module, masks: Mapping[str, Tensor]) -> str:
+    """A sentence on convolutions with zeroed filters, none of which could be cut."""
+    slim = [encoder.get_submodule(name) for name, mask in masks.items() if not mask.all()]
+    kinds = {type(m).__name__ for m in slim if type(m) not in CONVOLUTIONS}
+    if not kinds:
+        return "its slim convolutions are grouped or padded with other than zeros"
+    known = " and ".join(kind.__name__ for kind in CONVOLUTIONS)
+    return f"its slim convolutions are of kind {', '.join(sorted(kinds))}; {known} can be cut"
 
 
 class _Tracer(fx.Tracer):

@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from timm.layers import ScaledStdConv2d
 from torch import nn
 
 from sacl_fast.config import Config, EncoderConfig, ViewsConfig
@@ -102,18 +103,119 @@ def test_in_place_gates_padded_averages_and_per_sample_constants():
     compacted(encoder, Slicer(encoder, 0.4, exclude=(r"gate",)))
 
 
-def test_code_that_cannot_be_followed_stays_dense():
-    class Branching(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 8, 3)
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
 
-        def forward(self, x):
-            x = self.conv(x)
-            return x if x.sum() > 0 else -x
+    def forward(self, x):
+        x = self.conv(x)
+        return x if x.sum() > 0 else -x
 
-    encoder = Branching().double().eval()
-    compacted(encoder, Slicer(encoder, 0.5))
+
+class Large(nn.Sequential):
+    """Takes images of at least 400 px."""
+
+    def __init__(self):
+        super().__init__(nn.AvgPool2d(40), nn.Conv2d(3, 8, 10), nn.Flatten())
+
+
+def warnings(caplog):
+    return [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+OBSTACLES = {
+    "code": (Branching, "its code cannot be followed: symbolically traced"),
+    "size": (Large, "it takes no image tried"),
+    "kind": (
+        lambda: nn.Sequential(ScaledStdConv2d(3, 8, 3), nn.ReLU()),
+        "its slim convolutions are of kind ScaledStdConv2d; Conv2d and Conv2dSame can be cut",
+    ),
+    "padding": (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding_mode="circular", padding=1)),
+        "its slim convolutions are grouped or padded with other than zeros",
+    ),
+}
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+def test_what_stays_at_full_size_says_why(obstacle, caplog):
+    build, reason = OBSTACLES[obstacle]
+    torch.manual_seed(0)
+    encoder = build().double().eval()
+    slicer = Slicer(encoder, 0.5)
+    module = compacted(encoder, slicer, sizes=(400,) if obstacle == "size" else (33, 64))
+    (warning,) = warnings(caplog)
+    assert warning.getMessage().startswith(f"the slim encoder keeps its full size, since {reason}")
+    full, ours = ([p.numel() for p in m.parameters()] for m in (encoder, module))
+    assert sum(ours) == sum(full)
+    with pytest.raises(UserError) as raised:
+        compact(encoder, slicer.masks, statistics="encoder", strict=True)
+    assert str(raised.value).startswith(f"the slim encoder cannot be made smaller, since {reason}")
+
+
+def test_where_nothing_stays_nothing_is_said(caplog):
+    encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).double().eval()
+    for ratio in (0.5, 1.0):
+        compact(encoder, Slicer(encoder, ratio).masks, statistics="encoder", strict=True)
+    assert not warnings(caplog)
+    with pytest.raises(UserError, match="strict"):
+        compact(encoder, Slicer(encoder, 0.5).masks, statistics="encoder", strict="yes")
+
+
+def test_a_file_whose_encoder_stays_at_full_size(tmp_path, caplog):
+    path = saved_slim_encoder(tmp_path, "nf_regnet_b0")
+    load_compact(path)
+    assert "keeps its full size, since its slim convolutions" in caplog.text
+    with pytest.raises(UserError, match="cannot be made smaller, since its slim convolutions"):
+        load_compact(path, strict=True)
+
+
+def saved_slim_encoder(folder, name):
+    encoder = build_encoder(name, image_size=64)
+    config = Config(encoder=EncoderConfig(name=name), views=ViewsConfig(size=64))
+    slicer = Slicer(encoder, 0.5)
+    slicer.recalibrate([torch.randn(2, 3, 64, 64)])
+    metadata = encoder_metadata(config, epochs=1, steps=2, images=3, knn={}, slim=True)
+    save_encoder(folder / "encoder_slim.safetensors", slicer.slim_state(), metadata)
+    return folder / "encoder_slim.safetensors"
+
+
+FUNCTIONS = {
+    "abs": torch.abs,
+    "exp": lambda x: x.exp(),
+    "square": torch.square,
+    "clip": lambda x: x.clip(-0.5, 0.5),
+    "softsign": torch.nn.functional.softsign,
+    "pow": lambda x: x**2,
+    "subtract": lambda x: torch.subtract(x, 0.5),
+    "reversed": lambda x: 2.0 / (x.exp() + 1),
+    "maximum": lambda x: torch.maximum(x, x * 0.5),
+    "in place": lambda x: (x + 0).mul_(2).sub_(1),
+    "module": nn.Softshrink(0.1),
+}
+
+
+class Between(nn.Sequential):
+    """A function between two convolutions."""
+
+    def __init__(self, function):
+        super().__init__(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3, padding=1))
+        self.function = function
+
+    def forward(self, x):
+        return self[2](self.function(self[1](self[0](x))))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_has_a_rule_keeps_constants_constant(name):
+    """One list of operations is for training and export."""
+    torch.manual_seed(0)
+    encoder = Between(FUNCTIONS[name]).double().eval()
+    nn.init.normal_(encoder[1].bias)
+    module = compacted(encoder, Slicer(encoder, 0.5))
+    convolutions = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
+    assert {m.in_channels for m in convolutions} == {3, 4, 1}  # 1: of the border
 
 
 def test_separate_batch_norm():
