@@ -38,6 +38,7 @@ from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.environment import environment
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.step import TrainingStep
+from sacl_fast.passes import choose_slim_passes
 
 STAGES = ("decode", "crop", "jitter", "blur", "all")
 
@@ -180,9 +181,9 @@ def data_wait(source: Source, config: Config, device: torch.device, steps: int) 
     """Images per second of training and the share of its time spent waiting for batches."""
     torch.manual_seed(config.seed)
     with opened(source, config, device) as loader:
-        step = TrainingStep(
-            build_method(config), config, Ranks(0, 1, device), steps_per_epoch=steps
-        )
+        passes = choose_slim_passes(config, device, steps_per_epoch=steps)
+        method = build_method(config, passes)
+        step = TrainingStep(method, config, Ranks(0, 1, device), steps_per_epoch=steps)
         clock = Clock(config.batch_size)
         warmup = 3
         for i, batch in enumerate(clock.waiting(endless(loader))):

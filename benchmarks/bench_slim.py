@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sacl_fast.encoders import build_encoder
 from sacl_fast.engine.memory import keep_freed_memory
 from sacl_fast.passes import RecordedEncoder
+from sacl_fast.precision import autocast
 from sacl_fast.slim import Slicer
 from sacl_fast.slim.channels import channels
 from sacl_fast.slim.export import compact, cost
@@ -77,7 +78,7 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         images = images.to(memory_format=torch.channels_last)
 
     def step(run: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+        with autocast(device, None if dtype is torch.float32 else dtype):
             run(images).float().square().mean().backward()
 
     def in_mode(slicer: Slicer, mode: Mode, images: torch.Tensor) -> torch.Tensor:
@@ -190,8 +191,8 @@ def measure_layers(name: str, options: argparse.Namespace) -> list[dict[str, Any
             slim = partial(from_parts, parts, dense.shape)
 
             def run(mode: Mode, layer: Layer, slicer: Slicer, slim: Any, x: torch.Tensor) -> None:
-                autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
-                with autocast, slicer.mode(mode):
+                amp_dtype = None if dtype is torch.float32 else dtype
+                with autocast(device, amp_dtype), slicer.mode(mode):
                     layer.step(slim() if mode == "skip" else x)
 
             modes: tuple[Mode, ...] = get_args(Mode)

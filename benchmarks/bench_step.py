@@ -28,6 +28,7 @@ from sacl_fast.engine.distributed import Ranks, pick_device
 from sacl_fast.engine.memory import keep_freed_memory
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.step import TrainingStep
+from sacl_fast.passes import choose_slim_passes
 
 PHASES = ("data", "four_passes", "loss", "backward", "optimiser")
 
@@ -52,7 +53,9 @@ def measure(config: Config, *, steps: int, warmup: int) -> dict[str, Any]:
     if device.type == "cpu":
         keep_freed_memory()  # as training does
     torch.manual_seed(config.seed)
-    step = TrainingStep(build_method(config), config, Ranks(0, 1, device), steps_per_epoch=100)
+    passes = choose_slim_passes(config, device, steps_per_epoch=100)
+    method = build_method(config, passes)
+    step = TrainingStep(method, config, Ranks(0, 1, device), steps_per_epoch=100)
     size = config.views.size
     pixels = torch.randint(0, 256, (2, config.batch_size, size, size, 3), dtype=torch.uint8)
     normalise = Normalise(config.views, device, config.channels_last)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Parts of sacl_fast; "data.views" is one module of a part. A part may always import itself.
 COMMON = ("errors", "files", "output", "checks", "config", "_version")
 METHOD = ("ops", "losses", "slim", "encoders", "optim")
-RUN = (*METHOD, "passes", "data", "engine", "evaluation", "presets")
+RUN = (*METHOD, "passes", "precision", "data", "engine", "evaluation", "presets")
 
 OURS: dict[str, tuple[str, ...]] = {
     "_version": (),
@@ -26,13 +26,14 @@ OURS: dict[str, tuple[str, ...]] = {
     "checks": (),
     "config": (),
     "config_file": (),
+    "precision": (),
     "presets": ("data.views",),
     "ops": (),
     "losses": METHOD,
     "slim": METHOD,
     "encoders": METHOD,
     "optim": METHOD,
-    "passes": ("ops", "slim"),
+    "passes": ("ops", "slim", "precision"),
     "data": (),
     "engine": RUN,
     "evaluation": RUN,

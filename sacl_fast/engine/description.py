@@ -8,7 +8,8 @@ import torch
 
 from sacl_fast.config import Config
 from sacl_fast.engine.distributed import Ranks
-from sacl_fast.engine.step import TrainingStep, precision_reason
+from sacl_fast.engine.step import TrainingStep
+from sacl_fast.precision import precision_reason
 
 
 def describe(
@@ -43,8 +44,9 @@ def describe(
         if uses.get(op, True):
             yield f"{op}: {resolution.backend} ({resolution.reason})"
     if slim:
-        recorded = "" if method.recorded is None else ", recorded"
-        yield f"slim passes: {method.slim_mode}{recorded} ({step.slim_mode_reason})"
+        passes = method.passes
+        recorded = ", recorded" if passes.recorded else ""
+        yield f"slim passes: {passes.mode}{recorded} ({passes.reason})"
         if method.slicer.norm_gradient == "damped":
             requested = config.slim.norm_gradient == "damped"
             why = "as requested" if requested else "they would grow over several in a row"

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from sacl_fast.config import Config
-from sacl_fast.engine.method import build_method
+from sacl_fast.engine.method import build_networks
 from sacl_fast.errors import UserError
 
 
@@ -61,4 +61,4 @@ def what_may_help(config: Config, amp_dtype: torch.dtype | None) -> str:
 def _gradients_grow(config: Config) -> bool:
     """Whether ``auto`` would damp the slim passes' gradients."""
     by_architecture = replace(config, slim=replace(config.slim, norm_gradient="auto"))
-    return build_method(by_architecture).slicer.norm_gradient == "damped"
+    return build_networks(by_architecture).slicer.norm_gradient == "damped"

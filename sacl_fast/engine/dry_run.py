@@ -17,8 +17,9 @@ from sacl_fast.engine.distributed import pick_device
 from sacl_fast.engine.launch import read_launch
 from sacl_fast.engine.method import SaclXd, build_method
 from sacl_fast.engine.preflight import check_run, remarks
-from sacl_fast.engine.step import autocast_dtype
 from sacl_fast.errors import UserError
+from sacl_fast.passes import SlimPasses
+from sacl_fast.precision import autocast_dtype
 
 _GIB, _PROBE_BATCH = 2**30, 4
 
@@ -27,7 +28,7 @@ def print_dry_run(config: Config) -> None:
     """Print the resolved configuration, sizes, FLOPs and an estimate of memory."""
     check_run(config)
     world_size = read_launch().world_size
-    method = build_method(config)
+    method = build_method(config, SlimPasses())
     encoder_parameters = _count(method.encoder)
     projector_parameters = _count(method.projector)
     forward = _forward_flops(method, config.views.size)
@@ -73,7 +74,7 @@ def _forward_flops(method: SaclXd, size: int) -> int:
     # parameter that does (a class token) has none.
     method.eval().requires_grad_(False)
     with counter, torch.no_grad():
-        method.embed(torch.zeros(1, 3, size, size))
+        method.dense(torch.zeros(1, 3, size, size))
     method.train()
     for parameter in trained:
         parameter.requires_grad_()
@@ -94,7 +95,7 @@ def _memory(method: SaclXd, config: Config, world_size: int, half: bool) -> tupl
 
     images = torch.zeros(_PROBE_BATCH, 3, config.views.size, config.views.size)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = method.embed(images)
+        output = method.dense(images)
     del output
     per_image = sum(kept.values()) / _PROBE_BATCH * (0.5 if half else 1.0)
     # Both passes with gradient are alive when the backward starts.

@@ -17,7 +17,7 @@ cut the later ones off.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,9 @@ from sacl_fast.config import Config
 from sacl_fast.encoders import Projector, build_encoder, output_dim
 from sacl_fast.encoders.batch_norm import local_batch_norm, synchronize_batch_norm
 from sacl_fast.ops.collectives import RowGather, world_size
-from sacl_fast.passes import RecordedEncoder
+from sacl_fast.passes import SlimPasses
 from sacl_fast.slim import Slicer
 from sacl_fast.slim.constant_channels import constant_norms_in_a_row
-from sacl_fast.slim.slicer import Mode
 
 _AT_MOST_IN_A_ROW = 1.5
 """Batch norms of constant channels through which gradients are left to pass as they are. Through
@@ -57,50 +56,75 @@ class SaclXd(nn.Module):
         projector: nn.Module,
         slicer: Slicer,
         *,
+        passes: SlimPasses,
         distill: bool = True,
         gather: bool = False,
-        slim_mode: Literal["mask", "skip"] = "mask",
     ) -> None:
-        """``gather``: send every embedding to all ranks while the next pass runs. ``slim_mode``:
-        how the slim passes run, see ``SlimConfig.mode``."""
+        """
+        Args:
+            passes: how the slim passes run.
+            distill: run the passes without gradient, too.
+            gather: send every embedding to all ranks while the next pass runs.
+        """
         super().__init__()
         self.encoder = encoder
         self.projector = projector
         self.slicer = slicer
+        self.passes = passes
+        self.slim_encoder = passes.slim_encoder(slicer)
         self.distill = distill
         self.gather = gather
-        self.slim_mode: Mode = slim_mode
-        self.recorded: RecordedEncoder | None = None
-        """Runs the slim encoder in mode ``skip``, where that pays."""
 
-    def embed(self, x: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, D)
-        return self.projector(self.encoder(x))
+    def dense(self, x: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, D)
+        with self.slicer.mode("dense"):
+            return self.projector(self.encoder(x))
+
+    def slim(self, x: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, D)
+        return self.projector(self.slim_encoder(x))
 
     def forward(self, x_a: Tensor, x_b: Tensor) -> Embeddings:
         gathers: list[RowGather] = []
 
-        def run(width: Mode, x: Tensor) -> Tensor:
-            if width == "skip" and self.recorded is not None:
-                z = self.projector(self.recorded(x))
-            else:
-                with self.slicer.mode(width):
-                    z = self.embed(x)
+        def sent(z: Tensor) -> Tensor:
             if self.gather:
                 gathers.append(RowGather(z))
             return z
 
-        z1 = run("dense", x_a)
-        z2 = run(self.slim_mode, x_b)
+        z1 = sent(self.dense(x_a))
+        z2 = sent(self.slim(x_b))
         if not self.distill:
             return Embeddings(z1, z2, gathers=tuple(gathers))
         with torch.no_grad():
-            z1_t = run("dense", x_b)
-            z2_t = run(self.slim_mode, x_a)
+            z1_t = sent(self.dense(x_b))
+            z2_t = sent(self.slim(x_a))
         return Embeddings(z1, z2, z1_t, z2_t, tuple(gathers))
 
 
-def build_method(config: Config) -> SaclXd:
-    """The configured model, untrained, on the CPU, in training mode."""
+class Networks(NamedTuple):
+    """What a model is made of."""
+
+    encoder: nn.Module
+    projector: nn.Module
+    slicer: Slicer
+
+
+def build_method(config: Config, passes: SlimPasses, networks: Networks | None = None) -> SaclXd:
+    """The configured model, untrained, on the CPU, in training mode.
+
+    Args:
+        passes: how the slim passes run.
+        networks: what ``build_networks`` gave for this configuration; None: called here.
+    """
+    return SaclXd(
+        *(networks or build_networks(config)),
+        passes=passes,
+        distill=config.loss.distillation != "none",
+        gather=config.loss.statistics == "global" and world_size() > 1,
+    ).train()
+
+
+def build_networks(config: Config) -> Networks:
+    """The configured encoder, projector and slicer, untrained, on the CPU."""
     encoder = build_encoder(
         config.encoder.name,
         width=config.encoder.width,
@@ -128,11 +152,4 @@ def build_method(config: Config) -> SaclXd:
         with local_batch_norm(nn.ModuleList((encoder, slicer))):
             if constant_norms_in_a_row(slicer, config.views.size) > _AT_MOST_IN_A_ROW:
                 slicer.norm_gradient = "damped"
-    return SaclXd(
-        encoder,
-        projector,
-        slicer,
-        distill=config.loss.distillation != "none",
-        gather=config.loss.statistics == "global" and world_size() > 1,
-        slim_mode="mask" if config.slim.mode == "auto" else config.slim.mode,
-    ).train()
+    return Networks(encoder, projector, slicer)

@@ -40,7 +40,7 @@ from sacl_fast.engine.distributed import Ranks, process_group
 from sacl_fast.engine.environment import environment
 from sacl_fast.engine.evaluator import Evaluator
 from sacl_fast.engine.memory import keep_freed_memory
-from sacl_fast.engine.method import build_method
+from sacl_fast.engine.method import build_method, build_networks
 from sacl_fast.engine.metrics import MetricWriter, read_metrics
 from sacl_fast.engine.plots import plot_curves
 from sacl_fast.engine.preflight import check_run, remarks
@@ -50,6 +50,7 @@ from sacl_fast.engine.step import TrainingStep
 from sacl_fast.errors import Stopped, UserError
 from sacl_fast.files import whole_file
 from sacl_fast.ops.xcorr_loss import LossParts
+from sacl_fast.passes import choose_slim_passes
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ class Run:
         if ranks.device.type == "cpu":
             keep_freed_memory()
         torch.manual_seed(config.seed)  # the same initial weights on every rank
-        self.method = build_method(config)  # first: what cannot be built needs no data
+        networks = build_networks(config)  # first: what cannot be built needs no data
         self.splits = open_sources(config.data, config.seed)
         if ranks.first:
             for remark in remarks(config, len(self.splits.train)):
@@ -119,10 +120,11 @@ class Run:
             world_size=ranks.world_size,
             check=self.stop.check_wait,  # the others go on to the step that all stop at
         )
+        steps_per_epoch = self.loader.steps_per_epoch
+        passes = choose_slim_passes(config, ranks.device, steps_per_epoch=steps_per_epoch)
+        self.method = build_method(config, passes, networks)
         self.method.slicer.enabled = config.slim.warmup_epochs == 0
-        self.step = TrainingStep(
-            self.method, config, ranks, steps_per_epoch=self.loader.steps_per_epoch
-        )
+        self.step = TrainingStep(self.method, config, ranks, steps_per_epoch=steps_per_epoch)
         # Drop path differs between ranks. A seed may have 53 bits, torch's has 64.
         torch.manual_seed((config.seed * 65_537 + ranks.rank) % 2**64)
         self.evaluator = Evaluator(

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from sacl_fast.checks import Count, checked
 from sacl_fast.config import EvalConfig
 from sacl_fast.encoders.recalibrate import recalibrated
-from sacl_fast.evaluation.features import autocast, extract_features
+from sacl_fast.evaluation.features import extract_features
 from sacl_fast.evaluation.knn import knn_accuracy
+from sacl_fast.precision import autocast
 from sacl_fast.slim.slicer import Mode, Slicer
 
 _MODES: dict[str, Mode] = {"dense": "dense", "slim": "mask"}

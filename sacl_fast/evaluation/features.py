@@ -9,11 +9,7 @@ from torch import Tensor, nn
 
 from sacl_fast.checks import checked
 from sacl_fast.errors import UserError
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    """Autocast to ``dtype`` on the device; None switches it off."""
-    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+from sacl_fast.precision import autocast
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ def take_pixels(x: Tensor, stride: tuple[int, int]) -> Tensor:
     """What of (N, C, H, W) a 1x1 convolution with this stride reads, in the memory format of x.
 
     It is then one without a stride, a product of matrices. The one with a stride overwrites memory
-    on CPUs where few channels are live (``engine.step.stay_within_memory``).
+    on CPUs where few channels are live (``encoders.onednn``).
     """
     return x if stride == (1, 1) else _TakePixels.apply(x, *stride)  # type: ignore[no-any-return]
 

@@ -29,6 +29,8 @@ from torch.fx.graph import CodeGen
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sacl_fast.precision import autocast
+
 _CONSTANTS = (
     *(type(None), bool, int, float, complex, str),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
@@ -288,7 +290,7 @@ class _Function:
         """Empties ``given``."""
         inputs = [given[s] for s in self.inputs]
         given.clear()
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), autocast(device, None):
             return self._run(None, inputs)
 
     @cached_property

@@ -11,12 +11,18 @@ from sacl_fast.engine.description import describe
 from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.step import TrainingStep
+from sacl_fast.passes import choose_slim_passes
+
+CPU = Ranks(0, 1, torch.device("cpu"))
+
+
+def step_of(config: Config) -> TrainingStep:
+    passes = choose_slim_passes(config, CPU.device, steps_per_epoch=3)
+    return TrainingStep(build_method(config, passes), config, CPU, steps_per_epoch=3)
 
 
 def lines(config: Config) -> list[str]:
-    ranks = Ranks(0, 1, torch.device("cpu"))
-    step = TrainingStep(build_method(config), config, ranks, steps_per_epoch=3)
-    return list(describe(config, ranks, step, 3))
+    return list(describe(config, CPU, step_of(config), 3))
 
 
 def starts(config: Config) -> set[str]:
@@ -37,9 +43,7 @@ def test_sizes(tiny):
 
 
 def test_gpus_that_stay_unused_are_named(tiny, monkeypatch):
-    step = TrainingStep(
-        build_method(tiny), tiny, Ranks(0, 1, torch.device("cpu")), steps_per_epoch=3
-    )
+    step = step_of(tiny)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -48,3 +52,11 @@ def test_gpus_that_stay_unused_are_named(tiny, monkeypatch):
     hint = "1 of 4 GPUs is used; torchrun --nproc-per-node 4 -m sacl_fast train ... uses all"
     assert any(line.startswith(hint) for line in said)
     assert not any(" of 4 GPUs" in line for line in describe(tiny, Ranks(0, 4, gpu), step, 3))
+
+
+def test_how_the_slim_passes_run_is_said(tiny):
+    (line,) = (line for line in lines(tiny) if line.startswith("slim passes: "))
+    mode = choose_slim_passes(tiny, CPU.device, steps_per_epoch=3)
+    assert line == f"slim passes: {mode.mode} ({mode.reason})"
+    often = replace(tiny, slim=SlimConfig(mode="skip", refresh_steps=100))
+    assert "slim passes: skip, recorded (as requested)" in lines(often)

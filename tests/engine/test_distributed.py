@@ -19,7 +19,7 @@ from sacl_fast.encoders.batch_norm import (
 )
 from sacl_fast.engine.method import SaclXd
 from sacl_fast.losses import SaclXdLoss
-from sacl_fast.passes import RecordedEncoder
+from sacl_fast.passes import SlimPasses
 from sacl_fast.slim import Slicer
 
 SIZE = 16
@@ -29,7 +29,7 @@ def build(
     name: str,
     batch_norm: str,
     gather: bool = False,
-    slim_mode: str = "mask",
+    passes: SlimPasses = SlimPasses(),  # noqa: B008 - frozen
     norm_gradient: str = "exact",
 ) -> SaclXd:
     """The same float64 model in every process; synchronised where there are several."""
@@ -44,7 +44,7 @@ def build(
     if dist.is_initialized():
         encoder, projector = map(synchronize_batch_norm, (encoder, projector))
     slicer = Slicer(encoder, 0.4, batch_norm=batch_norm, norm_gradient=norm_gradient)
-    return SaclXd(encoder, projector, slicer, gather=gather, slim_mode=slim_mode).double().train()
+    return SaclXd(encoder, projector, slicer, passes=passes, gather=gather).double().train()
 
 
 def views(n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,7 +106,7 @@ def free_port() -> int:
 def test_ranks_equal_one_process(
     tmp_path, world_size, n, name, batch_norm, gather, slim_mode, loss
 ):
-    model = (name, batch_norm, gather, slim_mode)
+    model = (name, batch_norm, gather, SlimPasses(slim_mode))
     mp.spawn(run_rank, (world_size, free_port(), n, loss, str(tmp_path), *model), nprocs=world_size)
     expected = one_step(build(name, batch_norm), *views(world_size * n), **loss)
     assert_equal_to(expected, tmp_path, world_size)
@@ -115,7 +115,7 @@ def test_ranks_equal_one_process(
 @pytest.mark.parametrize("slim_mode", ["mask", "skip"])
 @pytest.mark.parametrize("n", [1, 3])
 def test_damped_gradients_are_by_the_variance_over_all_ranks(tmp_path, slim_mode, n):
-    model = ("mobilenetv3_small_050", "shared", False, slim_mode, "damped")
+    model = ("mobilenetv3_small_050", "shared", False, SlimPasses(slim_mode), "damped")
     mp.spawn(run_rank, (2, free_port(), n, {}, str(tmp_path), *model), nprocs=2)
     alone, exact = (
         one_step(build("mobilenetv3_small_050", "shared", norm_gradient=g), *views(2 * n))
@@ -143,13 +143,12 @@ def run_recorded(rank, world_size, port, synchronized):
     """Five steps of the method with its slim passes recorded, beside those of one without."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    kinds = [SlimPasses("skip", recorded=recorded) for recorded in (True, False)]
     if not synchronized:  # batch norms are made before there are ranks to synchronise with
-        methods = [build("resnet20", "shared", slim_mode="skip") for _ in range(2)]
+        methods = [build("resnet20", "shared", passes=passes) for passes in kinds]
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     if synchronized:
-        methods = [build("resnet20", "shared", slim_mode="skip") for _ in range(2)]
-    recorded = RecordedEncoder(methods[0].slicer)
-    methods[0].recorded = recorded
+        methods = [build("resnet20", "shared", passes=passes) for passes in kinds]
     ways, skips = [], methods[0].slicer.mode
     methods[0].slicer.mode = lambda way: ways.append(way) or skips(way)  # type: ignore
     models = [DistributedDataParallel(m, broadcast_buffers=False) for m in methods]

@@ -17,13 +17,13 @@ from sacl_fast.config import (
     ViewsConfig,
 )
 from sacl_fast.encoders import build_encoder
-from sacl_fast.engine.method import build_method
+from sacl_fast.engine.method import build_method, build_networks
 from sacl_fast.errors import UserError
 from sacl_fast.losses import SaclXdLoss
 from sacl_fast.ops import batch_norm_act
 from sacl_fast.ops.batch_norm import DAMPED, damped
 from sacl_fast.optim import build_optimizer
-from sacl_fast.passes import RecordedEncoder
+from sacl_fast.passes import RecordedEncoder, SlimPasses
 from sacl_fast.slim import Slicer
 from sacl_fast.slim.constant_channels import constant_norms_in_a_row
 
@@ -364,14 +364,16 @@ def configured(name: str, **slim) -> Config:
     ],
 )
 def test_auto_goes_by_the_architecture(name, expected):
-    assert build_method(configured(name)).slicer.norm_gradient == expected
+    assert build_networks(configured(name)).slicer.norm_gradient == expected
 
 
 def test_auto_changes_no_ordinary_encoder_and_no_random_number():
     states = []
     for choice in ("auto", "exact"):
         torch.manual_seed(0)
-        method = build_method(configured("mobilenetv3_small_050", norm_gradient=choice))
+        method = build_method(
+            configured("mobilenetv3_small_050", norm_gradient=choice), SlimPasses()
+        )
         x_a, x_b = torch.randn(2, 4, 3, 32, 32)
         loss, _ = SaclXdLoss(LossConfig())(*method(x_a, x_b))
         loss.backward()
@@ -379,9 +381,8 @@ def test_auto_changes_no_ordinary_encoder_and_no_random_number():
     for name, value in states[0].items():
         other = states[1][name]
         assert value is other is None or torch.equal(value, other), name
-    assert build_method(configured("repvit_m0_9", norm_gradient="exact")).slicer.norm_gradient == (
-        "exact"
-    )
+    networks = build_networks(configured("repvit_m0_9", norm_gradient="exact"))
+    assert networks.slicer.norm_gradient == "exact"
 
 
 def test_norms_in_a_row_are_counted():
@@ -422,7 +423,7 @@ def test_repvit_survives_the_stock_recipe():
     """LARS at rate 0.3 leaves one-dimensional parameters unscaled."""
     torch.manual_seed(0)
     config = configured("repvit_m0_9", norm_gradient="damped")
-    method = build_method(config)
+    method = build_method(config, SlimPasses())
     optimizer = build_optimizer(method.parameters(), config.optim)
     for group in optimizer.param_groups:
         group["lr"] = 0.3

@@ -14,6 +14,7 @@ from sacl_fast.encoders import build_encoder
 from sacl_fast.encoders.resnet20 import ResNet20
 from sacl_fast.engine.method import build_method
 from sacl_fast.losses import SaclXdLoss
+from sacl_fast.passes import SlimPasses
 from sacl_fast.slim import Slicer
 from sacl_fast.slim.tensor import _already_logged
 
@@ -192,10 +193,10 @@ def test_the_method_and_its_loss(batch_norm):
             views=CIFAR,
             encoder=EncoderConfig(name="resnet20", width=6 / 16, drop_path=0.3),
             projector=ProjectorConfig(hidden=16, out=24),
-            slim=SlimConfig(ratio=0.4, mode=mode, batch_norm=batch_norm),
+            slim=SlimConfig(ratio=0.4, batch_norm=batch_norm),
             loss=LossConfig(),
         )
-        method = build_method(config).double()
+        method = build_method(config, SlimPasses(mode)).double()
         x_a, x_b = torch.randn(2, 6, 3, 32, 32, dtype=torch.float64)
         loss, _ = SaclXdLoss(config.loss)(*method(x_a, x_b))
         loss.backward()
