@@ -226,11 +226,11 @@ def work(layer: Layer, batch: int, ratio: float) -> tuple[float, float]:
     inputs, filters = (max(1, int(ratio * n)) for n in (conv.in_channels, conv.out_channels))
     if depthwise := conv.groups > 1:
         filters = max(1, int(ratio * filters))  # that read a live channel, on average
-    window = conv.kernel_size[0] * conv.kernel_size[1]
+    taps = conv.kernel_size[0] * conv.kernel_size[1]
     size = [n // s for n, s in zip(layer.size, conv.stride, strict=True)]  # padded to keep it
-    places, weights = batch * size[0] * size[1], filters * (1 if depthwise else inputs) * window
-    values = 3 * batch * inputs * layer.size[0] * layer.size[1] + 11 * filters * places
-    return 6.0 * places * weights, 4.0 * (values + 3 * weights)
+    pixels, weights = batch * size[0] * size[1], filters * (1 if depthwise else inputs) * taps
+    values = 3 * batch * inputs * layer.size[0] * layer.size[1] + 11 * filters * pixels
+    return 6.0 * pixels * weights, 4.0 * (values + 3 * weights)
 
 
 def flops(encoder: nn.Module, slicer: Slicer, mode: Mode, images: torch.Tensor) -> int:

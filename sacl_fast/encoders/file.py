@@ -2,7 +2,7 @@
 
 ``encoder.safetensors`` holds the dense encoder and ``encoder_slim.safetensors`` the slim one, both
 under timm's names, with batch-norm statistics of their own. The slim one has its zeroed filters as
-zeros: as it stands it loads wherever the dense one does, and ``slim.compact.load_compact`` makes it
+zeros: as it stands it loads wherever the dense one does, and ``slim.export.load_compact`` makes it
 smaller.
 
 The file's metadata are texts; lists and numbers among them are JSON:
@@ -113,9 +113,9 @@ def encode_encoder(state: Mapping[str, torch.Tensor], metadata: Mapping[str, str
     try:
         for name, tensor in own.items():
             tensor = tensor.cpu().contiguous()
-            place = tensor.untyped_storage().data_ptr()
-            own[name] = tensor.clone() if place in seen else tensor
-            seen.add(place)
+            address = tensor.untyped_storage().data_ptr()
+            own[name] = tensor.clone() if address in seen else tensor
+            seen.add(address)
         return safetensors.torch.save(own, dict(metadata))
     except (safetensors.SafetensorError, ValueError, RuntimeError, TypeError, LookupError) as error:
         raise UserError(

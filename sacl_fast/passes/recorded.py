@@ -3,7 +3,7 @@
 Skipping asks Python with every operation what to do with each part of an activation
 (``slim.tensor``): a third of the time of a slim MobileNet-V3 at s = 0.25 on two CPU cores. The
 answers depend on the masks and on the shape of the images, not on values. So a pass is recorded
-(``passes.recording``), and the recording runs in its place until the masks change.
+(``passes.recording``), and the recording runs instead of it until the masks change.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ of backward in another. They make a ``Recording``, a function of the module's in
 same operators, has the same gradients, and leaves nothing for Python to decide.
 
 Sizes and numbers are part of it, so it is for inputs of the same form. Where it would not hold for
-all of those, there is an ``Obstacle`` in its place: values read by the host, sizes that depend on
+all of those, there is an ``Obstacle`` instead: values read by the host, sizes that depend on
 values, random numbers drawn in backward (recomputation), communication. What Python alone sees, a
-counter or one tensor in another's place, shows when two recordings differ.
+counter or one tensor instead of another, shows when two recordings differ.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor | None) -> Any:
-        if gradient is None:  # from a node that took this one's place
+        if gradient is None:  # from a node that replaced this one
             return (None,) * (2 + len(ctx.sources))
         with torch.enable_grad():
             dense = ctx.dense()
