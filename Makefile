@@ -9,7 +9,7 @@ NEWEST := .venv-newest
 SOURCES := pyproject.toml setup.py MANIFEST.in sacl_fast/_version.py $(shell find csrc -type f)
 COPIED := $(wildcard *.toml *.py *.in *.txt *.md LICENSE Makefile CITATION.cff) \
 	$(wildcard sacl_fast kernels csrc tests benchmarks docs)
-CXX_FILES := $(shell find csrc tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
+CXX_FILES = $(shell find csrc tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 # Which tests: make test TESTS='tests/slim -k skip'
 TESTS ?= tests
 PYTEST = OMP_NUM_THREADS=1 $(1)/python -m pytest -n 2 $(TESTS)

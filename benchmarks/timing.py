@@ -6,7 +6,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -155,4 +155,27 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
     """The result with the machine, versions and commit it was measured with."""
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = {**result, "threads": torch.get_num_threads(), "environment": environment()}
-    path.write_text(json.dumps(whole, indent=2, default=str) + "\n")
+    path.write_text(one_row_a_line(whole))
+
+
+def one_row_a_line(result: dict[str, Any]) -> str:
+    """JSON that changes by a line for each row that is measured anew: each field has a line, and so
+    have each row of a field that is a list of rows and each entry of one that is a dictionary."""
+    return (
+        _lines([f"{json.dumps(key)}: {_field(value)}" for key, value in result.items()], 0) + "\n"
+    )
+
+
+def _field(value: Any) -> str:
+    compact = partial(json.dumps, default=str)
+    if isinstance(value, dict) and value:
+        return _lines([f"{json.dumps(key)}: {compact(entry)}" for key, entry in value.items()], 1)
+    if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+        return _lines([compact(row) for row in value], 1, "[]")
+    return compact(value)
+
+
+def _lines(entries: list[str], depth: int, brackets: str = "{}") -> str:
+    outer, inner = "  " * depth, "  " * (depth + 1)
+    between = f",\n{inner}"
+    return f"{brackets[0]}\n{inner}{between.join(entries)}\n{outer}{brackets[1]}"
