@@ -7,8 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 NEWEST := .venv-newest
 SOURCES := pyproject.toml setup.py MANIFEST.in sacl_fast/_version.py $(shell find csrc -type f)
-COPIED := $(wildcard *.toml *.py *.in *.txt *.md LICENSE Makefile CITATION.cff) \
-	$(wildcard sacl_fast kernels csrc tests benchmarks docs)
+COPIED := $(wildcard *.toml *.py *.in *.txt *.md .pre-commit-config.yaml LICENSE Makefile CITATION.cff) \
+	$(wildcard sacl_fast kernels csrc tests benchmarks docs examples)
 CXX_FILES = $(shell find csrc tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 # Which tests: make test TESTS='tests/slim -k skip'
 TESTS ?= tests
