@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from statistics import quantiles
@@ -151,10 +153,20 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
+def processor() -> str | None:
+    """Its name, where Linux knows it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or None
+
+
 def write_json(path: Path, result: dict[str, Any]) -> None:
     """The result with the machine, versions and commit it was measured with."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = {**result, "threads": torch.get_num_threads(), "environment": environment()}
+    measured_on = {"processor": processor(), "threads": torch.get_num_threads()}
+    whole = {**result, **measured_on, "environment": environment()}
     path.write_text(one_row_a_line(whole))
 
 

@@ -55,7 +55,7 @@ def test_what_is_written_is_read_again(tmp_path: Path):
     read = json.loads(path.read_text())
     assert {name: read[name] for name in result(0.3)} == result(0.3)
     assert read["json"] == str(path)
-    assert read["threads"] > 0 and read["environment"]["torch"]
+    assert read["processor"] and read["threads"] > 0 and read["environment"]["torch"]
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
