@@ -28,6 +28,7 @@ def train(classifier, slicer: Slicer, loader, epochs: int) -> None:
         slicer
     )  # computes the kept filters only, and is fast from the third call
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=1e-3)
+    log = []
     for epoch in range(epochs):
         for images, labels in loader:
             dense_loss = F.cross_entropy(classifier(images), labels)
@@ -35,7 +36,8 @@ def train(classifier, slicer: Slicer, loader, epochs: int) -> None:
             optimizer.zero_grad()
             (dense_loss + slim_loss).backward()
             optimizer.step()
-        print(f"epoch {epoch + 1}: dense {dense_loss.item():.3f}, slim {slim_loss.item():.3f}")
+            log.append((dense_loss.item(), slim_loss.item()))
+        print(f"epoch {epoch + 1}: loss {log[-1][0]:.3f} dense, {log[-1][1]:.3f} slim")
 
 
 def export(small: torch.nn.Module, size: int, path: Path) -> Path:
