@@ -11,6 +11,7 @@ import argparse
 
 import timm
 import torch
+from safetensors.torch import save_model
 from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
@@ -85,4 +86,4 @@ if __name__ == "__main__":
     parser.add_argument("--model", default="mobilenetv3_small_100", help="any timm model")
     parser.add_argument("--workers", type=int, default=4)
     encoder, _ = train(**vars(parser.parse_args()))
-    torch.save(encoder.state_dict(), "encoder.pt")
+    save_model(encoder, "encoder.safetensors")

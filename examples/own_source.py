@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_model
 
 from sacl_fast.config import Config, EncoderConfig, ViewsConfig
 from sacl_fast.data.view_loader import open_view_loader
@@ -99,4 +100,4 @@ if __name__ == "__main__":
         views=ViewsConfig(size=given.size),
     )
     method, _ = train(NumpySource(given.images), config)
-    torch.save(method.encoder.state_dict(), "encoder.pt")
+    save_model(method.encoder, "encoder.safetensors")

@@ -1,6 +1,6 @@
 """A classifier of half the filters, from training to a file that is deployed.
 
-    python examples/slim_train_compact_export.py ~/photos --weights encoder.pt
+    python examples/slim_train_compact_export.py ~/photos --weights encoder.safetensors
 
 A timm model, with the weights of a pre-trained encoder where there are some, is trained together
 with its slim half on labelled images (a folder for each class). ``compact`` makes the slim half an
@@ -15,18 +15,19 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
 from sacl_fast.slim import RecordedEncoder, Slicer
 from sacl_fast.slim.compact import compact, cost
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 
 def train(classifier, slicer: Slicer, loader, epochs: int) -> None:
     """Cross-entropy of the dense and the slim classifier, which share their weights."""
-    slim = RecordedEncoder(
-        slicer
-    )  # computes the kept filters only, and is fast from the third call
+    slim = RecordedEncoder(slicer)  # computes the kept filters only
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=1e-3)
     log = []
     for epoch in range(epochs):
@@ -60,12 +61,12 @@ def has_onnx() -> bool:
 def main(
     images: str, out: Path, model: str, weights: str | None, epochs: int, size: int, batch_size: int
 ) -> Path:
-    transform = T.Compose([T.Resize((size, size)), T.ToTensor(), T.Normalize(0.5, 0.5)])
+    transform = T.Compose([T.Resize((size, size)), T.ToTensor(), T.Normalize(MEAN, STD)])
     folder = ImageFolder(images, transform)
     loader = torch.utils.data.DataLoader(folder, batch_size, shuffle=True, drop_last=True)
     classifier = timm.create_model(model, num_classes=len(folder.classes))
     if weights:
-        classifier.load_state_dict(torch.load(weights), strict=False)  # all but the last layer
+        classifier.load_state_dict(load_file(weights), strict=False)  # all but the last layer
     slicer = Slicer(classifier, ratio=0.5)
     train(classifier, slicer, loader, epochs)
 
@@ -81,7 +82,7 @@ if __name__ == "__main__":
     parser.add_argument("images", help="a folder with a folder of images for each class")
     parser.add_argument("--out", type=Path, default=Path("slim_classifier"))
     parser.add_argument("--model", default="mobilenetv3_small_100", help="any timm model")
-    parser.add_argument("--weights", help="state dict of an encoder of that kind")
+    parser.add_argument("--weights", help="encoder.safetensors of a run, or another example's")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=64)

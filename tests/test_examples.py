@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+from safetensors.torch import save_model
 from torch import nn
 
 from examples import loss_in_plain_pytorch, own_source, slim_train_compact_export
@@ -61,9 +63,11 @@ def test_slim_train_compact_export(image_folder: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(slim_train_compact_export, "compact", noted)
     monkeypatch.setattr(slim_train_compact_export, "has_onnx", lambda: False)
     torch.manual_seed(0)
+    encoder = timm.create_model("mobilenetv3_small_050", num_classes=0)
+    save_model(encoder, str(tmp_path / "encoder.safetensors"))
     path = slim_train_compact_export.main(
         *(str(image_folder), tmp_path / "slim", "mobilenetv3_small_050"),
-        *(None, 2, 32, 16),
+        *(str(tmp_path / "encoder.safetensors"), 2, 32, 16),
     )
     exported: nn.Module = torch.export.load(path).module()
     images = torch.rand(5, 3, 32, 32)
