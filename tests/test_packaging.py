@@ -202,14 +202,14 @@ def test_cuda_architectures(setup_module: ModuleType):
         setup_module.cuda_targets("Hopper")
 
 
-def tested_versions() -> dict[str, str]:
+def versions_of_constraints() -> dict[str, str]:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     return dict(line.split("==") for line in lines if not line.startswith("#"))
 
 
-def test_lower_bounds_are_tested_versions():
+def test_lower_bounds_are_versions_of_constraints():
     """Those of constraints.txt, to the digits that a bound has."""
-    tested = tested_versions()
+    tested = versions_of_constraints()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     for requirement in [*project["dependencies"], *extras["dali"]]:
@@ -231,4 +231,4 @@ def test_the_tools_of_pre_commit_are_those_of_make_lint():
     assert {pin.split("==")[0] for pin in pins} == {"ruff", "clang-format"}
     for pin in pins:
         name, version = pin.split("==")
-        assert version == tested_versions()[name], pin
+        assert version == versions_of_constraints()[name], pin
