@@ -100,7 +100,7 @@ def staged(config: Config, stage: str) -> Config:
         return replace(view, **off)
 
     views = replace(config.views, a=cut(config.views.a), b=cut(config.views.b))
-    return replace(config, views=replace(views, size=2) if stage == "decode" else views)
+    return replace(config, views=replace(views, size=4) if stage == "decode" else views)
 
 
 def measure(

@@ -41,6 +41,13 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.numel() / time_ms(lambda: target.copy_(source), device)["p20"] * 1e3
 
 
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP a second of one large product of random matrices."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / time_ms(lambda: a @ b, device)["p20"] * 1e3
+
+
 def percentiles(values: list[float]) -> dict[str, float]:
     if len(values) < 2:
         return dict.fromkeys(("p20", "p50", "p80"), values[0])
