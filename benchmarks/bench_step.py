@@ -232,7 +232,7 @@ def waterfall(
         print_row(row, rows[0])
         if json:
             write_json(json, result or {"benchmark": "bench_step", "rows": rows})
-        run = view_a = view_b = None  # type: ignore[assignment]
+        run = view_a = view_b = None
         torch.compiler.reset()
         gc.collect()
         if torch.cuda.is_available():
