@@ -25,7 +25,6 @@ OURS: dict[str, tuple[str, ...]] = {
     "output": (),
     "checks": (),
     "config": (),
-    "config_file": (),
     "precision": (),
     "presets": ("data.views",),
     "ops": (),
@@ -37,12 +36,13 @@ OURS: dict[str, tuple[str, ...]] = {
     "data": (),
     "engine": RUN,
     "evaluation": RUN,
-    "cli": ("presets", "config_file"),
+    "cli": ("presets",),
     "__init__": ("presets",),
     "__main__": ("cli",),
     "sacl_kernels": (),
     "benchmarks": (*RUN, "cli", "sacl_kernels", "_C"),
-    "tests": (*RUN, "cli", "config_file", "sacl_kernels", "_C"),
+    "examples": RUN,
+    "tests": (*RUN, "cli", "sacl_kernels", "_C"),
 }
 
 # Besides those, inside functions.
@@ -61,7 +61,6 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "output": (),
     "checks": (),
     "config": ("tyro", "yaml"),
-    "config_file": ("yaml",),
     "presets": ("tyro", "yaml"),
     "cli": ("tyro", "rich"),
     "__init__": (),
@@ -144,7 +143,7 @@ def violations(source: str, path: PurePath) -> list[str]:
 
 
 def test_the_tree_keeps_the_layers():
-    folders = ("sacl_fast", "kernels", "benchmarks", "tests")
+    folders = ("sacl_fast", "kernels", "benchmarks", "examples", "tests")
     files = sorted(file for folder in folders for file in (ROOT / folder).rglob("*.py"))
     assert len(files) > 10
     found = [v for f in files for v in violations(f.read_text(), f.relative_to(ROOT))]
@@ -174,7 +173,7 @@ def test_the_tree_keeps_the_layers():
         ("sacl_fast/engine/x.py", "from benchmarks import harness", "benchmarks.harness"),
         ("sacl_fast/cli.py", "from sacl_fast.engine import train", "sacl_fast.engine"),
         ("sacl_fast/cli.py", "import torch", "torch"),
-        ("sacl_fast/config.py", "def f():\n    import torch", "torch"),
+        ("sacl_fast/config/run.py", "def f():\n    import torch", "torch"),
         ("sacl_fast/presets.py", "from torch import nn", "torch.nn"),
         ("sacl_fast/__init__.py", "from sacl_fast.losses import SaclXd", "sacl_fast.losses"),
         ("tests/test_x.py", "from benchmarks import harness", "benchmarks"),

@@ -3,6 +3,7 @@
 import os
 import socket
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -21,16 +22,17 @@ from sacl_fast.engine.method import SaclXd
 from sacl_fast.losses import SaclXdLoss
 from sacl_fast.passes import SlimPasses
 from sacl_fast.slim import Slicer
+from sacl_fast.slim.slicer import NormGradient
 
 SIZE = 16
 
 
 def build(
     name: str,
-    batch_norm: str,
+    batch_norm: Literal["shared", "separate"],
     gather: bool = False,
     passes: SlimPasses = SlimPasses(),  # noqa: B008 - frozen
-    norm_gradient: str = "exact",
+    norm_gradient: NormGradient = "exact",
 ) -> SaclXd:
     """The same float64 model in every process; synchronised where there are several."""
     torch.manual_seed(0)
@@ -49,12 +51,13 @@ def build(
 
 def views(n: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return tuple(
+    a, b = (
         torch.randn(n, 3, SIZE, SIZE, dtype=torch.float64, generator=generator) for _ in range(2)
     )
+    return a, b
 
 
-def one_step(model: nn.Module, a: torch.Tensor, b: torch.Tensor, **loss) -> dict[str, torch.Tensor]:
+def one_step(model: nn.Module, a: torch.Tensor, b: torch.Tensor, **loss) -> dict[str, Any]:
     value, parts = SaclXdLoss(**loss)(*model(a, b))
     value.backward()
     inner = model.module if isinstance(model, DistributedDataParallel) else model

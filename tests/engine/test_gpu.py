@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 
 def first_step(config, device: str) -> tuple[float, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # pyright: ignore[reportAttributeAccessIssue]
     ranks = Ranks(0, 1, torch.device(device))
     passes = choose_slim_passes(config, ranks.device, steps_per_epoch=3)
     step = TrainingStep(build_method(config, passes), config, ranks, steps_per_epoch=3)
