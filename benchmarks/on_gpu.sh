@@ -25,11 +25,11 @@ if command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
       "$python" -m pytest -q -p no:cacheprovider -m gpu -k 'not full_size' \
-      tests/cuda/test_cuda_{depthwise,batch_norm_act,pointwise,combine}.py
+      tests/cuda/test_cuda_{depthwise_conv,batch_norm_act,slim_pointwise,slim_gate}.py
   done
 fi
 
-for operator in depthwise batch_norm_act; do
+for operator in depthwise_conv batch_norm_act; do
   "$python" "benchmarks/bench_$operator.py" --device cuda --dtype bfloat16 --batch 256 \
     --json "$results/${operator}_gpu.json"
 done

@@ -58,8 +58,8 @@ SACL_INLINE void put(float* p, Vec v, Blocks blocks) {
 }
 
 #include "cpu/batch_norm_act_kernels.inl"
-#include "cpu/combine_kernels.inl"
-#include "cpu/depthwise_kernels.inl"
+#include "cpu/slim_gate_kernels.inl"
+#include "cpu/depthwise_conv_kernels.inl"
 #include "cpu/augment_kernels.inl"
 
 }  // namespace

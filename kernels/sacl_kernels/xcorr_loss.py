@@ -1,6 +1,6 @@
 r"""Triton kernels for the cross-correlation loss: value and gradient without a D x D matrix.
 
-The maths and the names are those of ``sacl_fast/ops/xcorr_reference.py``, which these launchers
+The maths and the names are those of ``sacl_fast/ops/xcorr_loss_reference.py``, which these launchers
 replace one for one: standardised embeddings x = (A, B[, S, T]), sides 0 (A) and 1 (B); the
 partner of a side is the other one, its target x[2 + side].
 
@@ -24,7 +24,7 @@ import triton
 from torch import Tensor
 from triton import knobs
 
-from sacl_kernels.xcorr_kernels import (
+from sacl_kernels.xcorr_loss_kernels import (
     combine_kernel,
     correlation_kernel,
     finish_kernel,
@@ -33,13 +33,13 @@ from sacl_kernels.xcorr_kernels import (
     project_kernel,
     standardize_kernel,
 )
-from sacl_kernels.xcorr_launch import Launch, launch_for
+from sacl_kernels.xcorr_loss_launch import Launch, launch_for
 
 # pyright: reportArgumentType=false, reportCallIssue=false
 # (Triton's `kernel[grid]` takes what the kernel declares as constexpr, and launch options besides.)
 
 # --- launchers -----------------------------------------------------------------------------------
-# `rows` and `terms` are the tuples Rows and Terms of xcorr_reference.
+# `rows` and `terms` are the tuples Rows and Terms of xcorr_loss_reference.
 
 
 def gram_forward(

@@ -1,9 +1,9 @@
 """1x1 convolution of a slim activation: from live inputs to kept filters, on the full weight.
 
 What other channels hold, if it is constant over the image, is added as what it comes to: a number
-for each filter (and sample). The compiled operator (``csrc/cpu/pointwise.cpp``) does all that in
+for each filter (and sample). The compiled operator (``csrc/cpu/slim_pointwise.cpp``) does all that in
 one call, and writes the weight's gradient to its place in the full one; so does that for GPUs
-(``csrc/cuda/pointwise.cpp``).
+(``csrc/cuda/slim_pointwise.cpp``).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ With ``norm`` standardising each feature over the batch and :math:`C(p, q) = nor
 
 Gradients flow through ``z1`` and ``z2`` only. The published way forms three D x D matrices and
 runs over a hundred operations on them; the operator here stores none. How: see
-``xcorr_reference`` (plain PyTorch, any device) and ``sacl_kernels.xcorr_loss`` (Triton). What
+``xcorr_loss_reference`` (plain PyTorch, any device) and ``sacl_kernels.xcorr_loss`` (Triton). What
 differs from the supplement, and why, is in the README ("The method").
 """
 
@@ -27,10 +27,10 @@ from torch import Tensor
 from sacl_fast.checks import check, rules
 from sacl_fast.config import Backend, LossConfig
 from sacl_fast.errors import UserError
-from sacl_fast.ops import xcorr_reference
+from sacl_fast.ops import xcorr_loss_reference
 from sacl_fast.ops.backend import resolve
 from sacl_fast.ops.collectives import RowGather, gather_rows, sum_over_ranks, world_size
-from sacl_fast.ops.xcorr_reference import Rows, Terms
+from sacl_fast.ops.xcorr_loss_reference import Rows, Terms
 
 Distillation = Literal["correlation", "log", "none"]
 OffDiagonal = Literal["squared", "literal"]
@@ -165,7 +165,7 @@ def _resolve(backend: str, z: Tensor) -> str:
 
 def _implementation(backend: str, z: Tensor) -> Any:
     if _resolve(backend, z) == "torch":
-        return xcorr_reference
+        return xcorr_loss_reference
     from sacl_kernels import xcorr_loss
 
     return xcorr_loss
@@ -341,7 +341,8 @@ def _literal(zs: list[Tensor], ranks: int, terms: Terms) -> Tensor:
     if ranks > 1:
         batch = [gather_rows(z) for z in batch]
     norm = [
-        xcorr_reference.standardize(z, unbiased=terms.unbiased, eps=terms.eps)[0] for z in batch
+        xcorr_loss_reference.standardize(z, unbiased=terms.unbiased, eps=terms.eps)[0]
+        for z in batch
     ]
     pairs = ((norm[0], norm[2]), (norm[1], norm[3]))
     sums = [(p.sum(1) * q.sum(1)).mean() - (p * q).mean(0).sum() for p, q in pairs]

@@ -25,7 +25,7 @@ SOURCES = [
     *sorted((ROOT / "csrc/cuda").glob("*_kernels.cu")),
     *(
         ROOT / "csrc/cuda" / f"{name}.cpp"
-        for name in ("depthwise", "batch_norm_act", "pointwise", "combine")
+        for name in ("depthwise_conv", "batch_norm_act", "slim_pointwise", "slim_gate")
     ),
     ROOT / "csrc/operators.cpp",
     HERE / "simt.cpp",

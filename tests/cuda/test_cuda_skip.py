@@ -13,7 +13,7 @@ from sacl_fast.ops import (
     batch_norm_act,
     compiled,
     depthwise_conv,
-    slim_arithmetic,
+    slim_gate,
     slim_pointwise,
 )
 from sacl_fast.slim import Slicer
@@ -44,7 +44,7 @@ def observe(encoder, mode, x, *, backend="torch", dtype=None):
 @pytest.fixture
 def calls(device: Device, monkeypatch) -> dict[str, int]:
     """How often each operator was called; emulated, they take the place of the CPU's."""
-    for module in (batch_norm_act, depthwise_conv, slim_arithmetic, slim_pointwise):
+    for module in (batch_norm_act, depthwise_conv, slim_gate, slim_pointwise):
         assert module.is_compiled()  # and tells torch of the operators before they are replaced
     counts = dict.fromkeys(OPERATORS, 0)
 

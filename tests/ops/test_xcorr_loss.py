@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from xcorr_pseudocode import SETTINGS, embeddings, in_float64, pseudocode, relative_errors
+from xcorr_loss_pseudocode import SETTINGS, embeddings, in_float64, pseudocode, relative_errors
 
 from sacl_fast.errors import UserError
 from sacl_fast.losses import BarlowTwinsLoss, SaclXdLoss

@@ -1,10 +1,10 @@
 // The gradient of a depthwise convolution's weight: for each tap and channel the sum of x times dy
-// over all outputs. Strips, vectors of channels and index lists are as in depthwise_kernels.cu.
+// over all outputs. Strips, vectors of channels and index lists are as in depthwise_conv_kernels.cu.
 //
 // A thread keeps the sums of all taps of its channels (of one row of taps at 5x5 and 7x7) in
 // registers while it walks through its strips; each block leaves the sums of its threads, and a
 // second kernel adds those up.
-#include "cuda/depthwise.h"
+#include "cuda/depthwise_conv.h"
 
 namespace sacl::cuda {
 namespace {
@@ -25,7 +25,7 @@ template <class T, int V, int K, int S>
 __global__ void __launch_bounds__(kWeightThreads, 3)
     weight_sums(Problem p, const T* x, const T* dy, const int64_t* source, float* partial) {
   constexpr int L = kWeightStrip<V, S>, kRows = kWeightRows<K>, kColumnsRead = (L - 1) * S + K;
-  constexpr bool kLoadAhead = K == 3;  // as in depthwise_kernels.cu
+  constexpr bool kLoadAhead = K == 3;  // as in depthwise_conv_kernels.cu
   __shared__ float buffer[kSumBuffer<kRows * K * V, kWeightThreads>];
   const DepthwiseShape& s = p.s;
   const int channel = (blockIdx.y * blockDim.x + threadIdx.x) * V, top = threadIdx.z * kRows;

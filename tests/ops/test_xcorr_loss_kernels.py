@@ -15,9 +15,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from sacl_fast.ops.xcorr_reference import Rows, Terms
+from sacl_fast.ops.xcorr_loss_reference import Rows, Terms
 from sacl_kernels import xcorr_loss
-from sacl_kernels.xcorr_launch import launch_for
+from sacl_kernels.xcorr_loss_launch import launch_for
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")

@@ -11,12 +11,12 @@ import sys
 
 import pytest
 import torch
-from xcorr_pseudocode import SETTINGS, embeddings, in_float64, pseudocode, relative_errors
+from xcorr_loss_pseudocode import SETTINGS, embeddings, in_float64, pseudocode, relative_errors
 
 from sacl_fast.losses import SaclXdLoss
-from sacl_fast.ops import xcorr_reference
+from sacl_fast.ops import xcorr_loss_reference
 from sacl_fast.ops.xcorr_loss import _xcorr_loss, sacl_xd_loss
-from sacl_fast.ops.xcorr_reference import Rows, Terms
+from sacl_fast.ops.xcorr_loss_reference import Rows, Terms
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -94,7 +94,7 @@ def test_a_rank_s_rows(shape):
     terms = Terms(0.9, 0.02, 0.003, False, 1e-5)
     grad = torch.ones((), device=DEVICE)
     results = []
-    for implementation in (xcorr_reference, kernels):
+    for implementation in (xcorr_loss_reference, kernels):
         summed: list[torch.Tensor] = []
 
         def note(x, summed=summed):  # a rank alone: its share stands for the sum

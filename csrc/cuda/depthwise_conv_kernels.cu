@@ -1,5 +1,5 @@
 // Depthwise convolution of images in NHWC memory: forward, and the gradient of the input. (That of
-// the weight is in depthwise_weight_kernels.cu.)
+// the weight is in depthwise_conv_weight_kernels.cu.)
 //
 // These are bound by memory: 9 multiplications for 4 bytes in bf16. A thread takes 16 bytes of
 // channels (8 in 16-bit types, 4 in fp32) of a strip of outputs beside one another, so a column of
@@ -13,7 +13,7 @@
 // In the input's gradient the list is inverted first; channels that no filter reads get 0.
 //
 // Windows other than 3x3, 5x5, 7x7 of stride 1, 2 and dilation 1 go through plain loops.
-#include "cuda/depthwise.h"
+#include "cuda/depthwise_conv.h"
 
 namespace sacl::cuda {
 namespace {

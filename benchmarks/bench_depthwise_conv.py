@@ -1,7 +1,7 @@
 """Depthwise convolutions: ours against PyTorch's (oneDNN on a CPU, cuDNN on a GPU), NHWC.
 
-    python benchmarks/bench_depthwise.py --batch 32 --json depthwise.json
-    python benchmarks/bench_depthwise.py --device cuda --dtype bfloat16 --batch 256
+    python benchmarks/bench_depthwise_conv.py --batch 32 --json depthwise.json
+    python benchmarks/bench_depthwise_conv.py --device cuda --dtype bfloat16 --batch 256
 
 The nine shapes of MobileNet-V1 at 224 px and the 5x5 ones of EfficientNet-B0; forward, gradient of
 the input, gradient of the weight. ``half``: ours with an index list of half the channels, which
@@ -66,7 +66,7 @@ def main() -> None:
     print("times as fast as PyTorch:", ", ".join(f"{name} {x:.2f}" for name, x in means.items()))
     if options.json:
         result = {
-            "benchmark": "bench_depthwise",
+            "benchmark": "bench_depthwise_conv",
             "device": device_name(device),
             "dtype": options.dtype,
             "batch": options.batch,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sacl_fast.ops import compiled
-from sacl_fast.ops.slim_arithmetic import is_compiled, slim_add, slim_gate
+from sacl_fast.ops.slim_gate import is_compiled, slim_add, slim_gate
 
 pytestmark = pytest.mark.skipif(not is_compiled(), reason=str(compiled.obstacle()))
 N = 3
