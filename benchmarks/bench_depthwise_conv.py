@@ -131,8 +131,10 @@ def passes(
     channels, high, wide = x.shape[1:]
     return {
         "forward": lambda: op.depthwise_conv(x, taps, index, *window),
-        "input": lambda: op.depthwise_conv_input(dy, taps, index, high, wide, channels, *window),
-        "weight": lambda: op.depthwise_conv_weight(x, dy, index, *taps.shape[1:], *window),
+        "input": lambda: op.depthwise_conv_backward_input(
+            dy, taps, index, high, wide, channels, *window
+        ),
+        "weight": lambda: op.depthwise_conv_backward_weight(x, dy, index, *taps.shape[1:], *window),
     }
 
 

@@ -25,7 +25,7 @@ if command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
       "$python" -m pytest -q -p no:cacheprovider -m gpu -k 'not full_size' \
-      tests/cuda/test_cuda_{depthwise_conv,batch_norm_act,slim_pointwise,slim_gate}.py
+      tests/cuda/test_cuda_{depthwise_conv,batch_norm_act,slim_pointwise,slim_add,slim_gate}.py
   done
 fi
 

@@ -1,9 +1,10 @@
 // Depthwise convolution on floats in channels-last memory, over all channels or over those of an
-// index list: output channel j reads input channel index[j]. Rows of the input are copied into a
+// index list: output channel j reads input channel in_index[j]. Rows of the input are copied into a
 // padded block that stays in the cache (where the index list costs nothing extra) and convolved
 // there.
 //
-// The weight's gradient is summed in fp32 over some 64 pixels and in double above, in a fixed order.
+// The weight's gradient is summed in fp32 over some 64 pixels and in double above, in a fixed
+// order.
 #include <algorithm>
 #include <optional>
 #include <utility>
@@ -48,7 +49,8 @@ struct Problem {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / blocks(), first = task % blocks() * block;
       const int64_t rows = std::min(block, OH - first);
-      const int64_t rows_in = (rows - 1) * window.stride_h + window.dilation_h * (window.kh - 1) + 1;
+      const int64_t rows_in =
+          (rows - 1) * window.stride_h + window.dilation_h * (window.kh - 1) + 1;
       const int64_t top = first * window.stride_h - pad_h, side = pad_w * K;
       float* padded = scratch.get(rows_in * padded_width * K);
       for (int64_t r = 0; r < rows_in; ++r) {
@@ -92,13 +94,13 @@ void convolve(const Problem& p, const float* x, const std::vector<float>& taps, 
     p.for_blocks(x, begin, end, [&](int64_t n, int64_t first, int64_t rows, const float* padded) {
       float* out = y + (n * p.OH + first) * p.OW * channels;
       float* own = back ? live.get(rows * p.OW * p.K) : out;
-      kernels().depthwise(padded, p.padded_width, taps.data(), own, rows, p.OW, p.K, p.window);
+      kernels().depthwise_conv(padded, p.padded_width, taps.data(), own, rows, p.OW, p.K, p.window);
       if (back) kernels().select(own, out, rows * p.OW, back->view());
     });
   });
 }
 
-// For each place of the input, the taps and places of the output that it contributes to.
+// For each row (or column) of the input, the taps and rows of the output that it contributes to.
 void contributions(int64_t size, int64_t out, int64_t k, int64_t stride, int64_t pad,
                    int64_t dilation, std::vector<Tap>& taps, std::vector<int32_t>& ends) {
   for (int64_t i = 0; i < size; ++i) {
@@ -111,11 +113,11 @@ void contributions(int64_t size, int64_t out, int64_t k, int64_t stride, int64_t
   }
 }
 
-// Runs of places whose taps, of which i has those before ends[i], are the same ones.
+// Runs of columns with the same taps; those of column i are the ones from ends[i - 1] to ends[i].
 std::vector<Run> runs_of(const std::vector<Tap>& taps, const std::vector<int32_t>& ends,
                          int64_t stride) {
   std::vector<Run> runs;
-  std::vector<int64_t> last(stride, -1);  // the run of the place before, `stride` back
+  std::vector<int64_t> last(stride, -1);  // the run of the column `stride` before
   for (int64_t i = 0; i < static_cast<int64_t>(ends.size()); ++i) {
     const int32_t first = i ? ends[i - 1] : 0, count = ends[i] - first;
     int64_t& current = last[i % stride];
@@ -143,11 +145,11 @@ Window window_of(int64_t kh, int64_t kw, const std::vector<int64_t>& stride,
 }  // namespace
 
 // x (N, C, H, W), weight (K, kh, kw) -> (N, K, OH, OW)
-Tensor depthwise_conv(Tensor x, Tensor weight, std::optional<Tensor> index,
+Tensor depthwise_conv(Tensor x, Tensor weight, std::optional<Tensor> in_index,
                       std::vector<int64_t> stride, std::vector<int64_t> padding,
                       std::vector<int64_t> dilation) {
   const int64_t C = x.size(1), filters = weight.size(0), K = padded_channels(filters);
-  const auto selected = Selected::of(index, C, filters);
+  const auto selected = Selected::of(in_index, C, filters);
   const Problem p(x.size(0), x.size(2), x.size(3), C, K,
                   window_of(weight.size(1), weight.size(2), stride, dilation), padding[0],
                   padding[1], pointer(selected));
@@ -159,12 +161,12 @@ Tensor depthwise_conv(Tensor x, Tensor weight, std::optional<Tensor> index,
 }
 
 // dy (N, K, OH, OW), weight (K, kh, kw) -> dx (N, C, H, W)
-Tensor depthwise_conv_input(Tensor dy, Tensor weight, std::optional<Tensor> index, int64_t H,
-                            int64_t W, int64_t C, std::vector<int64_t> stride,
-                            std::vector<int64_t> padding, std::vector<int64_t> dilation) {
+Tensor depthwise_conv_backward_input(Tensor dy, Tensor weight, std::optional<Tensor> in_index,
+                                     int64_t H, int64_t W, int64_t C, std::vector<int64_t> stride,
+                                     std::vector<int64_t> padding, std::vector<int64_t> dilation) {
   const int64_t N = dy.size(0), filters = dy.size(1), OH = dy.size(2), OW = dy.size(3);
   const int64_t kh = weight.size(1), kw = weight.size(2), K = padded_channels(filters);
-  const auto selected = Selected::of(index, C, filters);
+  const auto selected = Selected::of(in_index, C, filters);
   std::optional<Selected> back, padded;
   if (selected) back = selected->inverse();
   if (filters < K) padded = Selected::first(filters, K);
@@ -200,9 +202,9 @@ Tensor depthwise_conv_input(Tensor dy, Tensor weight, std::optional<Tensor> inde
       const int64_t n = task / H, h = task % H, from = h ? row_ends[h - 1] : 0;
       float* row = out + task * W * C;
       float* own = back ? live.get(W * K) : row;
-      kernels().depthwise_input(g + n * OH * OW * K, OW, taps.data(), own, K, kw,
-                                rows.data() + from, row_ends[h] - from, runs.data(),
-                                static_cast<int64_t>(runs.size()), columns.data());
+      kernels().depthwise_conv_backward_input(g + n * OH * OW * K, OW, taps.data(), own, K, kw,
+                                              rows.data() + from, row_ends[h] - from, runs.data(),
+                                              static_cast<int64_t>(runs.size()), columns.data());
       if (back) kernels().select(own, row, W, back->view());
     }
   });
@@ -210,11 +212,11 @@ Tensor depthwise_conv_input(Tensor dy, Tensor weight, std::optional<Tensor> inde
 }
 
 // x (N, C, H, W), dy (N, K, OH, OW) -> dweight (K, kh, kw)
-Tensor depthwise_conv_weight(Tensor x, Tensor dy, std::optional<Tensor> index, int64_t kh,
-                             int64_t kw, std::vector<int64_t> stride, std::vector<int64_t> padding,
-                             std::vector<int64_t> dilation) {
+Tensor depthwise_conv_backward_weight(Tensor x, Tensor dy, std::optional<Tensor> in_index,
+                                      int64_t kh, int64_t kw, std::vector<int64_t> stride,
+                                      std::vector<int64_t> padding, std::vector<int64_t> dilation) {
   const int64_t filters = dy.size(1), K = padded_channels(filters), taps = kh * kw;
-  const auto selected = Selected::of(index, x.size(1), filters);
+  const auto selected = Selected::of(in_index, x.size(1), filters);
   std::optional<Selected> padded;
   if (filters < K) padded = Selected::first(filters, K);
   const Problem p(x.size(0), x.size(2), x.size(3), x.size(1), K,
@@ -233,9 +235,9 @@ Tensor depthwise_conv_weight(Tensor x, Tensor dy, std::optional<Tensor> index, i
                        kernels().select(own, scratch, rows * p.OW, padded->view());
                        own = scratch;
                      }
-                     kernels().depthwise_weight(image, p.padded_width, own,
-                                                &partial[group * taps * K], rows, p.OW, K,
-                                                p.window);
+                     kernels().depthwise_conv_backward_weight(image, p.padded_width, own,
+                                                              &partial[group * taps * K], rows,
+                                                              p.OW, K, p.window);
                    });
     }
   });
@@ -250,8 +252,8 @@ Tensor depthwise_conv_weight(Tensor x, Tensor dy, std::optional<Tensor> index, i
 
 STABLE_TORCH_LIBRARY_IMPL(sacl_fast, CPU, m) {
   m.impl("depthwise_conv", TORCH_BOX(&depthwise_conv));
-  m.impl("depthwise_conv_input", TORCH_BOX(&depthwise_conv_input));
-  m.impl("depthwise_conv_weight", TORCH_BOX(&depthwise_conv_weight));
+  m.impl("depthwise_conv_backward_input", TORCH_BOX(&depthwise_conv_backward_input));
+  m.impl("depthwise_conv_backward_weight", TORCH_BOX(&depthwise_conv_backward_weight));
 }
 
 }  // namespace sacl

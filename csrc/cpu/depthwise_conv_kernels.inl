@@ -37,9 +37,8 @@ void select(const float* in, float* out, int64_t width, Selection selection) {
 
 // SIDE: the window's, known to the compiler so that weights stay in registers; 0: any window.
 template <int SIDE>
-SACL_INLINE void depthwise_blocks(const float* in, int64_t in_width, const float* weight,
-                                  float* out, int64_t rows, int64_t width, Blocks blocks,
-                                  Window w) {
+SACL_INLINE void convolve_blocks(const float* in, int64_t in_width, const float* weight, float* out,
+                                 int64_t rows, int64_t width, Blocks blocks, Window w) {
   const int64_t K = blocks.K, kh = SIDE ? SIDE : w.kh, kw = SIDE ? SIDE : w.kw;
   for (int64_t b = 0; b < blocks.count; ++b) {
     const int64_t c = blocks.start(b);
@@ -53,8 +52,7 @@ SACL_INLINE void depthwise_blocks(const float* in, int64_t in_width, const float
           for (int64_t j = 0; j < kw; ++j) {
             const int64_t at = (i * w.dilation_h * in_width + j * w.dilation_w) * K;
             const int64_t t = i * kw + j;
-            sum += load(corner + at) *
-                   (SIDE ? own[SIDE ? t : 0] : load(weight + t * K + c));
+            sum += load(corner + at) * (SIDE ? own[SIDE ? t : 0] : load(weight + t * K + c));
           }
         }
         store(out + (y * width + x) * K + c, sum);
@@ -64,9 +62,8 @@ SACL_INLINE void depthwise_blocks(const float* in, int64_t in_width, const float
 }
 
 template <int SIDE>
-SACL_INLINE void depthwise_weight_blocks(const float* in, int64_t in_width, const float* dy,
-                                         double* total, int64_t rows, int64_t width, Blocks blocks,
-                                         Window w) {
+SACL_INLINE void weight_blocks(const float* in, int64_t in_width, const float* dy, double* total,
+                               int64_t rows, int64_t width, Blocks blocks, Window w) {
   const int64_t K = blocks.K, kh = SIDE ? SIDE : w.kh, kw = SIDE ? SIDE : w.kw;
   const int64_t together = SIDE ? SIDE * SIDE : 1;  // taps that are summed in one sweep
   const int64_t batch = 1 + kRows / width;          // rows that are summed in fp32
@@ -97,26 +94,27 @@ SACL_INLINE void depthwise_weight_blocks(const float* in, int64_t in_width, cons
   }
 }
 
-void depthwise(const float* in, int64_t in_width, const float* weight, float* out, int64_t rows,
-               int64_t width, int64_t K, Window window) {
+void depthwise_conv(const float* in, int64_t in_width, const float* weight, float* out,
+                    int64_t rows, int64_t width, int64_t K, Window window) {
   const int64_t side = window.kh == window.kw ? window.kh : 0;
   if (side == 3)
-    depthwise_blocks<3>(in, in_width, weight, out, rows, width, Blocks(K), window);
+    convolve_blocks<3>(in, in_width, weight, out, rows, width, Blocks(K), window);
   else if (side == 5)
-    depthwise_blocks<5>(in, in_width, weight, out, rows, width, Blocks(K), window);
+    convolve_blocks<5>(in, in_width, weight, out, rows, width, Blocks(K), window);
   else
-    depthwise_blocks<0>(in, in_width, weight, out, rows, width, Blocks(K), window);
+    convolve_blocks<0>(in, in_width, weight, out, rows, width, Blocks(K), window);
 }
 
-void depthwise_weight(const float* in, int64_t in_width, const float* dy, double* total,
-                      int64_t rows, int64_t width, int64_t K, Window window) {
+void depthwise_conv_backward_weight(const float* in, int64_t in_width, const float* dy,
+                                    double* total, int64_t rows, int64_t width, int64_t K,
+                                    Window window) {
   const int64_t side = window.kh == window.kw ? window.kh : 0;
   if (side == 3)
-    depthwise_weight_blocks<3>(in, in_width, dy, total, rows, width, Blocks(K), window);
+    weight_blocks<3>(in, in_width, dy, total, rows, width, Blocks(K), window);
   else if (side == 5)
-    depthwise_weight_blocks<5>(in, in_width, dy, total, rows, width, Blocks(K), window);
+    weight_blocks<5>(in, in_width, dy, total, rows, width, Blocks(K), window);
   else
-    depthwise_weight_blocks<0>(in, in_width, dy, total, rows, width, Blocks(K), window);
+    weight_blocks<0>(in, in_width, dy, total, rows, width, Blocks(K), window);
 }
 
 // ROWS x COLUMNS taps, known to the compiler so that weights stay in registers; 0: any number.
@@ -141,19 +139,20 @@ SACL_INLINE void input_run(const float* dy, int64_t dy_width, const float* weigh
   }
 }
 
-void depthwise_input(const float* dy, int64_t dy_width, const float* weight, float* dx, int64_t K,
-                     int64_t kw, const Tap* rows, int64_t row_count, const Run* runs,
-                     int64_t run_count, const Tap* columns) {
+void depthwise_conv_backward_input(const float* dy, int64_t dy_width, const float* weight,
+                                   float* dx, int64_t K, int64_t kw, const Tap* rows,
+                                   int64_t row_count, const Run* runs, int64_t run_count,
+                                   const Tap* columns) {
   const Blocks blocks(K);
   for (int64_t b = 0; b < blocks.count; ++b) {
     const int64_t c = blocks.start(b);
     for (int64_t r = 0; r < run_count; ++r) {
       const Run run = runs[r];
       const Tap* taps = columns + run.taps;
-#define CALL(ROWS, COLUMNS)                                                                   \
-  case ROWS * 4 + COLUMNS:                                                                    \
+#define CALL(ROWS, COLUMNS)                                                                     \
+  case ROWS * 4 + COLUMNS:                                                                      \
     input_run<ROWS, COLUMNS>(dy + c, dy_width, weight + c, dx + c, K, kw, rows, row_count, run, \
-                             taps);                                                           \
+                             taps);                                                             \
     break
       switch (row_count <= 3 && run.tap_count <= 3 ? row_count * 4 + run.tap_count : 0) {
         CALL(1, 1);

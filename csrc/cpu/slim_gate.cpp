@@ -1,135 +1,28 @@
-// Sums of two slim activations and their products with a gate, each in one pass over the live
-// channels, on floats in channels-last memory.
+// A slim activation times a gate for each sample, in one pass over the live channels, on floats in
+// channels-last memory.
 #include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "cpu/common.h"
-#include "cpu/folded.h"
-#include "cpu/selection.h"
 
 namespace sacl {
-namespace {
 
-constexpr int64_t kRowBlock = 128;  // rows that are worked on at once
-
-int64_t pixels(const Tensor& x) { return x.size(0) * x.size(2) * x.size(3); }
-
-// One operand of a sum: channel u of the result is live channel source[u], or beyond those one of
-// the constants.
-struct Operand {
-  int64_t live, constants;
-  Places source;
-
-  Operand(int64_t live, int64_t constants, const std::optional<Tensor>& index)
-      : live(live), constants(constants),
-        source(index, index.has_value() ? index->numel() : live,
-               index.has_value() ? live + constants : live) {}
-
-  bool is_whole() const { return source.all(); }
-
-  // For each channel of the result the live one, or -1.
-  Selected taken() const {
-    std::vector<int32_t> from(source.size());
-    for (int64_t u = 0; u < source.size(); ++u)
-      from[u] = source[u] < live ? static_cast<int32_t>(source[u]) : -1;
-    return Selected(std::move(from), live);
-  }
-
-  void add_constants(const std::optional<Tensor>& rest, std::vector<float>& sum) const {
-    for (int64_t u = 0; u < source.size(); ++u)
-      if (source[u] >= live) sum[u] += floats(*rest)[source[u] - live];
-  }
-
-  // dy's channels back in their places.
-  Tensor gradient(const Tensor& dy) const {
-    Tensor dx = new_nhwc(dy.size(0), live, dy.size(2), dy.size(3));
-    const Selected back = taken().inverse();
-    const float* in = nhwc(dy);
-    float* out = floats_out(dx);
-    torch::stable::parallel_for(0, pixels(dy), kRowBlock, [&](int64_t begin, int64_t end) {
-      kernels().select(in + begin * source.size(), out + begin * live, end - begin, back.view());
-    });
-    return dx;
-  }
-
-  Tensor constant_gradient(const Tensor& dy, const std::vector<double>& sums) const {
-    Tensor drest = torch::stable::new_zeros(dy, {constants});
-    for (int64_t u = 0; u < source.size(); ++u)
-      if (source[u] >= live) floats_out(drest)[source[u] - live] = static_cast<float>(sums[u]);
-    return drest;
-  }
-};
-
-}  // namespace
-
-Tensor slim_add(Tensor a, std::optional<Tensor> a_rest, std::optional<Tensor> a_source, Tensor b,
-                std::optional<Tensor> b_rest, std::optional<Tensor> b_source) {
-  const Operand left(a.size(1), a_rest.has_value() ? a_rest->numel() : 0, a_source);
-  const Operand right(b.size(1), b_rest.has_value() ? b_rest->numel() : 0, b_source);
-  const int64_t channels = left.source.size();
-  STD_TORCH_CHECK(right.source.size() == channels && pixels(a) == pixels(b),
-                  "both operands must have the same number of values");
-  std::vector<float> constant(channels, 0.0f);
-  left.add_constants(a_rest, constant);
-  right.add_constants(b_rest, constant);
-  const int64_t fold = channels < kLanes ? kLanes : 1;
-  for (int64_t i = channels; i < fold * channels; ++i) constant.push_back(constant[i - channels]);
-  std::optional<Selected> from_a, from_b;
-  if (!left.is_whole()) from_a = left.taken();
-  if (!right.is_whole()) from_b = right.taken();
-  Tensor y = new_nhwc(a.size(0), channels, a.size(2), a.size(3));
-  const float *x_a = nhwc(a), *x_b = nhwc(b);
-  float* out = floats_out(y);
-  torch::stable::parallel_for(0, pixels(a), kRowBlock, [&](int64_t begin, int64_t end) {
-    Scratch scratch_a, scratch_b;
-    for (int64_t row = begin; row < end; row += kRowBlock) {
-      const int64_t rows = std::min(kRowBlock, end - row);
-      const auto own = [&](const float* x, int64_t live, const Selected* from, Scratch& scratch) {
-        if (!from) return x + row * live;
-        float* taken = scratch.get(rows * channels);
-        kernels().select(x + row * live, taken, rows, from->view());
-        return static_cast<const float*>(taken);
-      };
-      const float* of_a = own(x_a, left.live, pointer(from_a), scratch_a);
-      const float* of_b = own(x_b, right.live, pointer(from_b), scratch_b);
-      // `fold` rows of a few channels are as one row of more, which fills vectors.
-      const int64_t wide = rows / fold * fold;
-      kernels().add(of_a, of_b, constant.data(), out + row * channels, wide / fold,
-                    fold * channels);
-      kernels().add(of_a + wide * channels, of_b + wide * channels, constant.data(),
-                    out + (row + wide) * channels, rows - wide, channels);
-    }
-  });
-  return y;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> slim_add_backward(
-    Tensor dy, int64_t a_live, int64_t a_rest, std::optional<Tensor> a_source, int64_t b_live,
-    int64_t b_rest, std::optional<Tensor> b_source) {
-  const Operand left(a_live, a_rest, a_source), right(b_live, b_rest, b_source);
-  std::vector<double> sums;
-  if (a_rest || b_rest) sums = column_sums(dy);
-  const Tensor none = torch::stable::new_empty(dy, {0});
-  return {left.is_whole() ? none : left.gradient(dy), left.constant_gradient(dy, sums),
-          right.is_whole() ? none : right.gradient(dy), right.constant_gradient(dy, sums)};
-}
-
-Tensor slim_gate(Tensor x, std::optional<Tensor> map, Tensor gate, std::optional<Tensor> index,
+Tensor slim_gate(Tensor x, std::optional<Tensor> map, Tensor gate, std::optional<Tensor> x_index,
                  std::optional<Tensor> map_index) {
   const int64_t N = x.size(0), K = x.size(1), HW = x.size(2) * x.size(3), C = gate.size(1);
   const int64_t R = map.has_value() ? map->size(1) : 0;
-  const Places own(index, K, C), others = Places::listed(map_index, C);
+  const ChannelIndex own(x_index, K, C), others = ChannelIndex::listed(map_index, C);
   Tensor y = new_nhwc(N, K + R, x.size(2), x.size(3));
-  const float *in = nhwc(x), *shared = R ? nhwc(*map) : nullptr, *factors = floats(gate);
+  const float *in = nhwc(x), *of_map = R ? nhwc(*map) : nullptr, *factors = floats(gate);
   float* out = floats_out(y);
   torch::stable::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       const std::vector<float> f = own.of(factors + n * C), g = others.of(factors + n * C);
       float* to = out + n * HW * (K + R);
       kernels().scale(in + n * HW * K, K, f.data(), to, K + R, HW, K, false);
-      if (R) kernels().scale(shared, R, g.data(), to + K, K + R, HW, R, false);
+      if (R) kernels().scale(of_map, R, g.data(), to + K, K + R, HW, R, false);
     }
   });
   return y;
@@ -137,15 +30,15 @@ Tensor slim_gate(Tensor x, std::optional<Tensor> map, Tensor gate, std::optional
 
 std::tuple<Tensor, Tensor, Tensor> slim_gate_backward(Tensor dy, Tensor x,
                                                       std::optional<Tensor> map, Tensor gate,
-                                                      std::optional<Tensor> index,
+                                                      std::optional<Tensor> x_index,
                                                       std::optional<Tensor> map_index) {
   const int64_t N = x.size(0), K = x.size(1), HW = x.size(2) * x.size(3), C = gate.size(1);
   const int64_t R = map.has_value() ? map->size(1) : 0, all = K + R;
-  const Places own(index, K, C), others = Places::listed(map_index, C);
+  const ChannelIndex own(x_index, K, C), others = ChannelIndex::listed(map_index, C);
   Tensor dx = new_nhwc(N, K, x.size(2), x.size(3));
   Tensor dmap = R ? new_nhwc(1, R, x.size(2), x.size(3)) : torch::stable::new_empty(x, {0});
   Tensor dgate = torch::stable::new_zeros(gate, {N, C});
-  const float *g = nhwc(dy), *in = nhwc(x), *shared = R ? nhwc(*map) : nullptr;
+  const float *g = nhwc(dy), *in = nhwc(x), *of_map = R ? nhwc(*map) : nullptr;
   const float* factors = floats(gate);
   torch::stable::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> sums(all);
@@ -154,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor> slim_gate_backward(Tensor dy, Tensor x,
       kernels().scale(own_dy, all, own.of(factors + n * C).data(), floats_out(dx) + n * HW * K, K,
                       HW, K, false);
       kernels().products(own_dy, all, in + n * HW * K, K, HW, K, sums.data());
-      if (R) kernels().products(own_dy + K, all, shared, R, HW, R, sums.data() + K);
+      if (R) kernels().products(own_dy + K, all, of_map, R, HW, R, sums.data() + K);
       float* dfactors = floats_out(dgate) + n * C;
       for (int64_t c = 0; c < K; ++c) dfactors[own[c]] = sums[c];
       for (int64_t c = 0; c < R; ++c) dfactors[others[c]] = sums[K + c];
@@ -173,8 +66,6 @@ std::tuple<Tensor, Tensor, Tensor> slim_gate_backward(Tensor dy, Tensor x,
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sacl_fast, CPU, m) {
-  m.impl("slim_add", TORCH_BOX(&slim_add));
-  m.impl("slim_add_backward", TORCH_BOX(&slim_add_backward));
   m.impl("slim_gate", TORCH_BOX(&slim_gate));
   m.impl("slim_gate_backward", TORCH_BOX(&slim_gate_backward));
 }

@@ -1,18 +1,4 @@
-// Included by simd.inl: the loops of combine.cpp.
-
-template <bool FULL>
-SACL_INLINE void add_rows(const float* a, const float* b, const float* constant, float* out,
-                          int64_t rows, Blocks blocks) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t i = 0; i < blocks.count; ++i) {
-      const int64_t c = blocks.start(i), at = r * blocks.K + c;
-      put<FULL>(out + at,
-                get<FULL>(a + at, blocks) + get<FULL>(b + at, blocks) +
-                    get<FULL>(constant + c, blocks),
-                blocks);
-    }
-  }
-}
+// Included by simd.inl: the loops of slim_gate.cpp.
 
 template <bool FULL, bool ACCUMULATE>
 SACL_INLINE void scale_rows(const float* in, int64_t in_stride, const float* factor, float* out,
@@ -45,15 +31,6 @@ SACL_INLINE void products_rows(const float* a, int64_t a_stride, const float* b,
     }
     put<FULL>(total + c, sum, blocks);
   }
-}
-
-void add(const float* a, const float* b, const float* constant, float* out, int64_t rows,
-         int64_t K) {
-  const Blocks blocks(K);
-  if (blocks.lanes == kLanes)
-    add_rows<true>(a, b, constant, out, rows, blocks);
-  else
-    add_rows<false>(a, b, constant, out, rows, blocks);
 }
 
 void scale(const float* in, int64_t in_stride, const float* factor, float* out, int64_t out_stride,

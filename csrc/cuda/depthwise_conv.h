@@ -8,24 +8,24 @@ namespace sacl::cuda {
 
 // The strips of an image batch's rows, which are numbered through.
 struct Problem {
-  DepthwiseShape s;
+  DepthwiseConvShape s;
   Divisor strips, rows;  // of an output row; of an image
   int first_strip;       // where in its row the first strip starts: at 0 or before it
   int count;             // strips in all
   int chunk;             // strips that a block takes
 
   // `width` numbers in a row from `first` on, `strip` at a time.
-  Problem(DepthwiseShape s, int width, int height, int strip, int first, const Tile& tile,
+  Problem(DepthwiseConvShape s, int width, int height, int strip, int first, const Tile& tile,
           int per_processor)
       : s(s), strips(ceil_div(width - first, strip)), rows(height), first_strip(first) {
     count = s.N * height * ceil_div(width - first, strip);
-    chunk = static_cast<int>(Deal(count, tile, per_processor).chunk);
+    chunk = static_cast<int>(Chunks(count, tile, per_processor).size);
   }
 
   dim3 grid(const Tile& tile) const { return dim3(ceil_div(count, chunk), tile.slices); }
 
   // Which image, row and strip of the row.
-  __device__ void place(int strip, int& n, int& row, int& at) const {
+  __device__ void locate(int strip, int& n, int& row, int& at) const {
     int rest = strip;
     const int line = strips.split(rest);
     at = rest;
@@ -62,7 +62,7 @@ struct WindowOf {
 
 // `f` with the window as a type where there are kernels for it, else `any`.
 template <class F, class Any>
-const char* with_window(const DepthwiseShape& s, const F& f, const Any& any) {
+const char* with_window(const DepthwiseConvShape& s, const F& f, const Any& any) {
   const bool plain = s.kh == s.kw && s.stride_h == s.stride_w && s.dilation_h == 1 &&
                      s.dilation_w == 1 && s.stride_h <= 2;
   switch (plain ? s.kh * 10 + s.stride_h : 0) {
@@ -88,8 +88,9 @@ const char* with_lanes(bool vectors, const F& f) {
 }
 
 template <class T>
-bool vectors_fit(const DepthwiseShape& s, const int64_t* index, const void* a, const void* b) {
-  return !index && s.K % kLanes<T> == 0 && aligned(a) && aligned(b);
+bool vectors_fit(const DepthwiseConvShape& s, const int64_t* in_index, const void* a,
+                 const void* b) {
+  return !in_index && s.K % kLanes<T> == 0 && aligned(a) && aligned(b);
 }
 
 }  // namespace sacl::cuda

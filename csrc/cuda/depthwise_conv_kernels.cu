@@ -81,11 +81,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   // up. Elsewhere there are no registers for that.
   constexpr bool kLoadAhead = K == 3 && S == 1;
   __shared__ __align__(16) StagedType<T, V, K> taps[K * K * kWidth];
-  const DepthwiseShape& s = p.s;
+  const DepthwiseConvShape& s = p.s;
   const int width = blockDim.x * V, first = blockIdx.y * width;
   const int own = threadIdx.x * V, channel = first + own;
-  stage_weight<K * K, kWidth>(taps, weight, first, width, s.K, s.C, source, backwards,
-                                 backwards);
+  stage_weight<K * K, kWidth>(taps, weight, first, width, s.K, s.C, source, backwards, backwards);
   __syncthreads();
   if (channel >= s.K) return;
   const int from = source_of(source, channel, s.C);
@@ -93,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int stop = min(p.count, static_cast<int>(blockIdx.x + 1) * p.chunk);
   for (int strip = blockIdx.x * p.chunk + threadIdx.y; strip < stop; strip += blockDim.y) {
     int n, row, at;
-    p.place(strip, n, row, at);
+    p.locate(strip, n, row, at);
     float sums[L][V];
 #pragma unroll
     for (int t = 0; t < L; ++t) clear(sums[t]);
@@ -139,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   constexpr int kWidth = kGroups * V, L = kStrip<V, K, 1>, kBefore = (K - 1) / 2;
   constexpr int kColumnsRead = L / 2 + kBefore;
   __shared__ __align__(16) StagedType<T, V, K> taps[K * K * kWidth];
-  const DepthwiseShape& s = p.s;
+  const DepthwiseConvShape& s = p.s;
   const int width = blockDim.x * V, first = blockIdx.y * width;
   const int own = threadIdx.x * V, channel = first + own;
   stage_weight<K * K, kWidth>(taps, weight, first, width, s.C, s.K, source, true, false);
@@ -149,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int stop = min(p.count, static_cast<int>(blockIdx.x + 1) * p.chunk);
   for (int strip = blockIdx.x * p.chunk + threadIdx.y; strip < stop; strip += blockDim.y) {
     int n, row, at;
-    p.place(strip, n, row, at);
+    p.locate(strip, n, row, at);
     float sums[L][V];
 #pragma unroll
     for (int t = 0; t < L; ++t) clear(sums[t]);
@@ -191,14 +190,14 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <class T>
 __global__ void convolve_any(Problem p, const T* x, const T* weight, const int64_t* source, T* y) {
-  const DepthwiseShape& s = p.s;
+  const DepthwiseConvShape& s = p.s;
   const int channel = blockIdx.y * blockDim.x + threadIdx.x;
   if (channel >= s.K) return;
   const int from = source_of(source, channel, s.C);
   const int stop = min(p.count, static_cast<int>(blockIdx.x + 1) * p.chunk);
   for (int strip = blockIdx.x * p.chunk + threadIdx.y; strip < stop; strip += blockDim.y) {
     int n, row, column;
-    p.place(strip, n, row, column);
+    p.locate(strip, n, row, column);
     float sum = 0;
     for (int kh = 0; kh < s.kh; ++kh) {
       const int h = row * s.stride_h - s.pad_h + kh * s.dilation_h;
@@ -218,14 +217,14 @@ __global__ void convolve_any(Problem p, const T* x, const T* weight, const int64
 template <class T>
 __global__ void input_of_any(Problem p, const T* dy, const T* weight, const int64_t* source,
                              T* dx) {
-  const DepthwiseShape& s = p.s;
+  const DepthwiseConvShape& s = p.s;
   const int channel = blockIdx.y * blockDim.x + threadIdx.x;
   if (channel >= s.C) return;
   const int filter = source_of(source, channel, s.K);
   const int stop = min(p.count, static_cast<int>(blockIdx.x + 1) * p.chunk);
   for (int strip = blockIdx.x * p.chunk + threadIdx.y; strip < stop; strip += blockDim.y) {
     int n, row, column;
-    p.place(strip, n, row, column);
+    p.locate(strip, n, row, column);
     float sum = 0;
     for (int kh = 0; kh < s.kh && filter >= 0; ++kh) {
       const int high = row + s.pad_h - kh * s.dilation_h, h = high / s.stride_h;
@@ -237,15 +236,14 @@ __global__ void input_of_any(Problem p, const T* dy, const T* weight, const int6
                to_float(weight[(static_cast<int64_t>(filter) * s.kh + kh) * s.kw + kw]);
       }
     }
-    dx[((static_cast<int64_t>(n) * s.H + row) * s.W + column) * s.C + channel] =
-        from_float<T>(sum);
+    dx[((static_cast<int64_t>(n) * s.H + row) * s.W + column) * s.C + channel] = from_float<T>(sum);
   }
 }
 
 // Which kernel runs.
 
 template <class T>
-const char* convolution(const DepthwiseShape& s, const T* x, const T* weight,
+const char* convolution(const DepthwiseConvShape& s, const T* x, const T* weight,
                         const int64_t* source, T* y, bool backwards, bool vectors, void* stream) {
   return with_window(
       s,
@@ -267,15 +265,15 @@ const char* convolution(const DepthwiseShape& s, const T* x, const T* weight,
 }
 
 // The convolution that gives the input's gradient at stride 1.
-DepthwiseShape transposed(DepthwiseShape s) {
-  DepthwiseShape t = s;
+DepthwiseConvShape transposed(DepthwiseConvShape s) {
+  DepthwiseConvShape t = s;
   t.H = s.OH, t.W = s.OW, t.C = s.K, t.OH = s.H, t.OW = s.W, t.K = s.C;
   t.pad_h = s.kh - 1 - s.pad_h, t.pad_w = s.kw - 1 - s.pad_w;
   return t;
 }
 
 template <class T>
-const char* input_gradient(const DepthwiseShape& s, const T* dy, const T* weight,
+const char* input_gradient(const DepthwiseConvShape& s, const T* dy, const T* weight,
                            const int64_t* source, T* dx, void* stream) {
   const bool vectors = vectors_fit<T>(s, source, dy, dx);
   const auto any = [&] {
@@ -309,28 +307,28 @@ using namespace sacl::cuda;
 
 extern "C" {
 
-const char* sacl_cuda_depthwise(DepthwiseShape shape, const void* x, const void* weight,
-                                const int64_t* index, void* y, void* stream) {
+const char* sacl_cuda_depthwise_conv(DepthwiseConvShape shape, const void* x, const void* weight,
+                                     const int64_t* in_index, void* y, void* stream) {
   return with_type(shape.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return convolution<T>(shape, static_cast<const T*>(x), static_cast<const T*>(weight), index,
-                          static_cast<T*>(y), false, vectors_fit<T>(shape, index, x, y), stream);
+    return convolution<T>(shape, static_cast<const T*>(x), static_cast<const T*>(weight), in_index,
+                          static_cast<T*>(y), false, vectors_fit<T>(shape, in_index, x, y), stream);
   });
 }
 
-const char* sacl_cuda_depthwise_input(DepthwiseShape shape, const void* dy, const void* weight,
-                                      const int64_t* index, void* dx, int64_t* places,
-                                      void* stream) {
-  if (index) {
+const char* sacl_cuda_depthwise_conv_backward_input(DepthwiseConvShape shape, const void* dy,
+                                                    const void* weight, const int64_t* in_index,
+                                                    void* dx, int64_t* positions, void* stream) {
+  if (in_index) {
     if (const char* failure =
-            sacl_cuda_places(index, shape.K, nullptr, 0, places, shape.C, stream)) {
+            sacl_cuda_invert_index(in_index, shape.K, nullptr, 0, positions, shape.C, stream)) {
       return failure;
     }
   }
   return with_type(shape.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     return input_gradient<T>(shape, static_cast<const T*>(dy), static_cast<const T*>(weight),
-                             index ? places : nullptr, static_cast<T*>(dx), stream);
+                             in_index ? positions : nullptr, static_cast<T*>(dx), stream);
   });
 }
 }

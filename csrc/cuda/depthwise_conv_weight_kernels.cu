@@ -1,5 +1,6 @@
 // The gradient of a depthwise convolution's weight: for each tap and channel the sum of x times dy
-// over all outputs. Strips, vectors of channels and index lists are as in depthwise_conv_kernels.cu.
+// over all outputs. Strips, vectors of channels and index lists are as in
+// depthwise_conv_kernels.cu.
 //
 // A thread keeps the sums of all taps of its channels (of one row of taps at 5x5 and 7x7) in
 // registers while it walks through its strips; each block leaves the sums of its threads, and a
@@ -27,7 +28,7 @@ __global__ void __launch_bounds__(kWeightThreads, 3)
   constexpr int L = kWeightStrip<V, S>, kRows = kWeightRows<K>, kColumnsRead = (L - 1) * S + K;
   constexpr bool kLoadAhead = K == 3;  // as in depthwise_conv_kernels.cu
   __shared__ float buffer[kSumBuffer<kRows * K * V, kWeightThreads>];
-  const DepthwiseShape& s = p.s;
+  const DepthwiseConvShape& s = p.s;
   const int channel = (blockIdx.y * blockDim.x + threadIdx.x) * V, top = threadIdx.z * kRows;
   const bool inside = channel < s.K;
   const int from = inside ? source_of(source, channel, s.C) : 0;
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(kWeightThreads, 3)
   const int stop = inside ? min(p.count, static_cast<int>(blockIdx.x + 1) * p.chunk) : 0;
   for (int strip = blockIdx.x * p.chunk + threadIdx.y; strip < stop; strip += blockDim.y) {
     int n, row, at;
-    p.place(strip, n, row, at);
+    p.locate(strip, n, row, at);
     Vec<T, V> gradient[L];
     load_columns(gradient,
                  dy + ((static_cast<int64_t>(n) * s.OH + row) * s.OW + at * L) * s.K + channel, s.K,
@@ -92,7 +93,7 @@ template <class T>
 __global__ void weight_sums_any(Problem p, const T* x, const T* dy, const int64_t* source,
                                 float* partial) {
   __shared__ float buffer[kSumBuffer<1>];
-  const DepthwiseShape& s = p.s;
+  const DepthwiseConvShape& s = p.s;
   const int channel = blockIdx.y * blockDim.x + threadIdx.x;
   const int kh = blockIdx.z / s.kw, kw = blockIdx.z % s.kw;
   const bool inside = channel < s.K;
@@ -101,7 +102,7 @@ __global__ void weight_sums_any(Problem p, const T* x, const T* dy, const int64_
   const int stop = inside ? min(p.count, static_cast<int>(blockIdx.x + 1) * p.chunk) : 0;
   for (int strip = blockIdx.x * p.chunk + threadIdx.y; strip < stop; strip += blockDim.y) {
     int n, row, column;
-    p.place(strip, n, row, column);
+    p.locate(strip, n, row, column);
     const int h = row * s.stride_h - s.pad_h + kh * s.dilation_h;
     const int w = column * s.stride_w - s.pad_w + kw * s.dilation_w;
     if (h < 0 || h >= s.H || w < 0 || w >= s.W) continue;
@@ -120,9 +121,8 @@ struct WeightLaunch {
   Problem p;
   int depth;  // threads for rows of the window
 
-  WeightLaunch(const DepthwiseShape& s, int V, int strip, int depth)
-      : tile(s.K, V, depth, kWeightThreads),
-        p(s, s.OW, s.OH, strip, 0, tile, kPerProcessor),
+  WeightLaunch(const DepthwiseConvShape& s, int V, int strip, int depth)
+      : tile(s.K, V, depth, kWeightThreads), p(s, s.OW, s.OH, strip, 0, tile, kPerProcessor),
         depth(depth) {}
 
   int blocks() const { return ceil_div(p.count, p.chunk); }
@@ -131,34 +131,37 @@ struct WeightLaunch {
 
 // `f` with the launch and, as types, the window and the lanes; `any` with the launch alone.
 template <class T, class F, class Any>
-const char* with_weight_launch(const DepthwiseShape& s, bool vectors, const F& f, const Any& any) {
+const char* with_weight_launch(const DepthwiseConvShape& s, bool vectors, const F& f,
+                               const Any& any) {
   return with_window(
       s,
       [&](auto window) {
         return with_lanes<T>(vectors, [&](auto lanes) {
           constexpr int V = decltype(lanes)::kCount, K = window.kSize;
-          const WeightLaunch how(s, V, kWeightStrip<V, window.kStride>, K / kWeightRows<K>);
-          return f(how, window, lanes);
+          const WeightLaunch first_stage(s, V, kWeightStrip<V, window.kStride>, K / kWeightRows<K>);
+          return f(first_stage, window, lanes);
         });
       },
       [&] { return any(WeightLaunch(s, 1, 1, 1)); });
 }
 
 template <class T>
-const char* weight_gradient(const DepthwiseShape& s, const T* x, const T* dy, const int64_t* index,
-                            T* dweight, float* partial, void* stream) {
+const char* weight_gradient(const DepthwiseConvShape& s, const T* x, const T* dy,
+                            const int64_t* in_index, T* dweight, float* partial, void* stream) {
   int blocks = 0;
   const char* failure = with_weight_launch<T>(
-      s, vectors_fit<T>(s, index, x, dy),
-      [&](const WeightLaunch& how, auto window, auto lanes) {
-        blocks = how.blocks();
+      s, vectors_fit<T>(s, in_index, x, dy),
+      [&](const WeightLaunch& first_stage, auto window, auto lanes) {
+        blocks = first_stage.blocks();
         return launch(&weight_sums<T, decltype(lanes)::kCount, window.kSize, window.kStride>,
-                      how.p.grid(how.tile), how.block(), stream, how.p, x, dy, index, partial);
+                      first_stage.p.grid(first_stage.tile), first_stage.block(), stream,
+                      first_stage.p, x, dy, in_index, partial);
       },
-      [&](const WeightLaunch& how) {
-        blocks = how.blocks();
-        const dim3 grid(blocks, how.tile.slices, s.kh * s.kw);
-        return launch(&weight_sums_any<T>, grid, how.block(), stream, how.p, x, dy, index, partial);
+      [&](const WeightLaunch& first_stage) {
+        blocks = first_stage.blocks();
+        const dim3 grid(blocks, first_stage.tile.slices, s.kh * s.kw);
+        return launch(&weight_sums_any<T>, grid, first_stage.block(), stream, first_stage.p, x, dy,
+                      in_index, partial);
       });
   if (failure) return failure;
   const int taps = s.kh * s.kw;
@@ -173,10 +176,10 @@ using namespace sacl::cuda;
 
 extern "C" {
 
-int64_t sacl_cuda_depthwise_weight_scratch(DepthwiseShape shape) {
+int64_t sacl_cuda_depthwise_conv_backward_weight_scratch(DepthwiseConvShape shape) {
   int blocks = 0;
-  const auto most = [&](const WeightLaunch& how, auto...) {
-    blocks = std::max(blocks, how.blocks());
+  const auto most = [&](const WeightLaunch& first_stage, auto...) {
+    blocks = std::max(blocks, first_stage.blocks());
     return static_cast<const char*>(nullptr);
   };
   for (const bool vectors : {false, true}) {
@@ -188,12 +191,12 @@ int64_t sacl_cuda_depthwise_weight_scratch(DepthwiseShape shape) {
   return static_cast<int64_t>(blocks) * shape.kh * shape.kw * shape.K;
 }
 
-const char* sacl_cuda_depthwise_weight(DepthwiseShape shape, const void* x, const void* dy,
-                                       const int64_t* index, void* dweight, float* partial,
-                                       void* stream) {
+const char* sacl_cuda_depthwise_conv_backward_weight(DepthwiseConvShape shape, const void* x,
+                                                     const void* dy, const int64_t* in_index,
+                                                     void* dweight, float* partial, void* stream) {
   return with_type(shape.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return weight_gradient<T>(shape, static_cast<const T*>(x), static_cast<const T*>(dy), index,
+    return weight_gradient<T>(shape, static_cast<const T*>(x), static_cast<const T*>(dy), in_index,
                               static_cast<T*>(dweight), partial, stream);
   });
 }

@@ -3,8 +3,9 @@
 // An image in NHWC memory is a matrix (N H W, channels), so the convolution and its two gradients
 // are one matrix product each, which torch's own library does (cuBLASLt), on the activations as
 // they lie. Only the part of the weight that is used is copied, in the activations' type, and its
-// gradient is put in place from there. A vector of offsets is added inside the product; an offset
-// that differs over the image is written to the output first and the product added to it.
+// gradient is written into the full one from there. A vector of offsets is added inside the
+// product; an offset that differs over the image is written to the output first and the product
+// added to it.
 //
 // Activations, rest and offset are of one type; the weight is of that type or float32, and its
 // gradient of the weight's. It is rounded to the activations' type on the way, as under autocast.
@@ -75,25 +76,25 @@ struct Convolution {
   }
 
   WeightShape weight_shape(int64_t columns) const {
-    return {dtype_of(weight), dtype, static_cast<int>(Cout), static_cast<int>(Cin),
-            static_cast<int>(O), static_cast<int>(columns)};
+    return {dtype_of(weight),       dtype,
+            static_cast<int>(Cout), static_cast<int>(Cin),
+            static_cast<int>(O),    static_cast<int>(columns)};
   }
 
   // weight[out_index][:, index], (O, columns), in the activations' type.
   Tensor part(const std::optional<Tensor>& index, int64_t columns, void* stream) const {
     if (!index && !out_index && weight.scalar_type() == x.scalar_type()) return weight;
     Tensor taken = new_tensor(x, {O, columns}, x.scalar_type());
-    check(sacl_cuda_take_weight(weight_shape(columns), weight.const_data_ptr(),
-                                indices(out_index, O, "out_index"),
-                                indices(index, columns, "index"), taken.mutable_data_ptr(),
-                                stream));
+    check(sacl_cuda_take_weight(
+        weight_shape(columns), weight.const_data_ptr(), indices(out_index, O, "out_index"),
+        indices(index, columns, "index"), taken.mutable_data_ptr(), stream));
     return taken;
   }
 
   Tensor inputs() const { return matrix(x, M, K); }
 };
 
-const int64_t* places_in(const std::optional<Tensor>& t) {
+const int64_t* positions_in(const std::optional<Tensor>& t) {
   return t ? static_cast<const int64_t*>(t->const_data_ptr()) : nullptr;
 }
 
@@ -101,12 +102,12 @@ const int64_t* places_in(const std::optional<Tensor>& t) {
 Tensor put(const Convolution& c, const Tensor& live, const std::optional<Tensor>& rest,
            void* stream) {
   Tensor dweight = new_tensor(c.x, {c.Cout, c.Cin}, c.weight.scalar_type());
-  std::optional<Tensor> out_places, in_places;
-  if (c.out_index) out_places = places(c.x, *c.out_index, std::nullopt, c.Cout, stream);
-  if (c.in_index) in_places = places(c.x, *c.in_index, c.rest_index, c.Cin, stream);
+  std::optional<Tensor> out_positions, in_positions;
+  if (c.out_index) out_positions = inverse(c.x, *c.out_index, std::nullopt, c.Cout, stream);
+  if (c.in_index) in_positions = inverse(c.x, *c.in_index, c.rest_index, c.Cin, stream);
   check(sacl_cuda_put_weight(c.weight_shape(c.K), live.const_data_ptr(),
                              rest ? rest->const_data_ptr() : nullptr, static_cast<int>(c.R),
-                             places_in(out_places), places_in(in_places),
+                             positions_in(out_positions), positions_in(in_positions),
                              dweight.mutable_data_ptr(), stream));
   return dweight;
 }
@@ -132,11 +133,11 @@ Tensor slim_pointwise(Tensor x, Tensor weight, std::optional<Tensor> in_index,
     multiply(out, c.inputs(), taps);
     return y;
   }
-  PlacesShape s = places_shape(x, c.O, 1, 1, 1);
+  OffsetShape s = offset_shape_of(x, c.O, 1, 1, 1);
   if (offset) {
     STD_TORCH_CHECK(offset->dim() == 4 && offset->size(1) == c.O, "offset has not ", c.O,
                     " channels");
-    s = places_shape(x, c.O, offset->size(0), offset->size(2), offset->size(3));
+    s = offset_shape_of(x, c.O, offset->size(0), offset->size(2), offset->size(3));
     STD_TORCH_CHECK(offset->scalar_type() == x.scalar_type(), "offset is not of x's type");
     offset = torch::stable::contiguous(*offset, torch::headeronly::MemoryFormat::ChannelsLast);
     images(*offset, "offset");
@@ -144,9 +145,10 @@ Tensor slim_pointwise(Tensor x, Tensor weight, std::optional<Tensor> in_index,
   const bool one_row = c.images_of_rest <= 1 && s.n == 1 && s.h == 1 && s.w == 1;
   if (one_row) s.N = s.H = s.W = 1;
   const Tensor added = one_row ? new_tensor(x, {1, c.O}, x.scalar_type()) : y;
-  check(sacl_cuda_spread(s, offset ? offset->const_data_ptr() : nullptr,
-                         response ? response->const_data_ptr() : nullptr,
-                         static_cast<int>(c.images_of_rest), added.mutable_data_ptr(), stream));
+  check(sacl_cuda_spread_offset(s, offset ? offset->const_data_ptr() : nullptr,
+                                response ? response->const_data_ptr() : nullptr,
+                                static_cast<int>(c.images_of_rest), added.mutable_data_ptr(),
+                                stream));
   multiply_add(out, c.inputs(), taps, one_row ? seen_as(added, {c.O}, {1}) : out);
   return y;
 }

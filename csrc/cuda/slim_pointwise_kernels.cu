@@ -21,38 +21,38 @@ __global__ void take_weight(WeightShape s, const W* weight, const int64_t* out_i
 
 // One block.
 __global__ void invert(const int64_t* first, int first_count, const int64_t* second,
-                       int second_count, int64_t* places, int C) {
-  for (int c = threadIdx.x; c < C; c += kThreads) places[c] = -1;
+                       int second_count, int64_t* positions, int C) {
+  for (int c = threadIdx.x; c < C; c += kThreads) positions[c] = -1;
   __syncthreads();
   for (int i = threadIdx.x; i < first_count + second_count; i += kThreads) {
     const int64_t c = i < first_count ? first[i] : second[i - first_count];
     if (c < 0 || c >= C) __trap();
-    places[c] = i;
+    positions[c] = i;
   }
 }
 
 template <class W, class T>
 __global__ void put_weight(WeightShape s, const T* live, const T* rest, int R,
-                           const int64_t* out_places, const int64_t* in_places, W* dweight) {
+                           const int64_t* out_positions, const int64_t* in_positions, W* dweight) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= static_cast<int64_t>(s.Cout) * s.Cin) return;
-  const int64_t o = out_places ? out_places[i / s.Cin] : i / s.Cin;
-  const int64_t k = in_places ? in_places[i % s.Cin] : i % s.Cin;
+  const int64_t o = out_positions ? out_positions[i / s.Cin] : i / s.Cin;
+  const int64_t k = in_positions ? in_positions[i % s.Cin] : i % s.Cin;
   float value = 0;
   if (o >= 0 && k >= 0) value = to_float(k < s.K ? live[o * s.K + k] : rest[o * R + k - s.K]);
   dweight[i] = from_float<W>(value);
 }
 
-// Places of an image and of its sums, which leave some of n, h, w out.
-struct Places {
-  PlacesShape s;
+// The pixels of images, and which value of an offset (n, h, w) each of them gets.
+struct OffsetOfPixels {
+  OffsetShape s;
   Divisor width, height;
 
-  explicit Places(const PlacesShape& s) : s(s), width(s.W), height(s.H) {}
+  explicit OffsetOfPixels(const OffsetShape& s) : s(s), width(s.W), height(s.H) {}
 
-  // The sum's place that a place of the image belongs to; n: its image.
-  __device__ int64_t cell(int place, int& n) const {
-    int w = place;
+  // The offset's value for a pixel; n: the pixel's image.
+  __device__ int64_t cell(int pixel, int& n) const {
+    int w = pixel;
     int h = width.split(w);
     n = height.split(h);
     return (static_cast<int64_t>(s.n > 1 ? n : 0) * s.h + (s.h > 1 ? h : 0)) * s.w +
@@ -62,14 +62,14 @@ struct Places {
 
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads)
-    spread(Places places, int count, int chunk, const T* offset, const T* response, int response_n,
-           T* y) {
-  const int O = places.s.O, channel = (blockIdx.y * blockDim.x + threadIdx.x) * V;
+    spread(OffsetOfPixels offsets, int count, int chunk, const T* offset, const T* response,
+           int response_n, T* y) {
+  const int O = offsets.s.O, channel = (blockIdx.y * blockDim.x + threadIdx.x) * V;
   if (channel >= O) return;
   const int stop = min(count, static_cast<int>(blockIdx.x + 1) * chunk);
-  for (int place = blockIdx.x * chunk + threadIdx.y; place < stop; place += blockDim.y) {
+  for (int pixel = blockIdx.x * chunk + threadIdx.y; pixel < stop; pixel += blockDim.y) {
     int n;
-    const int64_t cell = places.cell(place, n);
+    const int64_t cell = offsets.cell(pixel, n);
     float sum[V], more[V];
     clear(sum);
     if (offset) Vec<T, V>::load(offset + cell * O + channel).unpack(sum);
@@ -79,19 +79,19 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int v = 0; v < V; ++v) sum[v] += more[v];
     }
-    Vec<T, V>::store(y + static_cast<int64_t>(place) * O + channel, sum);
+    Vec<T, V>::store(y + static_cast<int64_t>(pixel) * O + channel, sum);
   }
 }
 
-// The places of an image that one sum is over, in parts that a block takes.
+// The pixels that are summed up to one value of an offset, in parts that a block takes.
 struct Summed {
-  PlacesShape s;
+  OffsetShape s;
   Divisor width, height;  // of what is summed over
   Divisor sums_width, sums_height;
-  int count;            // places of a sum
-  int parts, chunk;     // blocks of a sum, places of a block
+  int count;         // pixels of a sum
+  int parts, chunk;  // blocks of a sum, pixels of a block
 
-  Summed(const PlacesShape& s, const Tile& tile)
+  Summed(const OffsetShape& s, const Tile& tile)
       : s(s), width(over(s.W, s.w)), height(over(s.H, s.h)), sums_width(s.w), sums_height(s.h) {
     count = over(s.W, s.w) * over(s.H, s.h) * over(s.N, s.n);
     const int64_t blocks = ceil_div<int64_t>(multiprocessors() * kPerProcessor,
@@ -103,8 +103,8 @@ struct Summed {
   static int over(int size, int kept) { return kept == size ? 1 : size; }
   int64_t cells() const { return static_cast<int64_t>(s.n) * s.h * s.w; }
 
-  // The image's place of place `i` of sum `cell`.
-  __device__ int64_t place(int cell, int i) const {
+  // The `i`th of the pixels that are summed up to value `cell`.
+  __device__ int64_t pixel(int cell, int i) const {
     int w = cell;
     int h = sums_width.split(w);
     int n = sums_height.split(h);
@@ -118,7 +118,7 @@ struct Summed {
 // partial (parts, cells, O), or sums (cells, O) where a sum has one part.
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads)
-    sum_places(Summed summed, const T* dy, float* partial, T* sums) {
+    sum_to_offset(Summed summed, const T* dy, float* partial, T* sums) {
   __shared__ float buffer[kSumBuffer<V>];
   const int O = summed.s.O, channel = (blockIdx.y * blockDim.x + threadIdx.x) * V;
   const int cell = blockIdx.x / summed.parts, part = blockIdx.x % summed.parts;
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 4
   for (int i = part * summed.chunk + threadIdx.y; i < stop; i += blockDim.y) {
     float value[V];
-    Vec<T, V>::load(dy + summed.place(cell, i) * O + channel).unpack(value);
+    Vec<T, V>::load(dy + summed.pixel(cell, i) * O + channel).unpack(value);
 #pragma unroll
     for (int v = 0; v < V; ++v) sum[v] += value[v];
   }
@@ -167,22 +167,23 @@ dim3 blocks_for(int64_t threads) {
 }
 
 template <class T, int V>
-const char* launch_spread(const PlacesShape& s, const T* offset, const T* response, int response_n,
+const char* launch_spread(const OffsetShape& s, const T* offset, const T* response, int response_n,
                           T* y, void* stream) {
   const Tile tile(s.O, V);
   const int count = s.N * s.H * s.W;
-  const Deal deal(count, tile, kPerProcessor);
-  return launch(&spread<T, V>, dim3(deal.chunks, tile.slices), dim3(tile.groups, tile.rows), stream,
-                Places(s), count, static_cast<int>(deal.chunk), offset, response, response_n, y);
+  const Chunks chunks(count, tile, kPerProcessor);
+  return launch(&spread<T, V>, dim3(chunks.count, tile.slices), dim3(tile.groups, tile.rows),
+                stream, OffsetOfPixels(s), count, static_cast<int>(chunks.size), offset, response,
+                response_n, y);
 }
 
 template <class T, int V>
-const char* launch_sums(const PlacesShape& s, const T* dy, T* sums, float* scratch, void* stream) {
+const char* launch_sums(const OffsetShape& s, const T* dy, T* sums, float* scratch, void* stream) {
   const Tile tile(s.O, V);
   const Summed summed(s, tile);
   const int64_t columns = summed.cells() * s.O;
   const dim3 grid(static_cast<unsigned>(summed.cells() * summed.parts), tile.slices);
-  const char* failure = launch(&sum_places<T, V>, grid, dim3(tile.groups, tile.rows), stream,
+  const char* failure = launch(&sum_to_offset<T, V>, grid, dim3(tile.groups, tile.rows), stream,
                                summed, dy, scratch, sums);
   if (failure || summed.parts == 1) return failure;
   return launch(&add_parts<T>, dim3(static_cast<unsigned>(ceil_div<int64_t>(columns, kColumns))),
@@ -208,37 +209,38 @@ const char* sacl_cuda_take_weight(WeightShape shape, const void* weight, const i
   });
 }
 
-const char* sacl_cuda_places(const int64_t* first, int first_count, const int64_t* second,
-                             int second_count, int64_t* places, int C, void* stream) {
+const char* sacl_cuda_invert_index(const int64_t* first, int first_count, const int64_t* second,
+                                   int second_count, int64_t* positions, int C, void* stream) {
   return launch(&invert, dim3(1), dim3(kThreads), stream, first, first_count, second, second_count,
-                places, C);
+                positions, C);
 }
 
 const char* sacl_cuda_put_weight(WeightShape shape, const void* live, const void* rest, int R,
-                                 const int64_t* out_places, const int64_t* in_places,
+                                 const int64_t* out_positions, const int64_t* in_positions,
                                  void* dweight, void* stream) {
   return with_types(shape, [&](auto* full, auto* taken) {
     using W = std::remove_pointer_t<decltype(full)>;
     using T = std::remove_pointer_t<decltype(taken)>;
     return launch(&put_weight<W, T>, blocks_for(static_cast<int64_t>(shape.Cout) * shape.Cin),
                   dim3(kThreads), stream, shape, static_cast<const T*>(live),
-                  static_cast<const T*>(rest), R, out_places, in_places, static_cast<W*>(dweight));
+                  static_cast<const T*>(rest), R, out_positions, in_positions,
+                  static_cast<W*>(dweight));
   });
 }
 
-const char* sacl_cuda_spread(PlacesShape shape, const void* offset, const void* response,
-                             int response_n, void* y, void* stream) {
+const char* sacl_cuda_spread_offset(OffsetShape shape, const void* offset, const void* response,
+                                    int response_n, void* y, void* stream) {
   return with_type(shape.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const bool vectors = shape.O % kLanes<T> == 0 && aligned(offset) && aligned(response) &&
-                         aligned(y);
+    const bool vectors =
+        shape.O % kLanes<T> == 0 && aligned(offset) && aligned(response) && aligned(y);
     const auto run = vectors ? &launch_spread<T, kLanes<T>> : &launch_spread<T, 1>;
     return run(shape, static_cast<const T*>(offset), static_cast<const T*>(response), response_n,
                static_cast<T*>(y), stream);
   });
 }
 
-int64_t sacl_cuda_sum_places_scratch(PlacesShape shape) {
+int64_t sacl_cuda_sum_to_offset_scratch(OffsetShape shape) {
   int parts = 0;
   with_type(shape.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -252,8 +254,8 @@ int64_t sacl_cuda_sum_places_scratch(PlacesShape shape) {
   return parts == 1 ? 1 : parts * cells * shape.O;
 }
 
-const char* sacl_cuda_sum_places(PlacesShape shape, const void* dy, void* sums, float* scratch,
-                                 void* stream) {
+const char* sacl_cuda_sum_to_offset(OffsetShape shape, const void* dy, void* sums, float* scratch,
+                                    void* stream) {
   return with_type(shape.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const bool vectors = shape.O % kLanes<T> == 0 && aligned(dy) && aligned(sums);

@@ -1,8 +1,8 @@
 r"""Triton kernels for the cross-correlation loss: value and gradient without a D x D matrix.
 
-The maths and the names are those of ``sacl_fast/ops/xcorr_loss_reference.py``, which these launchers
-replace one for one: standardised embeddings x = (A, B[, S, T]), sides 0 (A) and 1 (B); the
-partner of a side is the other one, its target x[2 + side].
+The maths and the names are those of ``sacl_fast/ops/xcorr_loss_reference.py``, which these
+launchers replace one for one: standardised embeddings x = (A, B[, S, T]), sides 0 (A) and 1 (B);
+the partner of a side is the other one, its target x[2 + side].
 
 ``gram`` (N <= D), 5 launches: standardize | gram (split along D) | combine | finish; backward:
 gradient, which for up to 512 rows holds all of them in one program and goes through the

@@ -9,6 +9,7 @@ import torch
 from sacl_fast.config import Config
 from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.step import TrainingStep, precision_reason
+from sacl_fast.ops.backend import SLIM_OPERATORS, Resolution
 
 
 def describe(
@@ -34,14 +35,15 @@ def describe(
             "uses all of them"
         )
     slim = config.slim.ratio < 1
-    uses = {
-        "augment": False,  # the loader's, which has said so
-        "lars": config.optim.name == "lars",
-        "slim_conv": slim,
-    }
+    unused = {"augment"}  # the loader's, which has said so
+    unused.update(() if config.optim.name == "lars" else ("lars",))
+    unused.update(() if slim else SLIM_OPERATORS)
+    operators: dict[Resolution, list[str]] = {}
     for op, resolution in step.backends.items():
-        if uses.get(op, True):
-            yield f"{op}: {resolution.backend} ({resolution.reason})"
+        if op not in unused:
+            operators.setdefault(resolution, []).append(op)
+    for (backend, reason), names in operators.items():
+        yield f"{', '.join(names)}: {backend} ({reason})"
     if slim:
         recorded = "" if method.recorded is None else ", recorded"
         yield f"slim passes: {method.slim_mode}{recorded} ({step.slim_mode_reason})"

@@ -16,7 +16,7 @@ from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.method import Embeddings, SaclXd
 from sacl_fast.errors import UserError
 from sacl_fast.losses import SaclXdLoss
-from sacl_fast.ops.backend import resolve_all
+from sacl_fast.ops.backend import of_slim_operators, resolve_all
 from sacl_fast.ops.slim_channels import take_pixels
 from sacl_fast.ops.xcorr_loss import LossParts
 from sacl_fast.optim import build_optimizer, learning_rate
@@ -103,7 +103,7 @@ class TrainingStep:
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             synchronized = config.encoder.sync_batch_norm
             self.model = DistributedDataParallel(method, broadcast_buffers=not synchronized)
-        self.method.slicer.backend = self.backends["slim_conv"].backend
+        self.method.slicer.backend = of_slim_operators(self.backends).for_calls
         self.method.slim_mode, self.slim_mode_reason = self._slim_mode()
         steps = config.slim.refresh_steps or steps_per_epoch
         if self.method.slim_mode == "skip" and steps >= _STEPS_WORTH_RECORDING:
@@ -117,7 +117,7 @@ class TrainingStep:
 
     def _slim_mode(self) -> tuple[Mode, str]:
         """How the slim passes run, and why."""
-        config, backend = self.config, self.backends["slim_conv"].backend
+        config, backend = self.config, of_slim_operators(self.backends).backend
         if config.slim.mode != "auto":
             return config.slim.mode, "as requested"
         if backend != "cpu" or self.amp_dtype is not None or not config.channels_last:

@@ -25,8 +25,8 @@ from sacl_fast.ops.slim_conv import (
     Geometry,
     constant_response,
     output_size,
-    slim_conv2d,
-    slim_depthwise,
+    slim_conv,
+    slim_depthwise_conv,
     take,
     take_filters,
 )
@@ -104,11 +104,11 @@ def _sum_over_parts(
             filters = take_filters(weight, out, index)
             response = constant_response(p.values, filters, _size(x), geometry)
         else:
-            response = slim_conv2d(as_image(p, x), weight, index, out, None, geometry)
+            response = slim_conv(as_image(p, x), weight, index, out, None, geometry)
         offset = response if offset is None else offset + response
     live = parts[0]
     index = live.channels.index(device, in_channels)
-    return slim_conv2d(live.values, weight, index, out, offset, geometry)
+    return slim_conv(live.values, weight, index, out, offset, geometry)
 
 
 def _sum_of_pointwise(
@@ -165,7 +165,9 @@ def _depthwise(
                 response = response + take(bias, out).view(1, -1, 1, 1)
         else:
             size, values = (_size(x), p.values) if p.is_constant else (None, as_image(p, x))
-            response = slim_depthwise(values, weight, read, out, bias, geometry, multiplier, size)
+            response = slim_depthwise_conv(
+                values, weight, read, out, bias, geometry, multiplier, size
+            )
         outputs.append(Part(own, response))
     live, first = parts[0], outputs[0]
     if not len(readers(live.channels, kept, multiplier)[0]):
@@ -221,10 +223,10 @@ def _batch_norm(
         options.update(count=count, act=act, backend=BACKEND.get())
         y, rest, out = batch_norm_act(
             *(given(live), *norm),
-            kept=index(live.channels),
-            zeroed=places,
-            shared=None if shared is None else given(shared),
-            shared_kept=None if shared is None else index(shared.channels),
+            kept_index=index(live.channels),
+            zeroed_index=places,
+            map=None if shared is None else given(shared),
+            map_index=None if shared is None else index(shared.channels),
             **options,
         )
         outputs = [live._replace(values=y)]
@@ -234,7 +236,9 @@ def _batch_norm(
             outputs.append(shared._replace(values=out))
         for p in others:
             if p is not shared:
-                values, *_ = batch_norm_act(given(p), *norm, kept=index(p.channels), **options)
+                values, *_ = batch_norm_act(
+                    given(p), *norm, kept_index=index(p.channels), **options
+                )
                 outputs.append(p._replace(values=values))
         running = None, None  # whoever asks again has the same batch
         return arranged(outputs, shape)

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sacl_fast.ops.batch_norm_act import ACTIVATIONS, Activation
-from sacl_fast.ops.slim_gate import slim_add, slim_gate
+from sacl_fast.ops.slim_add import slim_add
 from sacl_fast.ops.slim_conv import BACKEND
+from sacl_fast.ops.slim_gate import slim_gate
 from sacl_fast.slim.channels import (
     all_channels,
     channels,

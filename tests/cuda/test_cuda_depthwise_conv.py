@@ -62,8 +62,8 @@ def run(device, x, weight, index, dy, window):
     x, weight, index, dy = map(device.put, (x, weight, index, dy))
     channels, high, wide = x.shape[1:]
     y = device.ops.depthwise_conv(x, weight, index, *window)
-    dx = device.ops.depthwise_conv_input(dy, weight, index, high, wide, channels, *window)
-    dweight = device.ops.depthwise_conv_weight(x, dy, index, *weight.shape[1:], *window)
+    dx = device.ops.depthwise_conv_backward_input(dy, weight, index, high, wide, channels, *window)
+    dweight = device.ops.depthwise_conv_backward_weight(x, dy, index, *weight.shape[1:], *window)
     return y, dx, dweight
 
 

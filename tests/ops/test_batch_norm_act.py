@@ -21,16 +21,16 @@ def inputs(shape, offset=2.0, more=0):
     dy = torch.randn(shape, generator=generator)
     x = x.contiguous(memory_format=torch.channels_last)
     order = torch.randperm(shape[1] + more, generator=generator)
-    lists = {"kept": order[more:], "zeroed": order[: more // 2 + 1]} if more else {}
+    lists = {"kept_index": order[more:], "zeroed_index": order[: more // 2 + 1]} if more else {}
     return [x, weight, bias, mean, weight.square() + 0.1, dy], lists
 
 
 def run(given, **options):
-    x, weight, bias, mean, var, dy, *shared = given
-    leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias, *shared)]
+    x, weight, bias, mean, var, dy, *maps = given
+    leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias, *maps)]
     running = [mean.clone(), var.clone()]
-    if shared:
-        options["shared"] = leaves[3]
+    if maps:
+        options["map"] = leaves[3]
     outputs = batch_norm_act(*leaves[:3], *running, momentum=0.3, eps=1e-5, **options)
     outputs = [y for y in outputs if y is not None]
     weights = [dy, *(torch.linspace(-1, 2, y.numel()).view_as(y) for y in outputs[1:])]
@@ -68,9 +68,9 @@ def test_of_some_channels_and_zeros(shape, act, count):
 
 
 @pytest.mark.parametrize("act", ["none", "silu"])
-def test_with_a_map_that_all_samples_share(act):
+def test_with_a_map(act):
     given, lists = inputs((4, 37, 9, 9), more=9)
-    lists["shared_kept"] = lists.pop("zeroed")
+    lists["map_index"] = lists.pop("zeroed_index")
     given.append(torch.randn(1, 5, 9, 9).contiguous(memory_format=torch.channels_last))
     ours = run(given, act=act, backend="cpu", **lists)
     assert_equal(ours, run(double(given), act=act, backend="torch", **lists))
@@ -114,7 +114,9 @@ def test_a_constant_channel_becomes_its_bias_and_nan_stays():
         assert y[:, 3].isnan().all() and not y[:, 4].isnan().any()
 
 
-@pytest.mark.parametrize("lists", [{"kept": [0, 1]}, {"kept": [0, 1, 9]}, {"zeroed": [-1]}])
+@pytest.mark.parametrize(
+    "lists", [{"kept_index": [0, 1]}, {"kept_index": [0, 1, 9]}, {"zeroed_index": [-1]}]
+)
 def test_wrong_lists_are_refused(lists):
     (x, weight, bias, *_), _ = inputs((2, 3, 4, 4))
     with pytest.raises(RuntimeError, match=r"index|channels"):
@@ -125,9 +127,9 @@ def test_wrong_lists_are_refused(lists):
 
 def test_the_operator_keeps_the_rules_of_torch_library():
     (x, weight, bias, mean, var, dy), lists = inputs((3, 21, 4, 5), more=4)
-    given = x, weight, bias, lists["kept"], lists["zeroed"]
+    given = x, weight, bias, lists["kept_index"], lists["zeroed_index"]
     op = torch.ops.sacl_fast
-    torch.library.opcheck(op.slim_batch_norm_act, (*given, mean, var, 60, 0.1, 1e-5, 4))
-    _, rest, *statistics = op.slim_batch_norm_act(*given, None, None, 60, 0.1, 1e-5, 4)
+    torch.library.opcheck(op.batch_norm_act, (*given, mean, var, 60, 0.1, 1e-5, 4))
+    _, rest, *statistics = op.batch_norm_act(*given, None, None, 60, 0.1, 1e-5, 4)
     dy = dy.contiguous(memory_format=torch.channels_last)
-    torch.library.opcheck(op.slim_batch_norm_act_backward, (dy, rest, *given, *statistics, 4))
+    torch.library.opcheck(op.batch_norm_act_backward, (dy, rest, *given, *statistics, 4))
