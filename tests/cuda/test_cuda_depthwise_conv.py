@@ -147,7 +147,7 @@ def test_wrong_arguments_are_errors(device):
     conv = device.ops.depthwise_conv
     with pytest.raises(RuntimeError, match="weight is not contiguous, of the expected type"):
         conv(x, weight.half(), None, *window)
-    with pytest.raises(RuntimeError, match="3 filters for 20 channels and no index"):
+    with pytest.raises(RuntimeError, match="3 filters for 20 channels and no in_index"):
         conv(x, weight[:3], None, *window)
     with pytest.raises(RuntimeError, match="channels-last"):
         conv(x.contiguous(), weight, None, *window)
