@@ -11,7 +11,7 @@ gradient) for each panel of C | project | finish.
 
 Embeddings are kept in the type they come in, everything reduced is fp32, and the N x N factors
 enter the gradient as tf32 (bf16 would double its error). fp32 embeddings use tf32x3 throughout.
-No atomics: every partial sum has its place, and is added up in a fixed order.
+No atomics: every partial sum has memory of its own, and they are added up in a fixed order.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ import triton
 from torch import Tensor
 from triton import knobs
 
+from sacl_kernels.xcorr_loss_gradient_kernels import gradient_kernel, project_kernel
 from sacl_kernels.xcorr_loss_kernels import (
     combine_kernel,
     correlation_kernel,
     finish_kernel,
-    gradient_kernel,
     gram_kernel,
-    project_kernel,
     standardize_kernel,
 )
 from sacl_kernels.xcorr_loss_launch import Launch, launch_for
@@ -131,11 +130,11 @@ def tiles(
         blocks = triton.cdiv(n, launch.gradient_rows)
         dx, column_sums = _fp32(x, 2, n, D), _fp32(x, 2, 2, blocks, D)
         scale = max(terms.off, terms.xd) or 1.0
-        for place, start in enumerate(range(0, D, width)):
+        for number, start in enumerate(range(0, D, width)):
             P = min(width, D - start)
             grid = triton.cdiv(P, block) * triton.cdiv(D, block), embeddings // 2, 2
             correlation_kernel[grid](
-                *(x, panel, sums, place * programs, count, start, P, N, D),
+                *(x, panel, sums, number * programs, count, start, P, N, D),
                 *(terms.off, terms.xd, scale),
                 KEEP=keep,
                 PRECISION=_precision(x),

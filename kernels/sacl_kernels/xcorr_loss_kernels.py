@@ -1,4 +1,5 @@
-"""The Triton kernels of the cross-correlation loss; ``xcorr_loss`` launches them and has the maths.
+"""The Triton kernels of the value of the cross-correlation loss; ``xcorr_loss`` launches them and
+has the maths. Those of the gradient are in ``xcorr_loss_gradient_kernels``.
 
 Matrices have a unit column stride. Shapes stand at the arguments: E is the number of embeddings (2,
 or 4 with targets), n this rank's rows of N.
@@ -15,7 +16,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _load(base, stride, rows, cols, row_mask, col_mask):
+def load_block(base, stride, rows, cols, row_mask, col_mask):
     """A block of a matrix with unit column stride, 0 outside of the masks."""
     offsets = rows[:, None].to(tl.int64) * stride + cols[None, :]
     return tl.load(base + offsets, mask=row_mask[:, None] & col_mask[None, :], other=0.0)
@@ -28,13 +29,13 @@ def _statistics(z, stride, cols, col_mask, N, degrees, eps, BLOCK_N: tl.constexp
     total = tl.zeros(cols.shape, tl.float32)
     for start in range(0, N, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
-        total += tl.sum(_load(z, stride, rows, cols, rows < N, col_mask).to(tl.float32), 0)
+        total += tl.sum(load_block(z, stride, rows, cols, rows < N, col_mask).to(tl.float32), 0)
     first = total / N
     rest = tl.zeros(cols.shape, tl.float32)
     squares = tl.zeros(cols.shape, tl.float32)
     for start in range(0, N, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
-        value = _load(z, stride, rows, cols, rows < N, col_mask).to(tl.float32)
+        value = load_block(z, stride, rows, cols, rows < N, col_mask).to(tl.float32)
         deviation = tl.where(rows[:, None] < N, value - first[None, :], 0.0)
         rest += tl.sum(deviation, 0)
         squares += tl.sum(deviation * deviation, 0)
@@ -47,7 +48,7 @@ def _statistics(z, stride, cols, col_mask, N, degrees, eps, BLOCK_N: tl.constexp
 def _standardized(z, x, stride, rows, cols, first, rest, rstd, N, D, col_mask):
     """Standardise a block of z (N, D), store it to x (N, D), return it in fp32."""
     row_mask = rows < N
-    value = _load(z, stride, rows, cols, row_mask, col_mask).to(tl.float32)
+    value = load_block(z, stride, rows, cols, row_mask, col_mask).to(tl.float32)
     value = ((value - first[None, :]) - rest[None, :]) * rstd[None, :]
     value = tl.where(row_mask[:, None], value, 0.0)
     offsets = rows[:, None].to(tl.int64) * D + cols[None, :]
@@ -141,8 +142,8 @@ def gram_kernel(
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     for k in range(split * depth, stop, BLOCK_K):
         ks = k + tl.arange(0, BLOCK_K)
-        p = _load(matrix, D, first + rows, ks, rows < n, ks < stop)
-        q = _load(matrix, D, cols, ks, cols < N, ks < stop)
+        p = load_block(matrix, D, first + rows, ks, rows < n, ks < stop)
+        q = load_block(matrix, D, cols, ks, cols < N, ks < stop)
         acc = tl.dot(p, tl.trans(q), acc, input_precision=PRECISION)
     out = partial + tl.cast((split * tl.num_programs(1) + embedding), tl.int64) * n * N
     offsets = rows[:, None].to(tl.int64) * N + cols[None, :]
@@ -154,7 +155,7 @@ def _sum_splits(partial, embedding, rows, cols, n, N, SPLITS: tl.constexpr, E: t
     total = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
     for split in range(SPLITS):
         base = partial + tl.cast(split * E + embedding, tl.int64) * n * N
-        total += _load(base, N, rows, cols, rows < n, cols < N)
+        total += load_block(base, N, rows, cols, rows < n, cols < N)
     return total
 
 
@@ -262,8 +263,8 @@ def finish_kernel(
 def correlation_kernel(
     x,  # (E, N, D)
     panel,  # (2 sides, E / 2 pairs, P, D), type of x: C times weight / scale, without diagonal
-    sums,  # (2, panels * programs) fp32, of which this launch fills programs from `place` on
-    place,
+    sums,  # (2, panels * programs) fp32, of which this launch fills programs from `first` on
+    first,
     count,
     start,  # first feature of the panel
     P,
@@ -285,8 +286,8 @@ def correlation_kernel(
     program = (side * pairs + pair) * tl.num_programs(0) + tl.program_id(0)
     again = (side == 1) & (pair == 0)  # C(B, A), whose value came with C(A, B)
     if again and not KEEP:
-        tl.store(sums + place + program, 0.0)
-        tl.store(sums + count + place + program, 0.0)
+        tl.store(sums + first + program, 0.0)
+        tl.store(sums + count + first + program, 0.0)
         return
     size = tl.cast(N, tl.int64) * D
     other = tl.where(pair == 0, 1 - side, 2 + side)
@@ -295,140 +296,16 @@ def correlation_kernel(
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     for k in range(0, N, BLOCK_K):
         ks = k + tl.arange(0, BLOCK_K)
-        p = _load(x + side * size, D, ks, start + rows, ks < N, rows < P)
-        q = _load(x + other * size, D, ks, cols, ks < N, cols < D)
+        p = load_block(x + side * size, D, ks, start + rows, ks < N, rows < P)
+        q = load_block(x + other * size, D, ks, cols, ks < N, cols < D)
         acc = tl.dot(tl.trans(p), q, acc, input_precision=PRECISION)
     c = tl.where(start + rows[:, None] == cols[None, :], 0.0, acc / N)
     weight = tl.where(pair == 0, off, xd)
     squares = weight * tl.sum(c * c)
-    tl.store(sums + place + program, tl.where(pair == 0, tl.where(again, 0.0, squares), 0.0))
-    tl.store(sums + count + place + program, tl.where(pair == 0, 0.0, squares))
+    tl.store(sums + first + program, tl.where(pair == 0, tl.where(again, 0.0, squares), 0.0))
+    tl.store(sums + count + first + program, tl.where(pair == 0, 0.0, squares))
     if KEEP:
         out = panel + tl.cast(side * pairs + pair, tl.int64) * P * D
         offsets = rows[:, None].to(tl.int64) * D + cols[None, :]
         mask = (rows[:, None] < P) & (cols[None, :] < D)
         tl.store(out + offsets, c * (weight / scale), mask=mask)
-
-
-# --- gradient ------------------------------------------------------------------------------------
-
-
-@triton.jit
-def gradient_kernel(
-    x,  # (E, N, D)
-    factors,  # gram: (2, n, N) fp32. tiles: (2, E / 2, P, D), type of x
-    diagonals,  # (1 or 3, D) fp32
-    rstd,  # (2, D) fp32
-    grad,  # () of the loss; only read if FUSED
-    out,  # (2, n, D): FUSED: the gradient of z; else that of x, fp32
-    sums,  # not FUSED: (2 sides, 2, row blocks, D) fp32: column sums of dx and of dx * x
-    first,
-    n,
-    N,
-    D,
-    start,  # first feature of the panel; 0 for gram
-    P,  # features of the panel; D for gram
-    degrees,
-    scale,  # of the product
-    on,  # weights of the diagonal terms
-    off,
-    xd,
-    GRAM: tl.constexpr,
-    TARGETS: tl.constexpr,
-    FUSED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """One program: BLOCK_N rows of BLOCK_D features of the gradient of one side.
-
-    gram: factor @ x[side]. tiles: partner @ C^T + target @ C^T. Then the diagonal terms and, if
-    FUSED (which takes all rows), the backward pass of the standardisation."""
-    block, side = tl.program_id(1), tl.program_id(2)
-    size = tl.cast(N, tl.int64) * D
-    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    local = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)  # within the panel
-    cols = start + local
-    row_mask, col_mask = rows < n, local < P
-    acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    if GRAM:
-        factor = factors + tl.cast(side, tl.int64) * n * N
-        for k in range(0, N, BLOCK_K):
-            ks = k + tl.arange(0, BLOCK_K)
-            m = _load(factor, N, rows, ks, row_mask, ks < N)
-            y = _load(x + side * size, D, ks, cols, ks < N, col_mask).to(tl.float32)
-            acc = tl.dot(m, y, acc, input_precision=PRECISION)
-    else:
-        pairs: tl.constexpr = 2 if TARGETS else 1
-        for pair in tl.static_range(pairs):
-            y = x + (1 - side if pair == 0 else 2 + side) * size
-            c = factors + tl.cast(side * pairs + pair, tl.int64) * P * D
-            for k in range(0, D, BLOCK_K):
-                ks = k + tl.arange(0, BLOCK_K)
-                left = _load(y, D, first + rows, ks, row_mask, ks < D)
-                right = _load(c, D, local, ks, col_mask, ks < D)
-                acc = tl.dot(left, tl.trans(right), acc, input_precision=PRECISION)
-
-    c1 = tl.load(diagonals + cols, mask=col_mask, other=1.0)
-    to_partner = (-2.0 / N) * (on * (1 - c1) + off * c1)
-    partner = _load(x + (1 - side) * size, D, first + rows, cols, row_mask, col_mask)
-    dx = scale * acc + partner.to(tl.float32) * to_partner[None, :]
-    if GRAM and TARGETS:
-        c = tl.load(diagonals + (1 + side) * D + cols, mask=col_mask, other=0.0)
-        target = _load(x + (2 + side) * size, D, first + rows, cols, row_mask, col_mask)
-        dx += target.to(tl.float32) * ((-2.0 / N) * xd * c)[None, :]
-
-    own = _load(x + side * size, D, first + rows, cols, row_mask, col_mask).to(tl.float32)
-    total, products = tl.sum(dx, 0), tl.sum(dx * own, 0)  # outside of the masks all is 0
-    target_offsets = (
-        tl.cast(side, tl.int64) * n * D + rows[:, None].to(tl.int64) * D + cols[None, :]
-    )
-    mask = row_mask[:, None] & col_mask[None, :]
-    if FUSED:
-        factor = tl.load(rstd + side * D + cols, mask=col_mask, other=0.0) * tl.load(grad)
-        dz = (dx - (total / N)[None, :] - own * (products / degrees)[None, :]) * factor[None, :]
-        tl.store(out + target_offsets, dz, mask=mask)
-    else:
-        tl.store(out + target_offsets, dx, mask=mask)
-        blocks = tl.num_programs(1)
-        place = sums + (side * 2 * blocks + block).to(tl.int64) * D + cols
-        tl.store(place, total, mask=col_mask)
-        tl.store(place + tl.cast(blocks, tl.int64) * D, products, mask=col_mask)
-
-
-@triton.jit
-def project_kernel(
-    dx,  # (2, n, D) fp32
-    x,  # (E, N, D)
-    sums,  # (2, 2, blocks, D) fp32
-    rstd,  # (2, D) fp32
-    grad,  # () fp32, of the loss
-    out,  # (2, n, D)
-    first,
-    n,
-    N,
-    D,
-    blocks,
-    degrees,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """One program: a block of ``rstd * (dx - mean(dx) - x sum(dx x) / degrees)`` of one side."""
-    side = tl.program_id(2)
-    cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask, col_mask = rows < n, cols < D
-    total = tl.zeros((BLOCK_D,), tl.float32)
-    products = tl.zeros((BLOCK_D,), tl.float32)
-    base = sums + tl.cast(side, tl.int64) * 2 * blocks * D + cols
-    for block in range(blocks):
-        total += tl.load(base + tl.cast(block, tl.int64) * D, mask=col_mask, other=0.0)
-        products += tl.load(base + tl.cast(blocks + block, tl.int64) * D, mask=col_mask, other=0.0)
-    offset = tl.cast(side, tl.int64) * n * D
-    y = _load(x + tl.cast(side, tl.int64) * N * D, D, first + rows, cols, row_mask, col_mask)
-    value = _load(dx + offset, D, rows, cols, row_mask, col_mask)
-    factor = tl.load(rstd + side * D + cols, mask=col_mask, other=0.0) * tl.load(grad)
-    value -= (total / N)[None, :] + y.to(tl.float32) * (products / degrees)[None, :]
-    offsets = offset + rows[:, None].to(tl.int64) * D + cols[None, :]
-    tl.store(out + offsets, value * factor[None, :], mask=row_mask[:, None] & col_mask[None, :])
