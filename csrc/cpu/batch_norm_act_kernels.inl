@@ -1,7 +1,6 @@
 // Included by simd.inl: the loops of batch_norm_act.cpp.
 
-constexpr int64_t kStep = 4;   // rows added up in registers
-constexpr int64_t kRows = 64;  // rows summed in fp32
+constexpr int64_t kStep = 4;  // rows added up in registers
 
 // exp to 2 units in the last digit (Cephes' coefficients).
 SACL_INLINE Vec exp_of(Vec x) {

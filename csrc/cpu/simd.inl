@@ -9,6 +9,8 @@
 namespace sacl {
 namespace {
 
+constexpr int64_t kRows = 64;  // rows summed in fp32
+
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 
 SACL_INLINE Vec load(const float* p) {
