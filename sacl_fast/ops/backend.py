@@ -174,11 +174,10 @@ def is_faster(
         close = nearest(str(backend), names)
         hint = f" ({close})" if close.startswith("did you mean") else ""
         raise UserError(f"{op}: backend is {shown(backend)}; one of {', '.join(names)} works{hint}")
-    x = given[0]
+    (x, *_), obstacle = given, unfit(*given)
     assert x is not None
-    obstacle = unfit(*given)
     if backend in ("cpu", "cuda") and backend != x.device.type:
-        usable = f"{x.device.type}, torch" if obstacle is None else "torch"
+        usable = "torch" if obstacle else f"{x.device.type}, torch"
         obstacle = f"the tensors are on {x.device}"
     elif obstacle is None:
         return True
