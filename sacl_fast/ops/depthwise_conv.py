@@ -1,7 +1,7 @@
 """Depthwise convolution in which each filter names the channel it reads.
 
 A slim encoder keeps some filters of a depthwise convolution, and they read some of the channels
-that are there. The compiled operator (``csrc/cpu/depthwise_conv.cpp``, ``csrc/cuda/depthwise_conv.cpp``)
+that are there. The compiled operator (``depthwise_conv.cpp`` in ``csrc/cpu`` and ``csrc/cuda``)
 picks the channels as it reads them, so they are not copied first, and gives the input's gradient
 back in place. Under autocast it does what PyTorch's convolutions do.
 """
