@@ -75,7 +75,7 @@ def batch_norm_act(
     running = running_mean, running_var
     if is_faster("batch_norm_act", backend, _unfit, x, map, weight, bias, *running):
         lists = kept_index, zeroed_index, map_index
-        return _BatchNormAct.apply(  # type: ignore[return-value]
+        return _BatchNormAct.apply(
             x, map, weight, bias, *lists, *running, count, momentum, eps, _CODES[act]
         )
     function = ACTIVATIONS[act]

@@ -50,9 +50,7 @@ def depthwise_conv(
     """
     x, weight = compiled.as_under_autocast(x, weight)
     if is_faster("depthwise_conv", backend, _unfit, x, weight):
-        return _DepthwiseConv.apply(  # type: ignore[no-any-return]
-            x, weight, in_index, out_index, size, stride, padding, dilation
-        )
+        return _DepthwiseConv.apply(x, weight, in_index, out_index, size, stride, padding, dilation)
     if size is not None:
         x = x.expand(-1, -1, *size)
     if out_index is not None:
@@ -84,9 +82,7 @@ class _DepthwiseConv(torch.autograd.Function):
         ctx.save_for_backward(x, chosen)
         ctx.in_index, ctx.out_index, ctx.window = in_index, out_index, window
         ctx.is_constant, ctx.full = size is not None, weight.shape
-        return torch.ops.sacl_fast.depthwise_conv(  # type: ignore[no-any-return]
-            x, chosen, in_index, *window
-        )
+        return torch.ops.sacl_fast.depthwise_conv(x, chosen, in_index, *window)
 
     @staticmethod
     @once_differentiable

@@ -41,9 +41,7 @@ def slim_add(
         UserError: a backend given by name that cannot run, see ``backend.is_faster``.
     """
     if is_faster("slim_add", backend, _unfit, a, b, a_rest, b_rest):
-        return _SlimAdd.apply(  # type: ignore[no-any-return]
-            a, a_rest, a_index, b, b_rest, b_index
-        )
+        return _SlimAdd.apply(a, a_rest, a_index, b, b_rest, b_index)
     return _chosen(a, a_rest, a_index) + _chosen(b, b_rest, b_index)
 
 
@@ -74,9 +72,7 @@ class _SlimAdd(torch.autograd.Function):
         rests = [None if r is None else r.flatten() for r in (a_rest, b_rest)]
         counts = [0 if r is None else r.numel() for r in rests]
         ctx.given = a.shape[1], counts[0], a_index, b.shape[1], counts[1], b_index
-        return torch.ops.sacl_fast.slim_add(  # type: ignore[no-any-return]
-            a, rests[0], a_index, b, rests[1], b_index
-        )
+        return torch.ops.sacl_fast.slim_add(a, rests[0], a_index, b, rests[1], b_index)
 
     @staticmethod
     @once_differentiable

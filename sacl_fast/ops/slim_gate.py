@@ -39,7 +39,7 @@ def slim_gate(
     """
     parts = [(x, x_index)] if map is None else [(x, x_index), (map, map_index)]
     if is_faster("slim_gate", backend, _unfit, x, map, gate):
-        return _SlimGate.apply(x, map, gate, x_index, map_index)  # type: ignore[no-any-return]
+        return _SlimGate.apply(x, map, gate, x_index, map_index)
     gated = [v * (gate if i is None else gate.index_select(1, i)) for v, i in parts]
     return gated[0] if map is None else torch.cat(gated, 1)
 
@@ -62,9 +62,7 @@ class _SlimGate(torch.autograd.Function):
         factors = gate.flatten(1).contiguous()
         ctx.save_for_backward(x, map, factors)
         ctx.indices = x_index, map_index
-        return torch.ops.sacl_fast.slim_gate(  # type: ignore[no-any-return]
-            x, map, factors, x_index, map_index
-        )
+        return torch.ops.sacl_fast.slim_gate(x, map, factors, x_index, map_index)
 
     @staticmethod
     @once_differentiable

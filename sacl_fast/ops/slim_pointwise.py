@@ -51,9 +51,7 @@ def slim_pointwise(
     x, rest, offset, map = compiled.as_under_autocast(x, rest, offset, map)
     given = x, weight, rest, offset, map
     if is_faster("slim_pointwise", backend, _unfit, *given):
-        return _SlimPointwise.apply(  # type: ignore[no-any-return]
-            *given, in_index, out_index, rest_index, map_index
-        )
+        return _SlimPointwise.apply(*given, in_index, out_index, rest_index, map_index)
     for values, index in ((rest, rest_index), (map, map_index)):
         if values is not None:
             response = slim_conv(values, weight, index, out_index, None, POINTWISE)
@@ -94,7 +92,7 @@ class _SlimPointwise(torch.autograd.Function):
         own, others = _who_takes(constants, rest_index, map)
         if map is not None:  # what it comes to is an offset, for all samples
             offset = op(map, matrix, map_index, out_index, *others, offset)
-        return op(x, matrix, in_index, out_index, *own, offset)  # type: ignore[no-any-return]
+        return op(x, matrix, in_index, out_index, *own, offset)
 
     @staticmethod
     @once_differentiable

@@ -75,7 +75,7 @@ def run(device, act, x, dy, drest, weight, bias, kept, zeroed, mean, var):
 
 
 def compare(device, case, dtype, act):
-    given = inputs(*case, dtype)
+    given = inputs(*case, dtype=dtype)
     ours = run(device, act, *given)
     assert [t.dtype for t in ours[:2]] == [dtype] * 2 and ours[4].dtype == dtype
     for i, (got, expected) in enumerate(zip(ours, exact(act, *given), strict=True)):

@@ -47,7 +47,7 @@ def calls(device: Device, monkeypatch) -> dict[str, int]:
     """How often each operator was called; emulated, they take the place of the CPU's."""
     for module in (batch_norm_act, depthwise_conv, slim_add, slim_gate, slim_pointwise):
         assert module.is_compiled()  # and tells torch of the operators before they are replaced
-    counts = dict.fromkeys(OPERATORS, 0)
+    counts: dict[str, int] = {name: 0 for name in OPERATORS}
 
     def counted(name: str):
         operator = getattr(device.ops, name)
@@ -84,7 +84,7 @@ def test_as_exact_as_the_masked_encoder(device: Device, name, dtype, calls):
         if isinstance(norm, _BatchNorm):
             nn.init.uniform_(norm.weight, 0.5, 1.5)
             nn.init.normal_(norm.bias, std=0.5)
-    encoder = encoder.to(memory_format=torch.channels_last)
+    encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.randn(4, 3, 35, 32) if emulated else torch.randn(16, 3, 67, 64)
     exact = observe(encoder, "mask", x.double())
     x = x if emulated else x.cuda()

@@ -40,7 +40,7 @@ def exact_sum(a, a_rest, a_index, b, b_rest, b_index):
             x = torch.cat([x, rest.view(1, -1, 1, 1).expand(len(x), -1, *x.shape[2:])], 1)
         return x if index is None else x[:, index]
 
-    y = chosen(*leaves[:2], a_index) + chosen(*leaves[2:], b_index)
+    y = chosen(leaves[0], leaves[1], a_index) + chosen(leaves[2], leaves[3], b_index)
     return leaves, y
 
 
@@ -48,7 +48,7 @@ def exact_sum(a, a_rest, a_index, b, b_rest, b_index):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SUMS, ids=str)
 def test_equals_pytorch(device, case, dtype):
-    given = operands(*case, dtype)
+    given = operands(*case, dtype=dtype)
     leaves, expected = exact_sum(*given)
     dy = batch(expected.shape[1], dtype, seed=7)
     there = [t for t in leaves if t is not None]

@@ -28,7 +28,7 @@ def gated(K, R, C, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", GATES, ids=str)
 def test_equals_pytorch(device, case, dtype):
-    x, map_, gate, x_index, map_index = given = gated(*case, dtype)
+    x, map_, gate, x_index, map_index = given = gated(*case, dtype=dtype)
     leaves = [None if t is None else t.double().requires_grad_() for t in (x, map_, gate)]
     factors = leaves[2][:, :, None, None]
     expected = leaves[0] * (factors if x_index is None else factors[:, x_index])

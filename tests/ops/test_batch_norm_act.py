@@ -1,10 +1,12 @@
 """The compiled batch norm against PyTorch in float64: values, gradients, running statistics."""
 
+from typing import Any, get_args
+
 import pytest
 import torch
 
 from sacl_fast.ops import compiled
-from sacl_fast.ops.batch_norm_act import ACTIVATIONS, batch_norm_act, is_compiled
+from sacl_fast.ops.batch_norm_act import ACTIVATIONS, Activation, batch_norm_act, is_compiled
 
 pytestmark = pytest.mark.skipif(not is_compiled(), reason=str(compiled.obstacle()))
 # Channels: fewer than a vector, one, one and a bit, several; rows: fewer and more than are summed
@@ -34,7 +36,8 @@ def run(given, **options):
     outputs = batch_norm_act(*leaves[:3], *running, momentum=0.3, eps=1e-5, **options)
     outputs = [y for y in outputs if y is not None]
     weights = [dy, *(torch.linspace(-1, 2, y.numel()).view_as(y) for y in outputs[1:])]
-    sum((y * w).sum() for y, w in zip(outputs, weights, strict=True)).backward()
+    terms = [(y * w).sum() for y, w in zip(outputs, weights, strict=True)]
+    torch.stack(terms).sum().backward()
     return [*(y.detach() for y in outputs), *(t.grad for t in leaves), *running]
 
 
@@ -109,7 +112,7 @@ def test_a_constant_channel_becomes_its_bias_and_nan_stays():
     y, *_ = batch_norm_act(x, weight, bias, backend="cpu")
     torch.testing.assert_close(y[:, 5], bias[5].expand(4, 3, 3))
     x[1, 3, 0, 0] = float("nan")
-    for act in ACTIVATIONS:
+    for act in get_args(Activation):
         y, *_ = batch_norm_act(x, weight, bias, act=act, backend="cpu")
         assert y[:, 3].isnan().all() and not y[:, 4].isnan().any()
 
@@ -120,9 +123,8 @@ def test_a_constant_channel_becomes_its_bias_and_nan_stays():
 def test_wrong_lists_are_refused(lists):
     (x, weight, bias, *_), _ = inputs((2, 3, 4, 4))
     with pytest.raises(RuntimeError, match=r"index|channels"):
-        batch_norm_act(
-            x, weight, bias, backend="cpu", **{k: torch.tensor(v) for k, v in lists.items()}
-        )
+        given: dict[str, Any] = {name: torch.tensor(list_) for name, list_ in lists.items()}
+        batch_norm_act(x, weight, bias, backend="cpu", **given)
 
 
 def test_the_operator_keeps_the_rules_of_torch_library():

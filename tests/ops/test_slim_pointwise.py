@@ -40,6 +40,7 @@ def inputs(sizes, samples, offset, batch=N, image=FEW, seed=0):
 def run(tensors, indices, backend, map_index=None):
     leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
     x, weight, rest, offset, *maps = leaves
+    assert x is not None and weight is not None
     in_index, out_index, rest_index = indices
     more = (*maps, map_index) if maps else ()
     y = slim_pointwise(
