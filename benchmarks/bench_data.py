@@ -30,9 +30,9 @@ import torch
 
 from sacl_fast.cli import parse_config
 from sacl_fast.config import Config, ViewConfig
-from sacl_fast.data.loader import ViewLoader, worker_count
-from sacl_fast.data.sources import Source, open_sources
-from sacl_fast.data.view_loader import dali_obstacle, open_view_loader
+from sacl_fast.data.images.open import Source, open_sources
+from sacl_fast.data.loading.open import dali_obstacle, open_view_loader
+from sacl_fast.data.loading.torch_loader import ViewLoader, worker_count
 from sacl_fast.engine.clock import Clock
 from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.environment import environment

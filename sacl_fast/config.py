@@ -138,7 +138,7 @@ class ViewConfig(Settings, path="views.*"):
 
 @dataclass(frozen=True, kw_only=True)
 class ViewsConfig(Settings, path="views"):
-    """The two asymmetric views of every image (tables: 'data/views.py')."""
+    """The two asymmetric views of every image (tables: 'data/views/tables.py')."""
 
     size: Annotated[int, Range(4, 8192)] = 224
     """Side of the square views, pixels."""

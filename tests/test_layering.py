@@ -68,7 +68,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
 }
 ANY_OTHERS_LAZILY = ("cli", "__init__")
 
-DALI, DALI_MODULE = "nvidia.dali", PurePath("sacl_fast/data/dali.py")
+DALI, DALI_MODULE = "nvidia.dali", PurePath("sacl_fast/data/views/dali.py")
 
 
 class Import(NamedTuple):
@@ -163,7 +163,7 @@ def test_the_tree_keeps_the_layers():
         ("sacl_fast/encoders/x.py", "from ..evaluation.knn import knn", "sacl_fast.evaluation"),
         ("sacl_fast/optim/x.py", "from sacl_fast.cli import main", "sacl_fast.cli"),
         ("sacl_fast/data/x.py", "from sacl_fast.ops import backend", "sacl_fast.ops"),
-        ("sacl_fast/data/views.py", "import nvidia.dali.fn as fn", "nvidia.dali"),
+        ("sacl_fast/data/views/tables.py", "import nvidia.dali.fn as fn", "nvidia.dali"),
         ("sacl_fast/data/x.py", "def f():\n    from nvidia import dali", "nvidia.dali"),
         ("sacl_fast/data/x.py", "import importlib\nimportlib.import_module('nvidia.dali')", "dali"),
         ("sacl_fast/engine/x.py", "from sacl_fast import cli", "sacl_fast.cli"),
@@ -191,9 +191,9 @@ def test_a_violation_is_reported(path: str, source: str, named: str):
         ("kernels/sacl_kernels/x.py", "from sacl_kernels.layout import Launch\nfrom . import y"),
         ("sacl_fast/ops/x.py", "def f():\n    from sacl_kernels import x\n    from .. import _C"),
         ("sacl_fast/losses.py", "import torch\nfrom sacl_fast import __version__, ops"),
-        ("sacl_fast/data/dali.py", "from nvidia.dali import fn, pipeline_def"),
+        ("sacl_fast/data/views/dali.py", "from nvidia.dali import fn, pipeline_def"),
         ("sacl_fast/data/x.py", "def f():\n    from sacl_fast.ops.augment import augment"),
-        ("sacl_fast/data/x.py", "import numpy\nfrom sacl_fast.data.views import VIEWS"),
+        ("sacl_fast/data/x.py", "import numpy\nfrom sacl_fast.data.views.tables import VIEWS"),
         ("sacl_fast/cli.py", "import tyro\ndef main():\n    from sacl_fast.engine import train"),
         (
             "sacl_fast/cli.py",

@@ -2,8 +2,8 @@
 // solarise, normalisation, as they were drawn for each, from 8-bit pixels to floats.
 //
 // The crop and the colours are Pillow's to the bit: bicubic weights of 22 bits, 8 bits after each
-// of two passes, and 8 bits after each operation. The blur is that of data/augment.py, two passes
-// of floats rounded once.
+// of two passes, and 8 bits after each operation. The blur is that of data/views/draw.py, two
+// passes of floats, rounded once.
 //
 // One view is made by one thread from start to end and lies in its cache meanwhile, as rows of
 // three planes. Both passes of the crop are sums of rows, the first one on the transposed image: a

@@ -73,7 +73,7 @@ OPERATORS: dict[str, dict[Backend, Check]] = {
     "xcorr_loss": {"triton": _triton},
     "slim_conv": {"cuda": _compiled_for_cuda, "cpu": _compiled_for_cpu},
     "lars": {},
-    # ``torch``: torchvision, or DALI's own operators (see data/view_loader.py).
+    # ``torch``: torchvision, or DALI's own operators (see data/loading/open.py).
     "augment": {"cpu": _compiled_views},
 }
 
