@@ -30,7 +30,8 @@ import torch
 
 from sacl_fast.cli import parse_config
 from sacl_fast.config import Config, ViewConfig
-from sacl_fast.data.images.open import Source, open_sources
+from sacl_fast.data.images.open import open_sources
+from sacl_fast.data.images.source import Source
 from sacl_fast.data.loading.open import dali_obstacle, open_view_loader
 from sacl_fast.data.loading.torch_loader import ViewLoader, worker_count
 from sacl_fast.engine.clock import Clock

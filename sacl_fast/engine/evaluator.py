@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sacl_fast.config import Config
-from sacl_fast.data.images.open import Source, Splits
+from sacl_fast.data.images.source import Source, Splits
 from sacl_fast.data.loading.torch_loader import EvalLoader
 from sacl_fast.encoders.batch_norm import local_batch_norm
 from sacl_fast.encoders.recalibrate import recalibrated

@@ -24,7 +24,7 @@ import torch
 
 from sacl_fast.config import Config, to_dict, warmup_as_trained
 from sacl_fast.data.images.fingerprint import fingerprint
-from sacl_fast.data.images.open import Source
+from sacl_fast.data.images.source import Source
 from sacl_fast.engine.checkpoint import (
     BEST,
     UnusableCheckpoint,

@@ -69,12 +69,6 @@ def file_identity(path: str, name: str) -> bytes:
     return os.fsencode(f"{name}\0{size}")
 
 
-def read_rgb(path: str, most: int = _MOST) -> Image.Image:
-    """The image in the file ``path`` of up to ``most`` bytes, mode RGB. BadImage where it cannot be
-    read."""
-    return decode_rgb(read_bytes(path, most))
-
-
 def decode_rgb(data: bytes) -> Image.Image:
     """The image in the encoded ``data``, mode RGB. BadImage where it cannot be read."""
     with _opened(data) as image:

@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from sacl_fast.config import DataConfig
-from sacl_fast.data.images.decode import file_identity, read_bytes, read_rgb
-from sacl_fast.data.images.manifest import is_image
+from sacl_fast.data.images.decode import file_identity
+from sacl_fast.data.images.manifest import ends_of, is_image, packed, unpacked
+from sacl_fast.data.images.source import FileSource
 from sacl_fast.data.images.splits import few
 from sacl_fast.data.images.text import read_text
 from sacl_fast.errors import UserError
@@ -21,14 +21,11 @@ logger = logging.getLogger(__name__)
 _LOOKED_AT = 10_000  # files, whether they are there: of a million, 7 s less
 
 
-class FileListSource:
+class FileListSource(FileSource):
     """Image files by path.
 
     The N paths are one array of bytes, as the names of a ``Manifest`` are and for the same reason.
-    Files of more than ``most`` bytes are unreadable.
     """
-
-    decoded = False
 
     def __init__(
         self,
@@ -38,21 +35,13 @@ class FileListSource:
         classes: tuple[str, ...],
         most: int = DataConfig.max_file_bytes,
     ) -> None:
-        self.folder, self.labels, self.classes, self.most = folder, labels, classes, most
-        self.paths = np.frombuffer(b"".join(os.fsencode(path) + b"\0" for path in paths), np.uint8)
-        self.ends = np.flatnonzero(self.paths == 0)
+        super().__init__(labels, classes, most)
+        self.folder = folder
+        self.paths = packed(paths)
+        self.ends = ends_of(self.paths)
 
     def __len__(self) -> int:
         return len(self.ends)
-
-    def load(self, index: int) -> Image.Image:
-        return read_rgb(self.name(index), self.most)
-
-    def read(self, index: int) -> bytes:
-        return read_bytes(self.name(index), self.most)
-
-    def label(self, index: int) -> int:
-        return int(self.labels[index])
 
     def name(self, index: int) -> str:
         return os.path.join(self.folder, self._path(index))
@@ -61,8 +50,7 @@ class FileListSource:
         return file_identity(self.name(index), self._path(index))
 
     def _path(self, index: int) -> str:
-        start = self.ends[index - 1] + 1 if index > 0 else 0
-        return os.fsdecode(self.paths[start : self.ends[index]].tobytes())
+        return unpacked(self.paths, self.ends, index)
 
 
 def read_file_list(path: Path, config: DataConfig) -> FileListSource:

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from sacl_fast.data.images.open import Source
+from sacl_fast.data.images.source import Source
 
 _AT_ONCE = 8  # questions to the file system: each takes a millisecond on a network
 _CHUNK = 1024

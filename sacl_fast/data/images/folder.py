@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 
 from sacl_fast.config import DataConfig
-from sacl_fast.data.images.decode import file_identity, read_bytes, read_rgb
+from sacl_fast.data.images import archives
+from sacl_fast.data.images.cache import cache_folder
+from sacl_fast.data.images.decode import file_identity
+from sacl_fast.data.images.file_list import read_file_list
 from sacl_fast.data.images.manifest import EXTENSIONS, Manifest, describe_kinds, list_images
-from sacl_fast.data.images.splits import VAL, few, find_splits
+from sacl_fast.data.images.root import existing_root, is_list
+from sacl_fast.data.images.source import FileSource, Splits
+from sacl_fast.data.images.splits import VAL, enter, few, find_splits
 from sacl_fast.data.images.text import read_text
 from sacl_fast.errors import UserError
 from sacl_fast.files import kind_of
@@ -24,11 +28,8 @@ logger = logging.getLogger(__name__)
 _TINY_LABELS = "val_annotations.txt"
 
 
-class FolderSource:
-    """Image files of a listing, with labels (N,) and class names, or without. Files of more than
-    ``most`` bytes are unreadable."""
-
-    decoded = False
+class FolderSource(FileSource):
+    """Image files of a listing."""
 
     def __init__(
         self,
@@ -37,20 +38,11 @@ class FolderSource:
         classes: tuple[str, ...],
         most: int = DataConfig.max_file_bytes,
     ) -> None:
-        self.manifest, self.labels, self.classes, self.most = manifest, labels, classes, most
-        self.folder_of = manifest.folder_of
+        super().__init__(labels, classes, most)
+        self.manifest, self.folder_of = manifest, manifest.folder_of
 
     def __len__(self) -> int:
         return len(self.manifest)
-
-    def load(self, index: int) -> Image.Image:
-        return read_rgb(self.name(index), self.most)
-
-    def read(self, index: int) -> bytes:
-        return read_bytes(self.name(index), self.most)
-
-    def label(self, index: int) -> int:
-        return int(self.labels[index])
 
     def name(self, index: int) -> str:
         manifest = self.manifest
@@ -62,16 +54,24 @@ class FolderSource:
         return file_identity(path, path.removeprefix(self.manifest.root))
 
 
-def open_folder(
-    config: DataConfig, root: Path, cache: Path
-) -> tuple[FolderSource, FolderSource | None]:
+def open_folder(config: DataConfig, _download: bool) -> Splits:
+    """The images of ``data.root``: a folder, an archive of one, or a list of paths."""
+    root, cache = existing_root(config), cache_folder(config.cache_dir)
+    if kind_of(root) == "file":
+        if is_list(root):
+            return Splits(read_file_list(root, config), None)
+        root = enter(archives.unpack(root, cache))
+    return folder_splits(config, root, cache)
+
+
+def folder_splits(config: DataConfig, root: Path, cache: Path) -> Splits:
     """The training and validation images in the folder ``root``."""
     train_root, val_root = find_splits(root)
     train = _labelled(list_images(train_root, cache), config)
     _warn_of_splits(train.manifest)
     if val_root is None or not train.classes:
-        return train, None
-    return train, _validation(list_images(val_root, cache), train)
+        return Splits(train, None)
+    return Splits(train, _validation(list_images(val_root, cache), train))
 
 
 def _warn_of_splits(manifest: Manifest) -> None:

@@ -16,7 +16,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -84,13 +84,28 @@ class Manifest:
 
     def name(self, index: int) -> str:
         """The name of file ``index`` in its folder."""
-        start = self.ends[index - 1] + 1 if index > 0 else 0
-        return os.fsdecode(self.names[start : self.ends[index]].tobytes())
+        return unpacked(self.names, self.ends, index)
 
     def paths(self) -> Iterator[str]:
         """Every file as a POSIX path relative to ``root``, in order."""
         for index, folder in enumerate(self.folder_of):
             yield _join(self.folders[folder], self.name(index))
+
+
+def packed(names: Iterable[str]) -> np.ndarray:
+    """(bytes,) uint8: the names, each ended by a zero."""
+    return np.frombuffer(b"".join(os.fsencode(name) + b"\0" for name in names), np.uint8)
+
+
+def ends_of(names: np.ndarray) -> np.ndarray:
+    """(N,) int64: where the zeros of packed names are."""
+    return np.flatnonzero(names == 0)
+
+
+def unpacked(names: np.ndarray, ends: np.ndarray, index: int) -> str:
+    """One of the packed ``names``."""
+    start = ends[index - 1] + 1 if index > 0 else 0
+    return os.fsdecode(names[start : ends[index]].tobytes())
 
 
 def list_images(root: Path, cache: Path | None = None, cache_from: int = 10_000) -> Manifest:
@@ -206,16 +221,11 @@ def _kind(name: str) -> str:
 
 
 def _manifest(root: str, found: list[_Folder]) -> Manifest:
-    joined = b"".join(os.fsencode(name) + b"\0" for folder in found for name in folder.names)
-    names = np.frombuffer(joined, np.uint8)
+    names = packed(name for folder in found for name in folder.names)
     counts = np.array([len(folder.names) for folder in found], np.int64)
     skipped = sum((folder.skipped for folder in found), Counter())
     folders = tuple(folder.path for folder in found)
-    return Manifest(root, folders, counts, names, _ends(names), tuple(skipped.most_common()))
-
-
-def _ends(names: np.ndarray) -> np.ndarray:
-    return np.flatnonzero(names == 0)
+    return Manifest(root, folders, counts, names, ends_of(names), tuple(skipped.most_common()))
 
 
 # --- kept ----------------------------------------------------------------------------------------
@@ -226,21 +236,17 @@ def _save(file: Path, manifest: Manifest, times_ns: list[tuple[int, int]]) -> No
         np.savez(
             written,
             version=_VERSION,
-            folders=_bytes(manifest.folders),
+            folders=packed(manifest.folders),
             times_ns=np.array(times_ns, np.int64),
             counts=manifest.counts,
             names=manifest.names,
-            skipped=_bytes([kind for kind, _ in manifest.skipped]),
+            skipped=packed(kind for kind, _ in manifest.skipped),
             skipped_counts=np.array([count for _, count in manifest.skipped], np.int64),
         )
 
 
-def _bytes(texts: Sequence[str]) -> np.ndarray:
-    return np.frombuffer(os.fsencode("".join(f"{text}\0" for text in texts)), np.uint8)
-
-
-def _texts(joined: np.ndarray) -> tuple[str, ...]:
-    return tuple(os.fsdecode(joined.tobytes()).split("\0")[:-1])
+def _all_unpacked(names: np.ndarray) -> tuple[str, ...]:
+    return tuple(os.fsdecode(names.tobytes()).split("\0")[:-1])
 
 
 def _load(file: Path, root: str) -> Manifest | None:
@@ -251,10 +257,10 @@ def _load(file: Path, root: str) -> Manifest | None:
         with np.load(file) as data:
             if data["version"] != _VERSION:
                 return None
-            folders, skipped = _texts(data["folders"]), _texts(data["skipped"])
+            folders, skipped = _all_unpacked(data["folders"]), _all_unpacked(data["skipped"])
             times_ns, counts, names = data["times_ns"], data["counts"], data["names"]
             skipped = tuple(zip(skipped, data["skipped_counts"].tolist(), strict=True))
-        manifest = Manifest(root, folders, counts, names, _ends(names), skipped)
+        manifest = Manifest(root, folders, counts, names, ends_of(names), skipped)
         _check(manifest, times_ns)
     except DAMAGED as error:
         logger.warning("ignoring the unreadable listing %s: %s", file, reason_of(error))
@@ -281,7 +287,7 @@ def _check(manifest: Manifest, times_ns: np.ndarray) -> None:
         raise ValueError("it counts other than it names")
     if len(set(folders)) < len(folders) or folders[:1] != ("",):
         raise ValueError("it names a folder twice")
-    # As of hidden ones, which have no place in a listing, a path upwards begins with a dot.
+    # As of hidden ones, which are in no listing, a path upwards begins with a dot.
     if any(part[:1] in ("", ".") for folder in folders[1:] for part in folder.split("/")):
         raise ValueError("it names a folder elsewhere")
     first = np.concatenate(([0], ends[:-1] + 1)) if len(ends) else ends

@@ -16,16 +16,19 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
 
 from sacl_fast.config import DataConfig
+from sacl_fast.data.images.cache import cache_folder
 from sacl_fast.data.images.damage import DAMAGED
-from sacl_fast.data.images.decode import decode_rgb, read_bytes
+from sacl_fast.data.images.decode import read_bytes
 from sacl_fast.data.images.manifest import EXTENSIONS, is_image
-from sacl_fast.data.images.shard_index import Member, Sample, shard_index
-from sacl_fast.data.images.splits import few
+from sacl_fast.data.images.root import existing_root
+from sacl_fast.data.images.shard_index import Member, Sample, find_shards, shard_index
+from sacl_fast.data.images.source import FileSource, Splits
+from sacl_fast.data.images.splits import few, find_splits, split_by_name
 from sacl_fast.data.images.tar import BLOCK
 from sacl_fast.errors import UserError, reason_of
+from sacl_fast.files import kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +36,8 @@ _LABEL = "cls"
 _LONGEST_LABEL = 4096  # bytes
 
 
-class WebDatasetSource:
-    """The N images of some shards. Those of more than ``most`` bytes are unreadable."""
-
-    decoded = False
+class WebDatasetSource(FileSource):
+    """The N images of some shards."""
 
     def __init__(
         self,
@@ -48,22 +49,16 @@ class WebDatasetSource:
         classes: tuple[str, ...],
         most: int = DataConfig.max_file_bytes,
     ) -> None:
+        super().__init__(labels, classes, most)
         self.shards = tuple(map(str, shards))
         self.shard_of, self.offsets, self.sizes = shard_of, offsets, sizes
-        self.labels, self.classes, self.most = labels, classes, most
 
     def __len__(self) -> int:
         return len(self.offsets)
 
-    def load(self, index: int) -> Image.Image:
-        return decode_rgb(self.read(index))
-
     def read(self, index: int) -> bytes:
         offset, size = int(self.offsets[index]), int(self.sizes[index])
         return read_bytes(self.shards[self.shard_of[index]], self.most, offset, size)
-
-    def label(self, index: int) -> int:
-        return int(self.labels[index])
 
     def name(self, index: int) -> str:
         return f"{self.shards[self.shard_of[index]]}@{self.offsets[index]}"
@@ -71,6 +66,20 @@ class WebDatasetSource:
     def identity(self, index: int) -> bytes:
         shard = os.path.basename(self.shards[self.shard_of[index]])
         return os.fsencode(f"{shard}\0{self.offsets[index]}\0{self.sizes[index]}")
+
+
+def open_webdataset(config: DataConfig, _download: bool) -> Splits:
+    """The images in the shards of ``data.root``."""
+    root, cache = existing_root(config), cache_folder(config.cache_dir)
+    train_root, val_root = find_splits(root) if kind_of(root) == "folder" else (root, None)
+    shards = find_shards(train_root)
+    train_shards, val_shards = (
+        (shards, find_shards(val_root)) if val_root else split_by_name(shards)
+    )
+    train = open_shards(train_shards, cache, config, () if config.labels == "none" else None)
+    if not val_shards or not train.classes:
+        return Splits(train, None)
+    return Splits(train, open_shards(val_shards, cache, config, train.classes))
 
 
 def open_shards(

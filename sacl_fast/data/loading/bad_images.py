@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 
-from sacl_fast.data.images.open import Source
+from sacl_fast.data.images.source import Source
 from sacl_fast.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sacl_fast.config import Config
 from sacl_fast.data.images.decode import BadImage
-from sacl_fast.data.images.open import Source
+from sacl_fast.data.images.source import Source
 from sacl_fast.data.loading.bad_images import BadImages
 from sacl_fast.data.loading.open import read_views
 from sacl_fast.data.views.draw import epoch_order

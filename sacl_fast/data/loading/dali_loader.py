@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from sacl_fast.config import Config, ViewsConfig
-from sacl_fast.data.images.open import Source
+from sacl_fast.data.images.source import Source
 from sacl_fast.data.loading.dali_reader import Feed, FeedReader
 from sacl_fast.data.loading.readers import Views
 from sacl_fast.data.loading.torch_loader import Batch, ViewLoader, worker_count

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sacl_fast.config import Config, ViewConfig, ViewsConfig
 from sacl_fast.data.images.decode import decode_rgb, plain_size, to_ppm
-from sacl_fast.data.images.open import Source
+from sacl_fast.data.images.source import Source
 from sacl_fast.data.loading.readers import first_readable
 from sacl_fast.data.views.draw import ViewDraw, draw_view, sample_rng
 

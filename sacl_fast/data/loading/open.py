@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from sacl_fast.config import Config
-from sacl_fast.data.images.open import Source
+from sacl_fast.data.images.source import Source
 from sacl_fast.data.loading.readers import ViewReader, Views
 from sacl_fast.data.loading.torch_loader import ViewLoader
 from sacl_fast.data.loading.waiting import no_stop

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sacl_fast.config import Config
 from sacl_fast.data.images.decode import BadImage
-from sacl_fast.data.images.open import Source
+from sacl_fast.data.images.source import Source
 from sacl_fast.data.views.draw import apply_view, draw_view, sample_rng
 
 _T = TypeVar("_T")

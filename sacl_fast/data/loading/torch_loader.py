@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sacl_fast.config import Config, ViewsConfig
-from sacl_fast.data.images.open import Source
+from sacl_fast.data.images.source import Source
 from sacl_fast.data.loading.bad_images import BadImages
 from sacl_fast.data.loading.readers import PlainReader, ViewReader, Views
 from sacl_fast.data.loading.waiting import Patience, no_stop

@@ -14,10 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sacl_fast.data.images.decode import BadImage, read_bytes, read_rgb
+from sacl_fast.data.images.decode import BadImage, decode_rgb, read_bytes
 
 GRAY = np.linspace(0, 255, 12 * 9).astype(np.uint8).reshape(9, 12)
 COLOUR = np.stack([GRAY, GRAY[::-1], GRAY[:, ::-1]], 2)
+
+
+def read_rgb(path: str) -> Image.Image:
+    return decode_rgb(read_bytes(path))
 
 
 def saved(folder: Path, image: Image.Image, name: str, **options) -> np.ndarray:

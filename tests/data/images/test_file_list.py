@@ -10,7 +10,8 @@ import pytest
 
 from sacl_fast.config import DataConfig
 from sacl_fast.data.images.decode import BadImage
-from sacl_fast.data.images.open import Source, open_sources
+from sacl_fast.data.images.open import open_sources
+from sacl_fast.data.images.source import Source
 from sacl_fast.errors import UserError
 
 

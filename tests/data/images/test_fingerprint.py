@@ -12,7 +12,8 @@ import pytest
 
 from sacl_fast.config import DataConfig
 from sacl_fast.data.images.fingerprint import fingerprint
-from sacl_fast.data.images.open import ArraySource, open_sources
+from sacl_fast.data.images.open import open_sources
+from sacl_fast.data.images.source import ArraySource
 from tests.data.images.test_webdataset import samples, write_shard
 
 

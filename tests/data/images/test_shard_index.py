@@ -13,8 +13,9 @@ import pytest
 from sacl_fast.cli import main
 from sacl_fast.config import DataConfig
 from sacl_fast.data.images.decode import BadImage
-from sacl_fast.data.images.open import Source, open_sources
+from sacl_fast.data.images.open import open_sources
 from sacl_fast.data.images.shard_index import find_shards, index_shards, shard_index
+from sacl_fast.data.images.source import Source
 from sacl_fast.errors import UserError
 from tests.data.images.test_webdataset import png, samples, write_shard
 

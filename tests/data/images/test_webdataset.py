@@ -14,7 +14,8 @@ from PIL import Image
 from sacl_fast.cli import main
 from sacl_fast.config import DataConfig
 from sacl_fast.data.images.decode import BadImage
-from sacl_fast.data.images.open import Splits, open_sources
+from sacl_fast.data.images.open import open_sources
+from sacl_fast.data.images.source import Splits
 from sacl_fast.errors import UserError
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from sacl_fast.config import Config, ViewConfig, ViewsConfig
-from sacl_fast.data.images.open import ArraySource, Source
+from sacl_fast.data.images.source import ArraySource, Source
 from sacl_fast.data.loading.torch_loader import Batch, ViewLoader
 
 CPU = torch.device("cpu")

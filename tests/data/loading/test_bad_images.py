@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import pytest
 
-from sacl_fast.data.images.open import ArraySource
+from sacl_fast.data.images.source import ArraySource
 from sacl_fast.data.loading.bad_images import BadImages
 from sacl_fast.errors import UserError
 

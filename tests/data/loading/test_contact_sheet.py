@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from sacl_fast.config import Config, DataConfig, ViewsConfig
-from sacl_fast.data.images.open import ArraySource, open_sources
+from sacl_fast.data.images.open import open_sources
+from sacl_fast.data.images.source import ArraySource
 from sacl_fast.data.loading.contact_sheet import contact_sheet
 from sacl_fast.data.loading.readers import ViewReader
 from sacl_fast.data.views.draw import epoch_order

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sacl_fast.config import Config, DaliConfig, DataConfig, ViewsConfig
-from sacl_fast.data.images.open import ArraySource
+from sacl_fast.data.images.source import ArraySource
 from sacl_fast.data.loading import open as module
 from sacl_fast.data.loading.open import dali_obstacle, open_view_loader, resolve_loader
 from sacl_fast.data.loading.torch_loader import ViewLoader

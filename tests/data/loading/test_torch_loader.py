@@ -21,7 +21,8 @@ import torchvision.transforms.v2.functional as F
 from PIL import Image
 
 from sacl_fast.config import Config, DataConfig, EvalConfig, ViewsConfig
-from sacl_fast.data.images.open import ArraySource, open_sources
+from sacl_fast.data.images.open import open_sources
+from sacl_fast.data.images.source import ArraySource
 from sacl_fast.data.loading.torch_loader import (
     Batch,
     EvalLoader,

@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision.transforms import v2 as transforms
 
 from sacl_fast.config import ViewConfig, ViewsConfig
-from sacl_fast.data.images.open import ArraySource
+from sacl_fast.data.images.source import ArraySource
 from sacl_fast.data.views.dali_parameters import Parameters, pack
 from sacl_fast.data.views.draw import ViewDraw, apply_view, draw_view, sample_rng
 from sacl_fast.data.views.tables import CIFAR, DEMO, IMAGENET
