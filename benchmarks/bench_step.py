@@ -23,7 +23,7 @@ from timing import device_name, percentiles, write_json
 
 from sacl_fast.cli import parse_config
 from sacl_fast.config import Config
-from sacl_fast.data.loading.torch_loader import Normalise
+from sacl_fast.data.loading.batch import Normalise
 from sacl_fast.engine.distributed import Ranks, pick_device
 from sacl_fast.engine.memory import keep_freed_memory
 from sacl_fast.engine.method import build_method

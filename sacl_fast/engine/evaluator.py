@@ -10,7 +10,7 @@ import torch
 
 from sacl_fast.config import Config
 from sacl_fast.data.images.source import Source, Splits
-from sacl_fast.data.loading.torch_loader import EvalLoader
+from sacl_fast.data.loading.evaluation import EvalLoader
 from sacl_fast.encoders.batch_norm import local_batch_norm
 from sacl_fast.encoders.recalibrate import recalibrated
 from sacl_fast.engine.method import SaclXd

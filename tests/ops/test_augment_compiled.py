@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from sacl_fast.config import ViewConfig, ViewsConfig
-from sacl_fast.data.loading.torch_loader import Normalise
+from sacl_fast.data.loading.batch import Normalise
 from sacl_fast.data.views.draw import ViewDraw, apply_view, draw_view, sample_rng
 from sacl_fast.data.views.tables import CIFAR, DEMO, IMAGENET
 from sacl_fast.ops import compiled

@@ -113,16 +113,19 @@ class FeedReader:
 
 
 def intact(data: bytes) -> bool:
-    """Whether the check sums of a PNG are right, which cost a hundredth of decoding it. Otherwise
-    DALI refuses it, and all that it is at has to be begun anew. True for any other format."""
+    """Whether the check sums of a PNG are right; True for any other format.
+
+    DALI refuses a PNG where they are not, and all batches that it works on have to be begun anew.
+    To check them costs a hundredth of decoding.
+    """
     if not data.startswith(_PNG):
         return True
-    view, place = memoryview(data), len(_PNG)
-    while place + 12 <= len(data):
-        end = place + 8 + int.from_bytes(view[place : place + 4])
-        if zlib.crc32(view[place + 4 : end]) != int.from_bytes(view[end : end + 4]):
+    view, start = memoryview(data), len(_PNG)
+    while start + 12 <= len(data):
+        end = start + 8 + int.from_bytes(view[start : start + 4])
+        if zlib.crc32(view[start + 4 : end]) != int.from_bytes(view[end : end + 4]):
             return False
-        if view[place + 4 : place + 8] == b"IEND":
+        if view[start + 4 : start + 8] == b"IEND":
             return True
-        place = end + 4
+        start = end + 4
     return False

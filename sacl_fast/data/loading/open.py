@@ -18,8 +18,11 @@ import torch
 
 from sacl_fast.config import Config
 from sacl_fast.data.images.source import Source
+from sacl_fast.data.loading.bad_images import BadImages
+from sacl_fast.data.loading.batch import Plan
 from sacl_fast.data.loading.readers import ViewReader, Views
-from sacl_fast.data.loading.torch_loader import ViewLoader
+from sacl_fast.data.loading.torchvision_stream import TorchvisionStream
+from sacl_fast.data.loading.view_loader import ViewLoader
 from sacl_fast.data.loading.waiting import no_stop
 from sacl_fast.errors import UserError
 
@@ -50,20 +53,25 @@ def open_view_loader(
     """The batches of pre-training for one rank, by the loader of ``data.loader``. What ``check``
     raises ends a wait for a batch."""
     loader, reason = resolve_loader(config, device)
-    kind, operator = ViewLoader, ""
     if loader == "dali":
-        from sacl_fast.data.loading.dali_loader import DaliViewLoader as kind  # noqa: N813
+        from sacl_fast.data.loading.dali_stream import DaliStream
         from sacl_fast.data.views.compiled import are_compiled
 
+        kind = DaliStream
         operator = " and the compiled operator" if are_compiled(config, device) else ""
+    else:
+        kind, operator = TorchvisionStream, ""
     logger.info("views by %s%s (%s)", loader, operator, reason)
-    return kind(source, config, device=device, rank=rank, world_size=world_size, check=check)
+    plan = Plan(config, len(source), rank, world_size)
+    bad = BadImages(source, config.data.max_bad_share)
+    stream = kind(source, config, plan, bad, device=device, check=check)
+    return ViewLoader(source, plan, bad, stream)
 
 
 def read_views(source: Source, config: Config, epoch: int, indices: np.ndarray) -> Views:
     """Both views of some images, 8-bit pixels, by the loader that would train on the CPU."""
     if resolve_loader(config, torch.device("cpu")).loader == "dali":
-        from sacl_fast.data.loading.dali_loader import dali_views
+        from sacl_fast.data.loading.dali_stream import dali_views
 
         return dali_views(source, config, epoch, indices)
     return ViewReader(source, config)[epoch, indices]

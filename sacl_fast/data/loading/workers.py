@@ -1,10 +1,10 @@
-"""A stream of batches, each read whole by a reader: in this process or by workers, in order.
+"""Batches read ahead, each whole by a reader: in this process or by worker processes, in order.
 
 PyTorch's ``DataLoader`` is not used. It hands batches over through /dev/shm; its workers share one
 pipe, so that one which is killed can leave the main process waiting for the rest of a message; and
 it reports a dead worker by an exception out of a signal handler, wherever the process then is.
 Here each worker has a socket of its own, whose end is seen, and every wait is one of
-``data/loading/waiting.py``.
+``waiting.py``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from sacl_fast.config import Config
 from sacl_fast.data.loading.handover import receive_batch, send_task
 from sacl_fast.data.loading.waiting import Background, NoBatch, Patience
 from sacl_fast.data.loading.worker_process import FOR_THE_PARENT, Failure, Reader, work
@@ -32,7 +33,7 @@ from sacl_fast.errors import UserError, reason_of
 _END_WITHIN = 2.0  # seconds that workers have to end
 
 
-class Stream(Protocol):
+class Prefetcher(Protocol):
     """Batches of tensors (named tuples), one for each task, in the order of the tasks."""
 
     def __iter__(self) -> Iterator[Any]: ...
@@ -46,7 +47,7 @@ class Stream(Protocol):
         ...
 
 
-def open_stream(
+def open_prefetcher(
     reader: Reader,
     tasks: Iterable[Any],
     *,
@@ -56,14 +57,40 @@ def open_stream(
     patience: Patience,
     setting: str,
     remedy: str,
-) -> Stream:
+) -> Prefetcher:
     """``reader[task]`` for each task. ``workers`` processes prepare ``prefetch`` batches each (0:
     this process, when one is asked for). ``setting`` is the option that says how many workers, and
     ``remedy`` what takes less memory."""
     if workers == 0:
         return _Here(reader, tasks, pin_memory, patience)
-    stream = _ByWorkers(reader, tasks, workers, prefetch, patience, setting, remedy)
-    return _PinnedAhead(stream, patience) if pin_memory else stream
+    batches = _ByWorkers(reader, tasks, workers, prefetch, patience, setting, remedy)
+    return _PinnedAhead(batches, patience) if pin_memory else batches
+
+
+def by_data_workers(
+    reader: Reader, tasks: Iterable[Any], config: Config, device: torch.device, patience: Patience
+) -> Prefetcher:
+    """``reader[task]`` for each task, by ``data.workers`` processes."""
+    return open_prefetcher(
+        reader,
+        tasks,
+        workers=worker_count(config.data.workers),
+        prefetch=config.data.prefetch,
+        pin_memory=device.type == "cuda",
+        patience=patience,
+        setting="data.workers",
+        remedy="fewer data.workers or a smaller data.prefetch take less",
+    )
+
+
+def worker_count(given: int) -> int:
+    """A number of workers or threads; -1 is the cores of this process shared among the ranks of its
+    machine."""
+    if given >= 0:
+        return given
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 class _Here:
@@ -93,8 +120,8 @@ class _Here:
 class _PinnedAhead:
     """Batches in pinned memory, one of them copied there ahead, by a thread."""
 
-    def __init__(self, stream: _ByWorkers, patience: Patience) -> None:
-        self._stream, self._patience = stream, patience
+    def __init__(self, batches: _ByWorkers, patience: Patience) -> None:
+        self._batches, self._patience = batches, patience
         self._ahead = Background(self._take)
 
     def __iter__(self) -> Iterator[Any]:
@@ -108,13 +135,13 @@ class _PinnedAhead:
         return batch
 
     def _take(self) -> Any | None:
-        batch = next(self._stream, None)
+        batch = next(self._batches, None)
         return batch if batch is None else _pinned(batch)
 
     def close(self) -> None:
         self._patience.over = True
         self._ahead.wait()
-        self._stream.close()
+        self._batches.close()
 
 
 def _pinned(batch: Any) -> Any:

@@ -180,7 +180,7 @@ def undecodable(images: Sequence[np.ndarray], device: torch.device) -> dict[int,
     found: dict[int, str] = {}
     gpu = device.type == "cuda"
     pipeline = None
-    for place, image in enumerate(images):
+    for position, image in enumerate(images):
         if pipeline is None:  # one that failed is of no more use
             pipeline = _one_image(
                 "gpu" if gpu else "cpu", batch_size=1, num_threads=1, prefetch_queue_depth=1,
@@ -191,7 +191,7 @@ def undecodable(images: Sequence[np.ndarray], device: torch.device) -> dict[int,
         try:
             pipeline.run()
         except RuntimeError as error:
-            found[place], pipeline = _reason(error), None
+            found[position], pipeline = _reason(error), None
     return found
 
 

@@ -26,7 +26,7 @@ def jitter_slots(view: ViewConfig) -> tuple[str, ...]:
     torchvision applies the four in an order drawn for each image. Here brightness and contrast
     stand on both sides of saturation and hue, and saturation on both sides of hue, so that every
     image takes them in its own order, but that saturation stays next to hue. (Brightness and
-    contrast change places with saturation without a trace but where values are clipped.)
+    contrast commute with saturation but where values are clipped.)
     """
     tones = sum(getattr(view, name) > 0 for name in _TONES) if view.jitter > 0 else 0
     saturation, hue = (view.jitter > 0 and getattr(view, n) > 0 for n in ("saturation", "hue"))
@@ -117,7 +117,7 @@ def _pack_jitter(
     names = [name for name, _ in jitter]
     pivot = next((names.index(n) for n in ("hue", "saturation") if n in names), len(names))
     tones = {"early": 0, "late": 0}
-    for place, (name, factor) in enumerate(jitter):
+    for position, (name, factor) in enumerate(jitter):
         if name == "hue":
             # Pillow keeps hue in 8 bits, torchvision cuts the shift to them, and both round down.
             turn = (math.trunc(255 * factor) - 0.5) / 255
@@ -131,9 +131,11 @@ def _pack_jitter(
                 found["hue_on"][i] = True
             continue
         if name == "saturation":
-            slot = "saturation0" if place <= pivot or "saturation1" not in slots else "saturation1"
+            slot = (
+                "saturation0" if position <= pivot or "saturation1" not in slots else "saturation1"
+            )
         else:
-            side = "early" if place < pivot else "late"
+            side = "early" if position < pivot else "late"
             slot = f"{side}{tones[side]}"
             tones[side] += 1
             found[f"{slot}_contrast"][i] = name == "contrast"

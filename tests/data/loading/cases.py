@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import io
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import torch
+from PIL import Image
 
-from sacl_fast.config import Config, ViewConfig, ViewsConfig
+from sacl_fast.config import Config, DaliConfig, DataConfig, ViewConfig, ViewsConfig
 from sacl_fast.data.images.source import ArraySource, Source
-from sacl_fast.data.loading.torch_loader import Batch, ViewLoader
+from sacl_fast.data.loading.batch import Batch
+from sacl_fast.data.loading.open import open_view_loader
+from sacl_fast.data.loading.view_loader import ViewLoader
 
 CPU = torch.device("cpu")
 
@@ -24,14 +31,35 @@ def config_of(**options) -> Config:
     return Config(**{**dict(batch_size=8, epochs=3, seed=5, views=views), **options})
 
 
+def torchvision_config(workers: int = 0, **options) -> Config:
+    return config_of(**{"data": DataConfig(workers=workers), **options})
+
+
+def dali_config(readers: int = 0, root: Path | None = None, **options) -> Config:
+    dali = DaliConfig(readers=readers, threads=1, prefetch=2)
+    data = DataConfig(root=root and str(root), dali=dali, workers=0, loader="dali")
+    return config_of(**{"data": data, **options})
+
+
+def encoded(pixels: np.ndarray, kind: str = "JPEG", mode: str = "RGB", **options) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, kind, **options)
+    return file.getvalue()
+
+
+def loader_by(loader: str, source: Source, config: Config, **options) -> ViewLoader:
+    """The loader that trains on the CPU with ``data.loader`` set to ``loader``."""
+    data = replace(config.data, loader=loader)  # type: ignore[arg-type]
+    return open_view_loader(source, replace(config, data=data), device=CPU, **options)
+
+
 def batches_by(
-    loader_type: type[ViewLoader], source: Source, config: Config, steps: list[tuple[int, int]],
-    **ranks,
-) -> list[Batch]:  # fmt: skip
+    loader: str, source: Source, config: Config, steps: list[tuple[int, int]], **ranks
+) -> list[Batch]:
     """All batches of these (epoch, first step)."""
-    loader = loader_type(source, config, device=CPU, **ranks)
-    found = [batch for epoch, start in steps for batch in loader.epoch(epoch, start)]
-    loader.close()
+    opened = loader_by(loader, source, config, **ranks)
+    found = [batch for epoch, start in steps for batch in opened.epoch(epoch, start)]
+    opened.close()
     return found
 
 

@@ -13,7 +13,7 @@ from sacl_fast.config import Config, DaliConfig, DataConfig, ViewsConfig
 from sacl_fast.data.images.source import ArraySource
 from sacl_fast.data.loading import open as module
 from sacl_fast.data.loading.open import dali_obstacle, open_view_loader, resolve_loader
-from sacl_fast.data.loading.torch_loader import ViewLoader
+from sacl_fast.data.loading.torchvision_stream import TorchvisionStream
 from sacl_fast.errors import UserError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -69,7 +69,7 @@ def test_without_dali_the_package_is_named(
     config = Config(batch_size=2, data=DataConfig(workers=0))
     with caplog.at_level(logging.INFO):
         loader = open_view_loader(source, config, device=CPU)
-    assert type(loader) is ViewLoader
+    assert type(loader._stream) is TorchvisionStream
     assert f"pip install {package}" in caplog.text
 
 

@@ -1,4 +1,4 @@
-"""Streams of batches: their order, what ends them, and processes that do not outlive them."""
+"""Batches read ahead: their order, what ends them, and processes that do not outlive them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from sacl_fast.data.loading.waiting import Abandoned, NoBatch, Patience
-from sacl_fast.data.loading.workers import Stream, open_stream
+from sacl_fast.data.loading.workers import Prefetcher, open_prefetcher, worker_count
 from sacl_fast.errors import UserError
 
 
@@ -32,14 +32,14 @@ class Reader:
         return Numbers(torch.full((4,), task), os.getpid())
 
 
-def stream_of(
+def prefetcher_of(
     reader=None,
     tasks: Iterable[int] = range(20),
     workers: int = 2,
     patience: Patience | None = None,
     **options,
-) -> Stream:
-    return open_stream(
+) -> Prefetcher:
+    return open_prefetcher(
         reader or Reader(), tasks, workers=workers, prefetch=options.pop("prefetch", 2),
         pin_memory=False, patience=patience or Patience(60), setting="data.workers",
         remedy="fewer take less", **options,
@@ -55,9 +55,9 @@ def nobody_is_left() -> Iterator[None]:
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("count", [0, 1, 2, 20])
 def test_every_task_in_order(workers: int, count: int) -> None:
-    stream = stream_of(tasks=range(count), workers=workers)
-    batches = list(stream)
-    stream.close()
+    prefetcher = prefetcher_of(tasks=range(count), workers=workers)
+    batches = list(prefetcher)
+    prefetcher.close()
     assert [int(batch.value[0]) for batch in batches] == list(range(count))
     processes = {batch.process for batch in batches}
     assert processes == {os.getpid()} if not workers and count else len(processes) <= workers
@@ -71,11 +71,11 @@ def test_no_more_is_read_than_was_asked_for() -> None:
             drawn.append(task)
             yield task
 
-    stream = stream_of(tasks=tasks(), workers=2, prefetch=3)
+    prefetcher = prefetcher_of(tasks=tasks(), workers=2, prefetch=3)
     assert len(drawn) == 6
-    next(stream)
+    next(prefetcher)
     assert len(drawn) == 7
-    stream.close()
+    prefetcher.close()
 
 
 class Failing(Reader):
@@ -97,28 +97,28 @@ class Unportable(Exception):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("error", [UserError, KeyError, ConnectionError])
 def test_what_a_reader_raises_is_raised(workers: int, error: type[Exception]) -> None:
-    stream = stream_of(Failing(error), workers=workers)
-    assert [int(next(stream).value[0]) for _ in range(3)] == [0, 1, 2]
+    prefetcher = prefetcher_of(Failing(error), workers=workers)
+    assert [int(next(prefetcher).value[0]) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(error, match="the third") as caught:
-        next(stream)
+        next(prefetcher)
     if workers:
         assert "in a worker process" in caught.value.__notes__[0]
-    stream.close()
+    prefetcher.close()
 
 
 def test_an_error_that_cannot_be_sent_is_told_of() -> None:
-    stream = stream_of(Failing(Unportable))
+    prefetcher = prefetcher_of(Failing(Unportable))
     with pytest.raises(RuntimeError, match="Unportable") as caught:
-        list(stream)
+        list(prefetcher)
     assert "in __getitem__" in caught.value.__notes__[0]
-    stream.close()
+    prefetcher.close()
 
 
 def test_a_worker_without_memory_is_a_sentence() -> None:
-    stream = stream_of(Failing(MemoryError))
+    prefetcher = prefetcher_of(Failing(MemoryError))
     with pytest.raises(NoBatch, match="ran out of memory: fewer take less"):
-        list(stream)
-    stream.close()
+        list(prefetcher)
+    prefetcher.close()
 
 
 class Limited(Reader):
@@ -128,10 +128,10 @@ class Limited(Reader):
 
 
 def test_a_batch_that_cannot_be_handed_over_is_a_sentence() -> None:
-    stream = stream_of(Limited())
+    prefetcher = prefetcher_of(Limited())
     with pytest.raises(NoBatch, match="cannot hand over a batch: File too large"):
-        list(stream)
-    stream.close()
+        list(prefetcher)
+    prefetcher.close()
 
 
 # --- waits ---------------------------------------------------------------------------------------
@@ -146,11 +146,11 @@ class Slow(Reader):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_batch_that_takes_too_long(workers: int) -> None:
-    stream = stream_of(Slow(), workers=workers, patience=Patience(0.3))
-    next(stream)
+    prefetcher = prefetcher_of(Slow(), workers=workers, patience=Patience(0.3))
+    next(prefetcher)
     with pytest.raises(NoBatch, match=r"within 0.3 seconds.*data\.batch_timeout"):
-        next(stream)
-    stream.close()
+        next(prefetcher)
+    prefetcher.close()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -161,21 +161,21 @@ def test_a_wait_ends_at_a_request(workers: int) -> None:
         if next(asked):
             raise InterruptedError
 
-    stream = stream_of(Slow(), tasks=[1], workers=workers, patience=Patience(0, check))
+    prefetcher = prefetcher_of(Slow(), tasks=[1], workers=workers, patience=Patience(0, check))
     with pytest.raises(InterruptedError):
-        next(stream)
-    stream.close()
+        next(prefetcher)
+    prefetcher.close()
 
 
 def test_a_wait_in_another_thread_ends_with_the_stream() -> None:
     patience = Patience()
-    stream = stream_of(Slow(), patience=patience)
-    next(stream)
+    prefetcher = prefetcher_of(Slow(), patience=patience)
+    next(prefetcher)
     caught = []
 
     def take() -> None:
         try:
-            next(stream)
+            next(prefetcher)
         except Abandoned as error:
             caught.append(error)
 
@@ -184,19 +184,19 @@ def test_a_wait_in_another_thread_ends_with_the_stream() -> None:
     patience.over = True
     thread.join(30)
     assert caught
-    stream.close()
+    prefetcher.close()
 
 
 # --- workers -------------------------------------------------------------------------------------
 
 
 def test_a_killed_worker_is_named() -> None:
-    stream = stream_of(tasks=range(10**9))
-    os.kill(next(stream).process, signal.SIGKILL)
+    prefetcher = prefetcher_of(tasks=range(10**9))
+    os.kill(next(prefetcher).process, signal.SIGKILL)
     with pytest.raises(NoBatch, match=r"was killed by SIGKILL.*fewer take less"):
         for _ in range(100):
-            next(stream)
-    stream.close()
+            next(prefetcher)
+    prefetcher.close()
 
 
 class Leaving(Reader):
@@ -205,39 +205,39 @@ class Leaving(Reader):
 
 
 def test_a_worker_that_leaves_is_named() -> None:
-    stream = stream_of(Leaving())
+    prefetcher = prefetcher_of(Leaving())
     with pytest.raises(NoBatch, match="ended with status 7"):
-        next(stream)
-    stream.close()
+        next(prefetcher)
+    prefetcher.close()
 
 
 def test_a_stopped_worker_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sacl_fast.data.loading.workers._END_WITHIN", 0.2)
-    stream = stream_of(tasks=range(10**9), patience=Patience(0.5))
-    os.kill(next(stream).process, signal.SIGSTOP)
+    prefetcher = prefetcher_of(tasks=range(10**9), patience=Patience(0.5))
+    os.kill(next(prefetcher).process, signal.SIGSTOP)
     with pytest.raises(NoBatch, match=r"within 0\.5 seconds"):
         for _ in range(100):
-            next(stream)
-    stream.close()
+            next(prefetcher)
+    prefetcher.close()
 
 
 def test_workers_end_with_a_stream_that_nobody_closes() -> None:
-    stream = stream_of(Slow())
-    next(stream)
+    prefetcher = prefetcher_of(Slow())
+    next(prefetcher)
     assert multiprocessing.active_children()
-    del stream
+    del prefetcher
     assert not multiprocessing.active_children()
 
 
 def test_a_dead_worker_raises_nothing_elsewhere() -> None:
     """Its death is told where its batch is due, and by no signal's handler."""
     before = signal.getsignal(signal.SIGCHLD)
-    stream = stream_of(tasks=range(10**9))
-    process = next(stream).process
+    prefetcher = prefetcher_of(tasks=range(10**9))
+    process = next(prefetcher).process
     assert signal.getsignal(signal.SIGCHLD) is before
     os.kill(process, signal.SIGKILL)
     time.sleep(0.3)
-    stream.close()
+    prefetcher.close()
 
 
 def test_workers_that_cannot_be_started_are_a_sentence() -> None:
@@ -246,22 +246,22 @@ def test_workers_that_cannot_be_started_are_a_sentence() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (open_ones + 20, hard))
     try:
         with pytest.raises(UserError, match=r"data.workers is 100.*open files"):
-            stream_of(workers=100)
+            prefetcher_of(workers=100)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_signals_are_handled_as_before() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    stream = stream_of()
-    next(stream)
-    stream.close()
+    prefetcher = prefetcher_of()
+    next(prefetcher)
+    prefetcher.close()
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 
 
 ORPHAN = """
 import os, signal, sys
-from sacl_fast.data.loading.workers import open_stream
+from sacl_fast.data.loading.workers import open_prefetcher
 from sacl_fast.data.loading.waiting import Patience
 
 class Reader:
@@ -273,11 +273,11 @@ def early(*_):  # in the worker, before anything of its own
     {starting}
 
 os.register_at_fork(after_in_child=early)
-stream = open_stream(
+prefetcher = open_prefetcher(
     Reader(), range(9), workers=1, prefetch=1, pin_memory=False, patience=Patience(),
     setting="", remedy="",
 )
-next(stream)
+next(prefetcher)
 """
 
 
@@ -316,25 +316,26 @@ def _lives(pid: int) -> bool:
 
 
 def test_the_end_of_the_thread_that_started_it_does_not_end_a_worker() -> None:
-    streams = []
-    thread = threading.Thread(target=lambda: streams.append(stream_of()))
+    prefetchers = []
+    thread = threading.Thread(target=lambda: prefetchers.append(prefetcher_of()))
     thread.start()
     thread.join()
     time.sleep(0.3)
-    assert len(list(streams[0])) == 20
-    streams[0].close()
+    assert len(list(prefetchers[0])) == 20
+    prefetchers[0].close()
 
 
 SMALL = """
 import os, sys, numpy as np, torch
-from sacl_fast.config import Config, DaliConfig, DataConfig, ViewsConfig
-from sacl_fast.data.loading.torch_loader import EvalLoader, ViewLoader
+from sacl_fast.config import Config, DataConfig, ViewsConfig
+from sacl_fast.data.loading.evaluation import EvalLoader
+from sacl_fast.data.loading.open import open_view_loader
 from sacl_fast.data.images.open import open_sources
 
-data = DataConfig(source="demo", workers=2, limit=256)
+data = DataConfig(source="demo", loader="torchvision", workers=2, limit=256)
 config = Config(batch_size=128, views=ViewsConfig(size=64), data=data)
 source = open_sources(data, 0).train
-loader = ViewLoader(source, config, device=torch.device("cpu"))
+loader = open_view_loader(source, config, device=torch.device("cpu"))
 steps = sum(1 for epoch in range(3) for _ in loader.epoch(epoch))
 loader.close()
 batches = sum(1 for _ in EvalLoader(source, np.arange(256), config, torch.device("cpu")))
@@ -364,3 +365,11 @@ def test_a_small_or_full_shared_memory_is_enough(size: str) -> None:
         timeout=300,
     )
     assert done.stdout.split()[:1] == ["6"], done.stderr
+
+
+def test_workers_are_the_cores_shared_among_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    assert [worker_count(n) for n in (0, 3, -1)] == [0, 3, 16]
+    for ranks, share in ((4, 4), (5, 3), (64, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert worker_count(-1) == share

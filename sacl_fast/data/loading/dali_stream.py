@@ -1,8 +1,8 @@
-"""Batches for training by DALI: files are read and parameters drawn in Python, DALI decodes, and it
-or the compiled operator augments.
+"""Views by DALI: files are read and parameters drawn in Python, DALI decodes, and either it or the
+compiled operator augments.
 
-The stream of what is fed is the same as torchvision's (same sampler, same draws, same substitutes
-for unreadable images), a function of (seed, epoch, index) alone. So order, sharding over ranks and
+What is fed is what torchvision works on (same plan, same draws, same substitutes for unreadable
+images), a function of (seed, epoch, index) alone. So order, sharding over ranks and
 resuming in mid-epoch hold as they do there, and DALI has no state that a checkpoint would need: a
 pipeline is begun anew at the step where an epoch is entered, and then runs on from one epoch into
 the next.
@@ -21,11 +21,13 @@ import torch
 
 from sacl_fast.config import Config, ViewsConfig
 from sacl_fast.data.images.source import Source
+from sacl_fast.data.loading.bad_images import BadImages
+from sacl_fast.data.loading.batch import Plan
 from sacl_fast.data.loading.dali_reader import Feed, FeedReader
 from sacl_fast.data.loading.readers import Views
-from sacl_fast.data.loading.torch_loader import Batch, ViewLoader, worker_count
+from sacl_fast.data.loading.view_loader import NormalisedViews
 from sacl_fast.data.loading.waiting import Patience, no_stop
-from sacl_fast.data.loading.workers import Stream, open_stream
+from sacl_fast.data.loading.workers import Prefetcher, open_prefetcher, worker_count
 from sacl_fast.data.views.compiled import CompiledViews, are_compiled, pack_rows
 from sacl_fast.data.views.dali import DaliError, ViewPipeline, undecodable
 from sacl_fast.data.views.dali_parameters import pack
@@ -33,85 +35,85 @@ from sacl_fast.data.views.dali_parameters import pack
 logger = logging.getLogger(__name__)
 
 
-class DaliViewLoader(ViewLoader):
-    """As ``ViewLoader``, by DALI on the CPU or the GPU."""
+class DaliStream:
+    """A ``Stream`` (``view_loader.py``) by DALI on the CPU or the GPU. While a batch is waited for,
+    ``check`` is called, and what it raises ends the wait."""
 
     def __init__(
         self,
         source: Source,
         config: Config,
+        plan: Plan,
+        bad: BadImages,
         *,
         device: torch.device,
-        rank: int = 0,
-        world_size: int = 1,
         check: Callable[[], None] = no_stop,
     ) -> None:
-        super().__init__(
-            source, config, device=device, rank=rank, world_size=world_size, check=check
-        )
         self._reader = feed_reader(source, config, device)
-        self._fed: deque[Feed] = deque()  # what the pipeline holds, oldest first
+        self._source, self._config, self._plan, self._bad = source, config, plan, bad
+        self._device, self._check = device, check
+        self._waits = Patience()  # for a feed
+        self._feeds: Prefetcher | None = None
         self._pipeline: ViewPipeline | CompiledViews | None = None
-        self._share = config.batch_size // world_size
+        self._fed: deque[Feed] = deque()  # what the pipeline holds, oldest first
 
-    def _open(self, waits: Patience) -> Stream:
-        readers = self._config.data.dali.readers
-        if readers < 0:
-            readers = 4 if self._device.type == "cuda" else 0
-        return open_stream(
-            self._reader,
-            self._plan,
-            workers=readers,
-            prefetch=2,
-            pin_memory=False,
-            patience=waits,
-            setting="data.dali.readers",
-            remedy="fewer data.dali.readers take less",
-        )
-
-    def _enter(self, step: int) -> None:
-        super()._enter(step)  # workers are forked without a pipeline
+    def enter(self, step: int) -> None:
+        self.close()
+        self._waits = Patience(self._config.data.batch_timeout, self._check)
+        self._feeds = self._open_feeds(step)  # workers are forked without a pipeline
         self._pipeline = view_pipeline(
             self._feed,
             self._config,
             encoded=not self._source.decoded,
-            batch=self._share,
+            batch=self._plan.share,
             device=self._device,
         )
 
-    def _end(self) -> None:
+    def take(self, step: int) -> NormalisedViews:
+        while True:
+            assert self._pipeline is not None
+            try:
+                a, b = self._pipeline.run()
+                break
+            except DaliError as error:
+                leave_to_pillow(self._fed, self._reader, self._device, error)
+                self.enter(step)  # workers hold a copy of the reader
+        feed = self._fed.popleft()
+        if not self._config.channels_last:
+            a, b = a.contiguous(), b.contiguous()
+        return NormalisedViews(a, b, feed.index, feed.missed)
+
+    def close(self) -> None:
         self._waits.over = True  # the pipeline may be waiting in a thread of its own
         if self._pipeline is not None:
             self._pipeline.close()
             self._pipeline = None
         self._fed.clear()
-        super()._end()
+        if self._feeds is not None:
+            self._feeds.close()
+            self._feeds = None
 
-    def _take(self, step: int) -> Batch:
-        while True:
-            assert self._pipeline is not None
-            try:
-                view_a, view_b = self._pipeline.run()
-                break
-            except DaliError as error:
-                self._set_aside(error)
-                self._enter(step)
-        feed = self._fed.popleft()
-        self._bad.drew(len(feed.index), feed.missed)
-        if not self._config.channels_last:
-            view_a, view_b = view_a.contiguous(), view_b.contiguous()
-        return Batch(view_a, view_b, feed.index, self._labels[feed.index])
+    def _open_feeds(self, step: int) -> Prefetcher:
+        readers = self._config.data.dali.readers
+        if readers < 0:
+            readers = 4 if self._device.type == "cuda" else 0
+        return open_prefetcher(
+            self._reader,
+            self._plan.tasks(step),
+            workers=readers,
+            prefetch=2,
+            pin_memory=False,
+            patience=self._waits,
+            setting="data.dali.readers",
+            remedy="fewer data.dali.readers take less",
+        )
 
     def _feed(self) -> tuple[np.ndarray | list[np.ndarray], Any, Any]:
-        assert self._stream is not None
-        feed: Feed = next(self._stream)
+        assert self._feeds is not None
+        feed: Feed = next(self._feeds)
         self._bad.add(feed.bad)
         self._fed.append(feed)
         return feed.arrays(), feed.a, feed.b
-
-    def _set_aside(self, error: DaliError) -> None:
-        leave_to_pillow(self._fed, self._reader, self._device, error)
-        self._end()  # workers hold a copy of the reader
 
 
 def feed_reader(source: Source, config: Config, device: torch.device) -> FeedReader:
@@ -194,7 +196,7 @@ def leave_to_pillow(
         if isinstance(images, np.ndarray):
             raise error
         indices = feed.index.tolist()
-        found = {indices[place]: why for place, why in undecodable(images, device).items()}
+        found = {indices[position]: why for position, why in undecodable(images, device).items()}
         found = {index: why for index, why in found.items() if index not in reader.by_pillow}
         if found:
             break
