@@ -6,8 +6,8 @@
 (``evaluation.py``) gives the batches of an evaluation.
 
 Below them, a reader (``readers.py``, ``dali_reader.py``) reads the images of one batch. A
-``Prefetcher`` (``workers.py``) lets it read ahead in worker processes (``worker_process.py``), which
-hand over batches through memory (``handover.py``). Every wait for them ends (``waiting.py``).
+``Prefetcher`` (``workers.py``) lets it read ahead in worker processes (``worker_process.py``), and
+they hand over batches through memory (``handover.py``). Every wait ends (``waiting.py``).
 
 Another way to make views is one file with a ``Stream``, its choice in ``resolve_loader`` and
 ``open_view_loader`` (``open.py``), and its name among those of ``data.loader`` in ``config.py``.

@@ -131,9 +131,8 @@ def _pack_jitter(
                 found["hue_on"][i] = True
             continue
         if name == "saturation":
-            slot = (
-                "saturation0" if position <= pivot or "saturation1" not in slots else "saturation1"
-            )
+            first = position <= pivot or "saturation1" not in slots
+            slot = "saturation0" if first else "saturation1"
         else:
             side = "early" if position < pivot else "late"
             slot = f"{side}{tones[side]}"
