@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal
 from sacl_fast._version import __version__
 from sacl_fast.checks import check
 from sacl_fast.config import Config
-from sacl_fast.config_file import layered, read_config_file
+from sacl_fast.config.file import layered, read_config_file
 from sacl_fast.errors import (
     OtherRankFailed,
     SaidByAnother,

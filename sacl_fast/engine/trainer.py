@@ -32,16 +32,15 @@ from sacl_fast.engine.checkpoint import (
     save_checkpoint,
 )
 from sacl_fast.engine.clock import Clock
-from sacl_fast.engine.collapse import CollapseAlarm, effective_rank, embedding_std
 from sacl_fast.engine.console import RunConsole
 from sacl_fast.engine.description import describe
-from sacl_fast.engine.diagnosis import NonFiniteLoss
 from sacl_fast.engine.distributed import Ranks, process_group
 from sacl_fast.engine.environment import environment
 from sacl_fast.engine.evaluator import Evaluator
 from sacl_fast.engine.memory import keep_freed_memory
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.metrics import MetricWriter, read_metrics
+from sacl_fast.engine.monitor import Monitor
 from sacl_fast.engine.plots import plot_curves
 from sacl_fast.engine.preflight import check_run, remarks
 from sacl_fast.engine.resume import Continuation, data_record, find_continuation, restore, set_aside
@@ -49,13 +48,11 @@ from sacl_fast.engine.signals import StopRequest
 from sacl_fast.engine.step import TrainingStep
 from sacl_fast.errors import Stopped, UserError
 from sacl_fast.files import whole_file
-from sacl_fast.ops.xcorr_loss import LossParts
 
 logger = logging.getLogger(__name__)
 
 _LOST = 255  # in place of a signal's number: the run folder vanished
 _AGREEING = 20.0  # seconds for several processes to come to a step that all can stop at
-_MONITORED = 256  # rows of z1 whose spread and rank are read: the rank costs their cube
 
 
 @dataclass(frozen=True)
@@ -128,10 +125,6 @@ class Run:
         self.evaluator = Evaluator(
             self.splits, config, ranks.device, self.step.amp_dtype, self.stop
         )
-        # The rank of a few rows is low whatever they hold: standardised, at most one less.
-        rows = min(_MONITORED, config.batch_size // ranks.world_size)
-        min_rank = config.log.min_rank if rows - 1 > config.log.min_rank else 0
-        self.alarm = CollapseAlarm(config.log.min_std, min_rank)
         self.steps_done = 0
         self.knn: dict[str, float] = {}
         self.knn_before: dict[str, float] = {}
@@ -144,9 +137,6 @@ class Run:
         self.resumed = self._resume()
         self.writer: MetricWriter | None = None
         ranks.on_first(self._open_records)
-        if self.resumed is not None and self.resumed.moved and not self.resumed.finished:
-            self._save()  # from here on the step counts epochs of these images
-            ranks.on_first(lambda: set_aside(self.folder, after=self.steps_done))
         self.console = RunConsole(
             config.epochs,
             self.loader.steps_per_epoch,
@@ -154,6 +144,12 @@ class Run:
             start_step=self.steps_done,
             quiet=not ranks.first,
         )
+        self.monitor = Monitor(
+            config, self.folder, self.step, self.console, self.writer, ranks.world_size
+        )
+        if self.resumed is not None and self.resumed.moved and not self.resumed.finished:
+            self._save()  # from here on the step counts epochs of these images
+            ranks.on_first(lambda: set_aside(self.folder, after=self.steps_done))
 
     # The loop
 
@@ -194,7 +190,7 @@ class Run:
                 slicer.refresh()
             reading = self.steps_done % config.log.every == 0 or self.steps_done % per_epoch == 0
             if reading:
-                self._read_metrics(loss, parts, z1, clock)
+                self.monitor.read(self.steps_done, loss, parts, z1, clock)
             every = config.checkpoint.every_steps
             if every and self.steps_done % every == 0 and self.steps_done % per_epoch:
                 self._save()
@@ -234,7 +230,9 @@ class Run:
             best = self._evaluate(done).get("knn_dense", -1.0) >= self.best_knn > -1.0
         if last:
             # Before the last checkpoint, which is to have the slim encoder's statistics.
-            self.ranks.on_first(self._make_final_states)
+            self.ranks.on_first(
+                lambda: self.final_states.update(self.evaluator.final_states(self.method))
+            )
         self.knn_due = False
         every = config.checkpoint.every_steps
         due = done % config.checkpoint.every_epochs == 0 or (every and self.steps_done % every == 0)
@@ -265,9 +263,6 @@ class Run:
             self.console.message(f"all {self.config.epochs} epochs were done before")
         self.ranks.on_first(self._save_encoders)
         self._say_if_lost()
-
-    def _make_final_states(self) -> None:
-        self.final_states = self.evaluator.final_states(self.method)
 
     def _save_encoders(self) -> None:
         widths = ("dense", "slim") if self.method.slicer.active else ("dense",)
@@ -300,38 +295,6 @@ class Run:
 
     # What is measured
 
-    @torch.no_grad()
-    def _read_metrics(
-        self, loss: torch.Tensor, parts: LossParts, z1: torch.Tensor, clock: Clock
-    ) -> None:
-        """Read the metrics of the last step from the device, report them, sound alarms."""
-        z1 = z1[:_MONITORED].float()
-        on_device = torch.stack([loss, *parts, embedding_std(z1), effective_rank(z1)])
-        values = [*on_device.tolist(), float(self.step.first_nonfinite.item())]
-        names = ["loss", *LossParts._fields, "embedding_std", "effective_rank"]
-        *readings, first_nonfinite = values
-        if first_nonfinite >= 0:
-            self._event(f"loss is not finite at step {int(first_nonfinite) + 1}")
-            raise self._not_finite(int(first_nonfinite) + 1)
-        metrics = dict(zip(names, readings, strict=True))
-        metrics["lr"] = self.step.learning_rate(self.steps_done - 1)
-        metrics |= clock.read()
-        position = self.steps_done / self.loader.steps_per_epoch
-        self.console.update(self.steps_done, position, metrics)
-        if self.writer is not None:
-            self.writer.write("train", step=self.steps_done, epoch=position, values=metrics)
-        warning = self.alarm.check(
-            metrics["embedding_std"], metrics["effective_rank"], self.steps_done
-        )
-        if warning:
-            self._event(warning)
-            self.console.message(warning, warning=True)
-
-    def _not_finite(self, step: int) -> NonFiniteLoss:
-        saved = files.list_checkpoints(self.folder / files.CHECKPOINTS)
-        rate = self.step.learning_rate(step - 1)
-        return NonFiniteLoss(self.config, self.step.amp_dtype, step, rate, saved)
-
     def _evaluate(self, epochs_done: int) -> dict[str, float]:
         """kNN accuracies on every rank, computed by the first; empty without labels."""
         if not self.evaluator.possible:
@@ -339,15 +302,8 @@ class Run:
         with self.console.doing("evaluating by kNN"):
             self.knn = self.ranks.on_first(lambda: self.evaluator.knn(self.method))
         self.best_knn = max(self.best_knn, self.knn.get("knn_dense", -1.0))
-        self.console.update(self.steps_done, epochs_done, self.knn)
-        if self.writer is not None:
-            self.writer.write("knn", step=self.steps_done, epoch=epochs_done, values=self.knn)
+        self.monitor.report_knn(self.steps_done, epochs_done, self.knn)
         return self.knn
-
-    def _event(self, text: str) -> None:
-        if self.writer is not None:
-            epoch = self.steps_done / self.loader.steps_per_epoch
-            self.writer.write("event", step=self.steps_done, epoch=epoch, values={"message": text})
 
     def _write_picture(self, name: str) -> None:
         """Pictures are a courtesy: one that cannot be written is a warning."""
@@ -366,11 +322,7 @@ class Run:
 
     def _save(self, *, best: bool = False) -> None:
         """Write a checkpoint; all ranks take part, the first one writes."""
-        first_nonfinite = int(self.step.first_nonfinite.item())
-        if first_nonfinite >= 0:
-            raise self._not_finite(first_nonfinite + 1)
-        if not self.step.weights_are_finite():  # the next loss would not be
-            raise self._not_finite(self.steps_done + 1)
+        self.monitor.check_finite(self.steps_done)
         random_states = self.ranks.gather(random_state(self.ranks.device))
         path = checkpoint_path(self.folder / files.CHECKPOINTS, self.steps_done)
 
@@ -446,5 +398,4 @@ class Run:
 
     def close(self) -> None:
         self.loader.close()
-        if self.writer is not None:
-            self.writer.close()
+        self.monitor.close()

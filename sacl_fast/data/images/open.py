@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from sacl_fast.config import DataConfig
+from sacl_fast.config.choices import SourceName
 from sacl_fast.data.images.cifar import open_cifar
 from sacl_fast.data.images.folder import open_folder
 from sacl_fast.data.images.shapes import open_demo
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 # Name to what opens it: the training and validation images of a configuration. The second argument
 # says whether what is missing may be downloaded.
-SOURCES: dict[str, Callable[[DataConfig, bool], Splits]] = {
+SOURCES: dict[SourceName, Callable[[DataConfig, bool], Splits]] = {
     "demo": open_demo,
     "folder": open_folder,
     "webdataset": open_webdataset,

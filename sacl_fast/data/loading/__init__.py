@@ -10,5 +10,5 @@ Below them, a reader (``readers.py``, ``dali_reader.py``) reads the images of on
 they hand over batches through memory (``handover.py``). Every wait ends (``waiting.py``).
 
 Another way to make views is one file with a ``Stream``, its choice in ``resolve_loader`` and
-``open_view_loader`` (``open.py``), and its name among those of ``data.loader`` in ``config.py``.
+``open_view_loader`` (``open.py``), and its name in ``LoaderName`` in ``config/choices.py``.
 """

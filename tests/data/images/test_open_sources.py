@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from sacl_fast.config import DataConfig
+from sacl_fast.config.choices import SourceName
 from sacl_fast.data.images.archives import unpack
 from sacl_fast.data.images.open import SOURCES, open_sources
 from sacl_fast.data.images.source import ArraySource, Splits
@@ -25,7 +26,8 @@ pytestmark = pytest.mark.usefixtures("cache")
 
 
 def test_the_table_has_what_the_setting_takes() -> None:
-    assert set(SOURCES) == set(get_args(get_type_hints(DataConfig)["source"]))
+    assert get_type_hints(DataConfig)["source"] is SourceName
+    assert set(SOURCES) == {*get_args(SourceName)}
 
 
 def test_a_row_opens_a_source(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import yaml
 
 from sacl_fast.cli import parse_config
 from sacl_fast.config import Config, DataConfig, OptimConfig, to_dict
-from sacl_fast.config_file import layered, read_config_file
+from sacl_fast.config.file import layered, read_config_file
 from sacl_fast.errors import UserError
 from sacl_fast.presets import get_preset
 

@@ -1,0 +1,29 @@
+"""Every choice that is made by name, listed once: settings, operators and modules share them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Backend = Literal["auto", "torch", "triton", "cuda", "cpu", "apex"]
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+SourceName = Literal["demo", "folder", "webdataset", "cifar10", "cifar100"]
+Labels = Literal["auto", "folder", "none"]
+LoaderName = Literal["auto", "dali", "torchvision"]
+
+Stem = Literal["imagenet", "stride1", "cifar"]
+
+Distillation = Literal["correlation", "log", "none"]
+OffDiagonal = Literal["squared", "literal"]
+Pairing = Literal["same_width", "cross_width"]
+Variance = Literal["biased", "unbiased"]
+Statistics = Literal["global", "local"]
+
+SlimBatchNorm = Literal["shared", "separate"]
+NormGradient = Literal["auto", "exact", "damped"]
+SlimMode = Literal["auto", "mask", "skip"]
+
+OptimizerName = Literal["lars", "adamw"]
+Widths = Literal["both", "dense", "slim"]
+ResumeAt = Literal["step", "next_epoch"]
