@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from sacl_fast.config import Config, DaliConfig, DataConfig, ViewConfig, ViewsConfig
+from sacl_fast.config.choices import LoaderName
 from sacl_fast.data.images.source import ArraySource, Source
 from sacl_fast.data.loading.batch import Batch
 from sacl_fast.data.loading.open import open_view_loader
@@ -47,14 +48,14 @@ def encoded(pixels: np.ndarray, kind: str = "JPEG", mode: str = "RGB", **options
     return file.getvalue()
 
 
-def loader_by(loader: str, source: Source, config: Config, **options) -> ViewLoader:
+def loader_by(loader: LoaderName, source: Source, config: Config, **options) -> ViewLoader:
     """The loader that trains on the CPU with ``data.loader`` set to ``loader``."""
-    data = replace(config.data, loader=loader)  # type: ignore[arg-type]
+    data = replace(config.data, loader=loader)
     return open_view_loader(source, replace(config, data=data), device=CPU, **options)
 
 
 def batches_by(
-    loader: str, source: Source, config: Config, steps: list[tuple[int, int]], **ranks
+    loader: LoaderName, source: Source, config: Config, steps: list[tuple[int, int]], **ranks
 ) -> list[Batch]:
     """All batches of these (epoch, first step)."""
     opened = loader_by(loader, source, config, **ranks)

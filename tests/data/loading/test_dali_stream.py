@@ -34,7 +34,7 @@ from tests.data.loading.cases import (
 
 pytest.importorskip("nvidia.dali", exc_type=ImportError)
 
-from sacl_fast.data.loading.dali_stream import batches_ahead
+from sacl_fast.data.loading.dali_stream import DaliStream, batches_ahead
 from sacl_fast.data.views.compiled import CompiledViews
 from sacl_fast.data.views.dali import DaliError, ViewPipeline
 
@@ -71,7 +71,9 @@ def test_the_batches_are_those_of_torchvision(
 def test_the_loader_is_made_of_what_was_decided(source: ArraySource, compiled_views: bool) -> None:
     loader = opened(source, dali_config())
     next(loader.epoch(0))
-    assert isinstance(loader._stream._pipeline, CompiledViews if compiled_views else ViewPipeline)
+    stream = loader._stream
+    assert isinstance(stream, DaliStream)
+    assert isinstance(stream._pipeline, CompiledViews if compiled_views else ViewPipeline)
     loader.close()
 
 
@@ -186,12 +188,12 @@ def test_workers_of_another_loader_start_beside_a_pipeline(source: ArraySource) 
     settings = dali_config(readers=1)
     settings = replace(settings, data=replace(settings.data, workers=2))
     loader = opened(source, settings)
+    evaluation = EvalLoader(source, np.arange(37), settings, CPU)
     for epoch in range(2):
         list(loader.epoch(epoch))
-        images = [images for images, _ in EvalLoader(source, np.arange(37), settings, CPU)]
-        assert sum(map(len, images)) == 37
+        assert sum(len(images) for images, _ in evaluation) == 37
         loader.close()
-    assert len(list(EvalLoader(source, np.arange(37), settings, CPU))) == len(images)
+    assert len(list(evaluation)) == len(evaluation)
 
 
 def test_a_pipeline_that_nobody_closed_does_not_stop_a_forked_process(jpeg_folder: Path) -> None:

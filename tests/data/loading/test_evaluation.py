@@ -7,6 +7,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ def test_eval_loader_keeps_the_order(source: ArraySource, workers: int) -> None:
     given = torchvision_config(workers, eval=EvalConfig(batch_size=4))
     indices = np.array([30, 2, 17, 5, 9, 11])
     loader = EvalLoader(source, indices, given, CPU)
+    found = []
     for _ in range(2):
         found = list(loader)
         assert [len(labels) for _, labels in found] == [4, 2] and len(loader) == 2
@@ -43,9 +45,11 @@ def test_eval_loader_keeps_the_order(source: ArraySource, workers: int) -> None:
 @pytest.mark.parametrize("size", [(300, 200), (200, 301), (128, 128), (90, 500), (1, 40)])
 def test_large_images_are_resized_and_cropped_as_by_torchvision(size: tuple[int, int]) -> None:
     low = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
-    image = Image.fromarray(low).resize(size, Image.Resampling.BICUBIC)
+    image: Any = Image.fromarray(low).resize(size, Image.Resampling.BICUBIC)
     one = ArraySource("one", np.asarray(image)[None], [0], ())
-    given = torchvision_config(views=ViewsConfig(size=112, mean=(0.0,) * 3, std=(1.0,) * 3))
+    given = torchvision_config(
+        views=ViewsConfig(size=112, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    )
     ((found, _),) = EvalLoader(one, np.array([0]), given, CPU)
     short = F.resize(image, [128], F.InterpolationMode.BICUBIC)
     expected = F.to_dtype(F.to_image(F.center_crop(short, [112, 112])), torch.float32, scale=True)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from sacl_fast.config import Config, DaliConfig, DataConfig, ViewsConfig
+from sacl_fast.config import Backend, Config, DaliConfig, DataConfig, ViewsConfig
+from sacl_fast.config.choices import LoaderName
 from sacl_fast.data.images.source import ArraySource
 from sacl_fast.data.loading import open as module
 from sacl_fast.data.loading.open import dali_obstacle, open_view_loader, resolve_loader
@@ -26,11 +27,11 @@ def anew() -> Iterator[None]:
     dali_obstacle.cache_clear()
 
 
-def settings(loader: str = "auto", size: int = 224, backend: str = "auto") -> Config:
+def settings(loader: LoaderName = "auto", size: int = 224, backend: Backend = "auto") -> Config:
     return Config(
         data=DataConfig(loader=loader),
         views=ViewsConfig(size=size),
-        backend=backend,  # type: ignore
+        backend=backend,
     )
 
 

@@ -117,7 +117,7 @@ def test_global_random_numbers_are_left_alone(source: ArraySource, workers: int)
     def states() -> list:
         return [
             random.getstate(),
-            np.random.get_state()[1].tolist(),
+            np.random.get_state(legacy=False)["state"]["key"].tolist(),
             torch.get_rng_state().tolist(),
         ]
 

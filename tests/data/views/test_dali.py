@@ -3,6 +3,9 @@
 DALI itself runs here, on the CPU.
 """
 
+# pyright: reportAttributeAccessIssue=false
+# (DALI's stubs do not know its enums' members.)
+
 from __future__ import annotations
 
 from dataclasses import replace

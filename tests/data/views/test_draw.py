@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,7 +88,7 @@ def test_elongated_images_fall_back_to_their_centre(size: tuple[int, int]) -> No
         assert (high, wide) == tuple(theirs[2:]) and (top, left) == tuple(theirs[:2])
 
 
-def torchvision_jitter(view: ViewConfig) -> dict[str, list[float]]:
+def torchvision_jitter(view: ViewConfig) -> dict[str, list[Any]]:
     jitter = ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
     given = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
     torch.manual_seed(0)
@@ -96,7 +97,7 @@ def torchvision_jitter(view: ViewConfig) -> dict[str, list[float]]:
     return {name: [params[k] for params in found] for k, name in enumerate(names, 1)}
 
 
-STRENGTHS = dict(brightness=0.4, contrast=0.6, saturation=0.2, hue=0.1)
+STRENGTHS: dict[str, Any] = dict(brightness=0.4, contrast=0.6, saturation=0.2, hue=0.1)
 
 
 @pytest.mark.parametrize("name", STRENGTHS)
@@ -134,7 +135,9 @@ def test_a_strength_of_zero_leaves_its_operation_out() -> None:
 
 @pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 0.8, 1.0])
 def test_probabilities(probability: float) -> None:
-    same = {name: probability for name in ("flip", "jitter", "grayscale", "blur", "solarize")}
+    same: dict[str, Any] = {
+        name: probability for name in ("flip", "jitter", "grayscale", "blur", "solarize")
+    }
     found = draws(ViewConfig(**same))
     slack = 4 * math.sqrt(probability * (1 - probability) / DRAWS)
     for happened in (
@@ -172,7 +175,7 @@ def test_no_global_random_numbers(image: Image.Image) -> None:
     def states() -> list:
         return [
             random.getstate(),
-            np.random.get_state()[1].tolist(),
+            np.random.get_state(legacy=False)["state"]["key"].tolist(),
             torch.get_rng_state().tolist(),
         ]
 
