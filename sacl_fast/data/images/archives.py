@@ -1,8 +1,8 @@
 """Archives of image folders, unpacked once into the cache folder, whole or not at all.
 
-What is unpacked is counted in a file beside it, so that a folder of which something was taken since
-(cleaners take the files that nobody read for a while) is unpacked anew. Links are made last: no
-member is written through one.
+A file beside the unpacked folder counts what is in it. A folder that has lost files since (cleaners
+delete files that nobody read for a while) is unpacked anew. Links are made last, so that no member
+is written through one.
 """
 
 from __future__ import annotations

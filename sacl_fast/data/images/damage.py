@@ -1,8 +1,8 @@
 """What libraries raise over damaged files, in one place.
 
-A parser that meets garbage fails in whatever line of it the garbage reaches: besides its own
-errors come those of Python. Whoever reads a file of unknown origin catches ``DAMAGED`` around the
-library's call, and nothing else there.
+A parser that meets garbage may fail in any of its lines, with its own errors or with Python's. Code
+that reads a file of unknown origin catches ``DAMAGED`` around the library's call, and around
+nothing else.
 """
 
 from __future__ import annotations

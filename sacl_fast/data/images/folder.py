@@ -75,7 +75,7 @@ def folder_splits(config: DataConfig, root: Path, cache: Path) -> Splits:
 
 
 def _warn_of_splits(manifest: Manifest) -> None:
-    """Say so where a folder that is trained on has a name as if it were not meant to be."""
+    """Warn where a folder that is trained on has the name of one for validation."""
     counted = [folder for folder, n in zip(manifest.folders, manifest.counts, strict=True) if n]
     held_out = [
         folder for folder in counted if any(part.lower() in VAL for part in folder.split("/"))

@@ -1,9 +1,9 @@
 """Where the members of a shard lie: its index, in DALI's format (``wds2idx``).
 
-An index beside a shard (``.idx`` for ``.tar``) is made by ``sacl-fast index`` or by DALI's tool, or
-came with the shard from somewhere. It is used if it is not older than the shard and agrees with it
-as far as that can be told without reading the shard; else the shard is read, and what was found
-kept in the cache folder.
+An index beside a shard (``.idx`` for ``.tar``) was made by ``sacl-fast index`` or by DALI's tool,
+or came with the shard. It is used if it is not older than the shard and agrees with it, as far as
+that can be told without reading the shard. Otherwise the shard is read, and its index is kept in
+the cache folder.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Tar archives read to their true end.
 
-Python's ``tarfile`` takes a damaged header, and the end of a file that was cut between two members,
-for the end of the archive: what follows, or should have, is missing unsaid. A whole archive ends
-with blocks of zeros, and nothing else comes after them. Where they are missing altogether, either
-the file was cut, or whoever wrote it did not close it; that is for the user to know.
+Python's ``tarfile`` takes a damaged header for the end of the archive, and also the end of a file
+that was cut between two members: it then leaves out members without a word. A whole archive ends
+with blocks of zeros and nothing after them. Where these are missing, either the file was cut, or
+its writer did not close it; the user is told.
 """
 
 from __future__ import annotations

@@ -21,9 +21,9 @@ _MARKS = (  # of four bytes first: those of UTF-32 begin with those of UTF-16
 def read_text(path: Path) -> str:
     """The text in ``path``, lines ended by line feeds alone.
 
-    UTF-8, where bytes that are none stand for themselves (as in names of files), or what its byte
-    order mark says, or UTF-16 without one. ``str.splitlines`` is not for it: it ends lines at
-    characters that names of files may have.
+    The encoding is what the byte order mark says; without a mark it is UTF-16 or UTF-8, in which
+    bytes that are not UTF-8 stand for themselves, as in names of files. Do not take the text apart
+    by ``str.splitlines``: it ends lines at characters that names of files may have.
     """
     try:
         data = read_bytes(str(path), _MOST)

@@ -3,8 +3,8 @@
 An image and its label are neighbours that share a name: ``0001.jpg``, ``0001.cls`` (the position of
 the class, or its name, as text). What else a sample has does not matter here.
 
-The convention parts names at their first dot, which makes one sample of ``v1.2.jpg`` and
-``v1.3.jpg``. Where a sample has images of that kind only, its names are parted at the last dot.
+The convention splits names at their first dot, which makes one sample of ``v1.2.jpg`` and
+``v1.3.jpg``. Where a sample has no image but of that kind, its names are split at the last dot.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def open_shards(
     shards: Sequence[Path], cache: Path, config: DataConfig, classes: tuple[str, ...] | None
 ) -> WebDatasetSource:
     """The images of ``shards``. ``classes``: those that labels may name; (): no labels; None: all
-    that occur, where every image has one."""
+    that occur, if every image has a label."""
     rows, names, unused = [], [], []
     for number, shard in enumerate(shards):
         labels = []

@@ -1,8 +1,8 @@
 """Unreadable images: counted, the first ones named, and an error where they are too many.
 
-A batch may show more of them than it drew: where one cannot be read, its neighbours are tried, and
-of a folder that is gone all are found at once. So what may be in all is held against all that were
-found, and what chance allows against those that were drawn.
+A batch may meet more of them than it drew: where an image cannot be read, its neighbours are tried,
+so a folder that is gone is found whole at once. So there are two limits: one on all unreadable
+images that were met, and one on those that were drawn, which allows for chance.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _RARE = math.log(1e6)
 
 
 class BadImages:
-    """The unreadable images of a source, of which a share of ``max_share`` may be.
+    """The unreadable images of a source; up to a share of ``max_share`` is allowed.
 
-    ``sample``: only so many images are looked at; fewer of them must then be readable than of all,
-    as far as chance explains it.
+    ``sample``: only so many images are looked at. Of those, more may be unreadable, as far as
+    chance explains it.
     """
 
     def __init__(self, source: Source, max_share: float, *, sample: int | None = None) -> None:
@@ -49,8 +49,8 @@ class BadImages:
             raise UserError(self._sentence(f"at least {bad} of {self.count} images"))
 
     def drew(self, count: int, missed: int) -> None:
-        """Of ``count`` images, drawn at random for a batch, ``missed`` were unreadable. UserError
-        where it is all but certain that too many of all are: long before they are all seen."""
+        """Count a batch: of ``count`` images drawn at random, ``missed`` were unreadable. UserError
+        as soon as it is all but certain that too many of all images are."""
         self._drawn += count
         self._missed += missed
         if missed and _is_rare(self._missed, self._drawn, self.max_share):
@@ -80,7 +80,8 @@ class BadImages:
 
 
 def _is_rare(bad: int, drawn: int, share: float) -> bool:
-    """Whether ``bad`` of ``drawn`` images are more than chance explains where ``share`` of all are.
+    """Whether ``bad`` of ``drawn`` images are more than chance explains, if ``share`` of all images
+    are bad.
 
     Chernoff's bound, which Hoeffding (1963) showed for drawing without replacement: as many or
     more come with a probability of at most exp(-drawn KL(bad / drawn || share)).

@@ -1,6 +1,6 @@
 """What DALI is fed: encoded images, and everything random about their views.
 
-The draws are those of ``data/views/draw.py``, packed for whoever makes the views: DALI
+The draws are those of ``data/views/draw.py``, packed for what makes the views: DALI
 (``data/views/dali_parameters.py``) or the compiled operator (``data/views/compiled.py``).
 
 Images that DALI and Pillow decode alike are handed on as they are. All others (CMYK, 16 bits,
@@ -58,9 +58,8 @@ class Feed(NamedTuple):
 class FeedReader:
     """(epoch, indices) to what DALI makes the views of those images from.
 
-    For an unreadable image the next readable one is taken, cyclically. ``pack`` makes of a view's
-    draws what the views are made with. ``by_pillow`` holds the images that DALI turned out not to
-    decode.
+    For an unreadable image the next readable one is taken, cyclically. ``pack`` turns the draws of
+    a view into what its maker takes. ``by_pillow`` holds the images that DALI failed to decode.
     """
 
     def __init__(self, source: Source, config: Config, pack: Pack) -> None:

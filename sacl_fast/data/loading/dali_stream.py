@@ -1,11 +1,11 @@
 """Views by DALI: files are read and parameters drawn in Python, DALI decodes, and either it or the
 compiled operator augments.
 
-What is fed is what torchvision works on (same plan, same draws, same substitutes for unreadable
-images), a function of (seed, epoch, index) alone. So order, sharding over ranks and
-resuming in mid-epoch hold as they do there, and DALI has no state that a checkpoint would need: a
-pipeline is begun anew at the step where an epoch is entered, and then runs on from one epoch into
-the next.
+The feeds hold what torchvision would work on: same plan, same draws, same substitutes for
+unreadable images, all of them functions of (seed, epoch, index). So order, sharding over ranks and
+resuming amid an epoch are those of torchvision, and DALI has no state that a checkpoint would need:
+a pipeline begins anew at the step where an epoch is entered, and runs on from one epoch into the
+next.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ def feed_reader(source: Source, config: Config, device: torch.device) -> FeedRea
 def view_pipeline(
     feed: Callable[[], Any], config: Config, *, encoded: bool, batch: int, device: torch.device
 ) -> ViewPipeline | CompiledViews:
-    """What makes views of what ``feed`` gives: by the compiled operator where that can be, else by
-    DALI from beginning to end."""
+    """What makes views of what ``feed`` gives: DALI and the compiled operator, or, where that
+    does not run, DALI alone."""
     dali, threads = config.data.dali, worker_count(config.data.dali.threads)
     # The encoder casts what it gets to its autocast type; on the way there half is enough.
     half = device.type == "cuda" and config.precision != "fp32"
@@ -188,9 +188,9 @@ def _once(feed: Feed) -> tuple[np.ndarray | list[np.ndarray], Any, Any]:
 def leave_to_pillow(
     feeds: Iterable[Feed], reader: FeedReader, device: torch.device, error: DaliError
 ) -> None:
-    """Have the ``reader`` decode by Pillow those images of ``feeds`` that DALI cannot decode.
-    Broken ones are then named and replaced as any other; where it was none of them, ``error`` is
-    raised."""
+    """Have the ``reader`` decode by Pillow the images of ``feeds`` that DALI cannot decode. Pillow
+    then finds which of them are broken, and they are named and replaced as ever. Raises ``error``
+    where it was due to none of them."""
     for feed in feeds:
         images = feed.arrays()
         if isinstance(images, np.ndarray):

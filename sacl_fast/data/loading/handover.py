@@ -1,13 +1,13 @@
-"""Batches from a worker process to the main one, and what to read the other way.
+"""Batches from a worker process to the main one, and tasks (what to read) the other way.
 
-A batch lies in a file without a name in memory (``memfd_create``), of which a socket carries the
-descriptor. The usual way, files in /dev/shm, ends in a crash or waits for ever where that is too
-small (containers have 64 MB; one batch of 256 pairs of views of 224 px is 77 MB). The memory of
-these files has no limit but the machine's or the container's, and it is free as soon as nobody
-holds it, whoever is killed.
+A batch lies in a file without a name in memory (``memfd_create``), and a socket carries the
+descriptor of that file. The usual way, files in /dev/shm, ends in a crash or waits for ever where
+that is too small (containers have 64 MB; one batch of 256 pairs of views of 224 px is 77 MB). The
+memory of these files has no limit but the machine's or the container's, and it is free as soon as
+nobody holds it, whoever is killed.
 
-Messages from worker to main process are a few bytes each, so sending one never waits for whoever
-is to read it.
+Messages from worker to main process are a few bytes each, so sending one never waits for the
+reader.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Waits that end: for a batch, however the images, the disk or another process behave.
 
 Python runs a signal's handler between two instructions of the main thread, and ours only sets a
-flag. So nobody here waits without a bound: each wait is one of slices, between which it is asked
-whether the run is to stop, whether it has taken too long, and whether anyone still wants it. Work
-that cannot be cut in slices (a read from a disk that does not answer) is done by a thread that
-nobody has to wait for.
+flag. So nobody here waits without a bound: a wait is cut into slices, and after each slice three
+things are checked: whether the run is to stop, whether the wait has taken too long, and whether
+anyone still wants the batch. Work that cannot be cut (a read from a disk that does not answer) is
+done by a thread that nobody has to wait for.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ class NoBatch(UserError):
 
 
 class Abandoned(Exception):
-    """Nobody wants the batch any more that a thread waits for."""
+    """A thread waits for a batch that nobody wants any more."""
 
 
 def no_stop() -> None:
-    """For waits that nothing but their time ends."""
+    """A ``check`` for waits that only their time limit ends."""
 
 
 class Patience:
-    """How long is waited for a batch: ``limit`` seconds (0: for ever), and less where ``check``
-    raises an exception, as the run is to stop, or ``over`` says that nobody wants the batch."""
+    """How long to wait for a batch: ``limit`` seconds (0: for ever). The wait ends earlier where
+    ``check`` raises an exception, or where ``over`` says that nobody wants the batch any more."""
 
     def __init__(self, limit: float = 0, check: Callable[[], None] = no_stop) -> None:
         self.limit, self.check = limit, check

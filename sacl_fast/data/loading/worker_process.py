@@ -1,7 +1,7 @@
 """A worker process: reads the batches it is told to, and lives no longer than its parent.
 
-What is sent to all processes of a run (Ctrl-C, a scheduler's SIGTERM) is for the main one, which
-ends its workers when it is done: without a traceback each, and with a checkpoint written.
+Workers ignore signals that go to all processes of a run (Ctrl-C, a scheduler's SIGTERM): the main
+process writes a checkpoint and then ends its workers, so that none of them prints a traceback.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Batches read ahead, each whole by a reader: in this process or by worker processes, in order.
+"""Batches read ahead by worker processes, or in this process, in order.
 
-PyTorch's ``DataLoader`` is not used. It hands batches over through /dev/shm; its workers share one
-pipe, so that one which is killed can leave the main process waiting for the rest of a message; and
+PyTorch's ``DataLoader`` is not used. It hands batches over through /dev/shm. Its workers share one
+pipe, so a worker that is killed can leave the main process waiting for the rest of a message. And
 it reports a dead worker by an exception out of a signal handler, wherever the process then is.
-Here each worker has a socket of its own, whose end is seen, and every wait is one of
-``waiting.py``.
+Here each worker has a socket of its own, which shows when the worker ends, and every wait is one
+of ``waiting.py``.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def open_prefetcher(
     setting: str,
     remedy: str,
 ) -> Prefetcher:
-    """``reader[task]`` for each task. ``workers`` processes prepare ``prefetch`` batches each (0:
-    this process, when one is asked for). ``setting`` is the option that says how many workers, and
-    ``remedy`` what takes less memory."""
+    """``reader[task]`` for each task. ``workers`` processes prepare ``prefetch`` batches each; with
+    0, this process reads a batch when it is asked for. Errors name ``setting``, the option that
+    says how many workers there are, and ``remedy``, what takes less memory."""
     if workers == 0:
         return _Here(reader, tasks, pin_memory, patience)
     batches = _ByWorkers(reader, tasks, workers, prefetch, patience, setting, remedy)

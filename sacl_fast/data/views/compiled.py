@@ -1,7 +1,7 @@
 """Views on the CPU by the compiled operator ``augment``; DALI only decodes.
 
-Several times as fast as DALI's own operators for the same (``dali.py``), which read and write
-an image in memory for every step of its arithmetic, and the pixels are torchvision's.
+This is several times as fast as DALI's own operators (``dali.py``), which read and write an image
+in memory for every step of its arithmetic, and it gives torchvision's pixels.
 """
 
 from __future__ import annotations

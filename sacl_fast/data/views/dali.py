@@ -1,16 +1,16 @@
 """Images by NVIDIA DALI, and views by it: one graph of operators, for the CPU and for the GPU.
 
-On the CPU, that graph is for where the compiled operator (``compiled.py``) is not.
+On the CPU, the graph makes views only where the compiled operator (``compiled.py``) does not run.
 
-Nothing here is random. What is random about a view is drawn as for the torchvision path
-(``draw.py``), packed into arrays (``dali_parameters.py``) and fed with the images, so
-both paths show the same crops, factors and flags of the same images in the same order.
+Nothing here is random. ``draw.py`` draws what is random about a view, as for torchvision;
+``dali_parameters.py`` packs the draws into arrays, which are fed with the images. So both loaders
+show the same crops, factors and flags of the same images in the same order.
 
-An operator that a view switches off (probability 0) is not in its graph; one that always happens
-has no condition; what happens to some images costs those alone. An image is (H, W, 3) uint8 up to
-brightness and contrast, then three planes (S, S) float32 in 0..255 for saturation and hue, then
-(3, S, S) float32: on the CPU these are the fastest forms, and conversions cost as much as the
-operators. DALI's own saturation and hue are not used: its hue is a rotation in YIQ, which is
+An operator that a view switches off (probability 0) is not in its graph. One that always happens
+has no condition. One that happens to some images costs time for those alone. An image is (H, W, 3)
+uint8 up to brightness and contrast, then three planes (S, S) float32 in 0..255 for saturation and
+hue, then (3, S, S) float32: on the CPU these are the fastest forms, and conversions cost as much as
+the operators. DALI's own saturation and hue are not used: its hue is a rotation in YIQ, which is
 further from torchvision's (a shift in HSV) than no change at all.
 
 This is the only module that imports DALI.
@@ -66,7 +66,7 @@ class DaliError(RuntimeError):
 
 
 class FedPipeline:
-    """A graph that is fed by a function; its outputs are owned by whoever takes them."""
+    """A graph that is fed by a function; whoever takes its outputs owns them."""
 
     def __init__(self, feed: Callable[[], Any]) -> None:
         self._feed = feed
@@ -101,8 +101,8 @@ class FedPipeline:
 
 
 class ImagePipeline(FedPipeline):
-    """Decoded images on the CPU, batch after batch of up to ``batch``, of which one is decoded in
-    the background. ``feed`` is called for the encoded images of each batch in turn."""
+    """Decoded images on the CPU, in batches of up to ``batch``; the next batch is decoded in the
+    background. ``feed`` is called for the encoded images of each batch in turn."""
 
     def __init__(
         self, feed: Callable[[], np.ndarray | Sequence[np.ndarray]], *, batch: int, threads: int
@@ -114,7 +114,7 @@ class ImagePipeline(FedPipeline):
         )  # fmt: skip
 
     def run(self) -> list[Tensor]:
-        """The next batch: (H, W, 3) uint8 each, in memory that is theirs until the batch after it.
+        """The next batch: (H, W, 3) uint8 each, in memory that the batch after it overwrites.
 
         Raises DaliError, or what ``feed`` raises.
         """

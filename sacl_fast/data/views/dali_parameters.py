@@ -1,6 +1,6 @@
 """The draws of views as DALI's graph takes them: one array per decision, (n, ...) for n images.
 
-Only what a view can need is among them, so a graph built from their names has no operator too many.
+They hold only what the view can need, so a graph built from their names has no needless operator.
 """
 
 from __future__ import annotations
