@@ -1,5 +1,6 @@
 # make demo, make test: all they need goes into .venv, under the versions of constraints.txt.
 # make test-newest: the same tests under the newest versions, in an environment of their own.
+# make bench-gpu: tests and figures of a machine with a GPU, into benchmarks/results/gpu.
 PYTHON ?= python3
 export SACL_FAST_BUILD_EXT ?= auto
 
@@ -7,13 +8,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 NEWEST := .venv-newest
 SOURCES := pyproject.toml setup.py MANIFEST.in sacl_fast/_version.py $(shell find csrc -type f)
-COPIED := $(wildcard *.toml *.py *.in *.txt *.md LICENSE Makefile CITATION.cff) \
-	$(wildcard sacl_fast kernels csrc tests benchmarks docs)
+COPIED := $(wildcard *.toml *.py *.in *.txt *.md .pre-commit-config.yaml LICENSE Makefile CITATION.cff) \
+	$(wildcard sacl_fast kernels csrc tests benchmarks docs examples)
+CXX_FILES = $(shell find csrc tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 # Which tests: make test TESTS='tests/slim -k skip'
 TESTS ?= tests
+# What is measured on a GPU: make bench-gpu GPU='--stages B C --minutes 5'
+GPU ?=
 PYTEST = OMP_NUM_THREADS=1 $(1)/python -m pytest -n 2 $(TESTS)
 
-.PHONY: demo test test-newest lint clean
+.PHONY: demo test test-newest bench-gpu lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sacl-fast train demo
@@ -27,10 +31,14 @@ test-newest: $(NEWEST)/.installed-dev
 	$(NEWEST)/bin/sacl-fast train demo --out $(NEWEST)/runs/$$(date +%Y%m%d-%H%M%S)
 	cd $(NEWEST)/src && $(call PYTEST,../bin)
 
+bench-gpu: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/on_gpu.py $(GPU)
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 # Leaves the environments, which take minutes to make; rm -rf .venv .venv-newest removes them too.
 clean:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from typing import Any
 
 import matplotlib
 import torch
+from timing import write_json
 
 from sacl_fast.cli import parse_config
 from sacl_fast.config import Config, ViewConfig
@@ -37,7 +37,6 @@ from sacl_fast.data.loading.view_loader import ViewLoader
 from sacl_fast.data.loading.workers import worker_count
 from sacl_fast.engine.clock import Clock
 from sacl_fast.engine.distributed import Ranks
-from sacl_fast.engine.environment import environment
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.step import TrainingStep
 
@@ -62,8 +61,7 @@ def main() -> None:
     result = measure(config, own.stages, images=own.images, rounds=own.rounds, train=own.train)
     print_table(result)
     if own.json:
-        own.json.parent.mkdir(parents=True, exist_ok=True)
-        own.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
+        write_json(own.json, result)
     if own.plot:
         plot(result, own.plot)
 
@@ -104,7 +102,7 @@ def staged(config: Config, stage: str) -> Config:
         return replace(view, **off)
 
     views = replace(config.views, a=cut(config.views.a), b=cut(config.views.b))
-    return replace(config, views=replace(views, size=2) if stage == "decode" else views)
+    return replace(config, views=replace(views, size=4) if stage == "decode" else views)
 
 
 def measure(
@@ -141,7 +139,6 @@ def measure(
         },
         "encoder": config.encoder.name if train else None,
         "data_wait": waiting,
-        "environment": environment(),
     }
 
 

@@ -1,10 +1,23 @@
 """Images per second of a whole training step, and where the time goes.
 
     python benchmarks/bench_step.py --preset cifar10 --encoder.name mobilenetv1_100 --steps 20
+    python benchmarks/bench_step.py --waterfall --preset imagenet100 --json a.json --plot a.png
 
-Synthetic images, any preset, encoder and device. The phases are timed one after the other with
-the device synchronised in between, so their sum is a little more than the step, which is timed
-without. This is the baseline that faster parts of the engine are measured against.
+Synthetic images, which lie on the device before the clock starts; any preset, encoder and device.
+
+Without ``--waterfall``: our step, and its phases one after the other with the device synchronised
+in between, so that their sum is a little more than the step, which is timed without.
+
+With it, one variant after another on the same images and weights, in one process:
+
+==========  =====================================================================================
+pseudocode  the supplement's, in eager PyTorch (``pseudocode.py``)
+plain       ours by plain PyTorch: the loss without D x D matrices, LARS in multi-tensor calls
+kernels     the same with our kernels
+trial       the same, and cuDNN chooses algorithms by trial (on a GPU)
+skip        the same, and slim passes skip
+compiled    the pseudocode by torch.compile
+==========  =====================================================================================
 
 One image is one sample of the batch, that is two views and (with distillation) four passes.
 """
@@ -12,24 +25,28 @@ One image is one sample of the batch, that is two views and (with distillation) 
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pseudocode import pseudocode_step
 from timing import device_name, percentiles, write_json
+from torch import Tensor
 
 from sacl_fast.cli import parse_config
-from sacl_fast.config import Config
-from sacl_fast.data.loading.batch import Normalise
+from sacl_fast.config import Backend, Config
+from sacl_fast.config.choices import SlimMode
 from sacl_fast.engine.distributed import Ranks, pick_device
 from sacl_fast.engine.memory import keep_freed_memory
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.step import TrainingStep
 
-PHASES = ("data", "four_passes", "loss", "backward", "optimiser")
+PHASES = ("four_passes", "loss", "backward", "optimiser")
 
 
 def main() -> None:
@@ -37,75 +54,94 @@ def main() -> None:
     parser.add_argument("--preset", default="cifar10")
     parser.add_argument("--steps", type=int, default=20, help="timed steps")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
+    parser.add_argument("--waterfall", action="store_true", help="baselines and features in turn")
+    parser.add_argument("--variants", nargs="+", help="of the waterfall: only these")
+    parser.add_argument("--trace", type=Path, help="write a Chrome trace of one step here")
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--plot", type=Path, help="draw the waterfall here")
     own, options = parser.parse_known_args()
     config = parse_config("train", [own.preset, *options])
+    if own.waterfall:
+        found = variants(config)
+        if unknown := set(own.variants or ()) - set(found):
+            parser.error(f"unknown variants {', '.join(unknown)}; there are {', '.join(found)}")
+        chosen = {name: make for name, make in found.items() if name in (own.variants or found)}
+        result = waterfall(config, chosen, steps=own.steps, warmup=own.warmup, json=own.json)
+        if own.plot:
+            plot(result, own.plot)
+        return
     result = measure(config, steps=own.steps, warmup=own.warmup)
     print_table(result)
+    if own.trace:
+        trace(config, own.trace)
     if own.json:
         write_json(own.json, result)
 
 
-def measure(config: Config, *, steps: int, warmup: int) -> dict[str, Any]:
-    """The figures of one configuration, milliseconds at the 20th, 50th and 80th percentile."""
+def prepared(config: Config) -> tuple[TrainingStep, Tensor, Tensor]:
+    """A step of ours, and two batches of views on its device."""
     device = pick_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()  # as training does
     torch.manual_seed(config.seed)
     step = TrainingStep(build_method(config), config, Ranks(0, 1, device), steps_per_epoch=100)
-    size = config.views.size
-    pixels = torch.randint(0, 256, (2, config.batch_size, size, size, 3), dtype=torch.uint8)
-    normalise = Normalise(config.views, device, config.channels_last)
+    shape = (2, config.batch_size, 3, config.views.size, config.views.size)
+    view_a, view_b = torch.randn(shape, device=device)
+    if config.channels_last:
+        view_a, view_b = (v.contiguous(memory_format=torch.channels_last) for v in (view_a, view_b))
+    return step, view_a, view_b
 
-    def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
-    def data() -> tuple[torch.Tensor, torch.Tensor]:
-        view_a, view_b = (normalise(view) for view in pixels)
-        return view_a, view_b
-
-    def timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
-        synchronize()
-        start = time.perf_counter()
-        value = function(*args)
-        synchronize()
-        return 1e3 * (time.perf_counter() - start), value
-
-    phases: dict[str, list[float]] = {name: [] for name in PHASES}
-    whole: list[float] = []
-    for i in range(warmup + steps):
-        t_data, (view_a, view_b) = timed(data)
-        t_passes, embeddings = timed(step.four_passes, view_a, view_b)
-        t_loss, (loss, _) = timed(step.criterion, *embeddings)
-        t_backward, _ = timed(step.backward, loss)
-        t_update, _ = timed(step.update, i)
-        del embeddings, loss
-        t_whole, _ = timed(lambda i=i: step(*data(), i))
-        if i >= warmup:
-            for name, t in zip(
-                PHASES, (t_data, t_passes, t_loss, t_backward, t_update), strict=True
-            ):
-                phases[name].append(t)
-            whole.append(t_whole)
+def described(config: Config, step: TrainingStep) -> dict[str, Any]:
     return {
         "benchmark": "bench_step",
         "preset": config.preset,
         "encoder": config.encoder.name,
         "width": config.encoder.width,
-        "image_size": size,
+        "image_size": config.views.size,
         "batch_size": config.batch_size,
         "embedding": config.projector.out,
         "slim_ratio": config.slim.ratio,
         "precision": str(step.amp_dtype or torch.float32),
-        "device": device_name(device),
+        "device": device_name(step.device),
+    }
+
+
+# --- phases --------------------------------------------------------------------------------------
+
+
+def measure(config: Config, *, steps: int, warmup: int) -> dict[str, Any]:
+    """The figures of one configuration, milliseconds at the 20th, 50th and 80th percentile."""
+    step, view_a, view_b = prepared(config)
+    device = step.device
+
+    def timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
+        synchronize(device)
+        start = time.perf_counter()
+        value = function(*args)
+        synchronize(device)
+        return 1e3 * (time.perf_counter() - start), value
+
+    phases: dict[str, list[float]] = {name: [] for name in PHASES}
+    whole: list[float] = []
+    for i in range(warmup + steps):
+        t_passes, embeddings = timed(step.four_passes, view_a, view_b)
+        t_loss, (loss, _) = timed(step.criterion, *embeddings)
+        t_backward, _ = timed(step.backward, loss)
+        t_update, _ = timed(step.update, i)
+        del embeddings, loss
+        t_whole, _ = timed(step, view_a, view_b, i)
+        if i >= warmup:
+            for name, t in zip(PHASES, (t_passes, t_loss, t_backward, t_update), strict=True):
+                phases[name].append(t)
+            whole.append(t_whole)
+    return {
+        **described(config, step),
         "steps": steps,
         "images_per_second": config.batch_size / percentiles(whole)["p50"] * 1e3,
         "step_ms": percentiles(whole),
         "phases_ms": {name: percentiles(times) for name, times in phases.items()},
-        "peak_memory_bytes": (
-            torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-        ),
+        "peak_memory_bytes": peak_memory(device),
     }
 
 
@@ -121,6 +157,157 @@ def print_table(result: dict[str, Any]) -> None:
     t = result["step_ms"]
     print(f"  {'step':12} {t['p50']:10.2f} ms          ({t['p20']:.2f} .. {t['p80']:.2f})")
     print(f"  {result['images_per_second']:,.1f} images/s")
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def trace(config: Config, path: Path) -> None:
+    """A Chrome trace of one step, after three."""
+    step, view_a, view_b = prepared(config)
+    for i in range(3):
+        step(view_a, view_b, i)
+    with torch.profiler.profile() as profiler:
+        step(view_a, view_b, 3)
+        synchronize(step.device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(path))
+
+
+# --- waterfall -----------------------------------------------------------------------------------
+
+Run = Callable[[Tensor, Tensor, int], Any]
+Make = Callable[[], tuple[Run, Tensor, Tensor]]
+
+
+def variants(config: Config) -> dict[str, Make]:
+    """Name -> what makes that step and its views, in the order in which features are added."""
+
+    def baseline(*, compiled: bool) -> tuple[Run, Tensor, Tensor]:
+        step, view_a, view_b = prepared(replace(config, backend="torch"))
+        run = pseudocode_step(step.method, config, step.amp_dtype, compiled=compiled)
+        return run, view_a, view_b
+
+    def ours(backend: Backend, mode: SlimMode, *, trial: bool = False) -> Any:
+        torch.backends.cudnn.benchmark = trial
+        slim = replace(config.slim, mode=mode)
+        return prepared(replace(config, backend=backend, slim=slim))
+
+    found = {
+        "pseudocode": lambda: baseline(compiled=False),
+        "plain": lambda: ours("torch", "mask"),
+        "kernels": lambda: ours("auto", "mask"),
+        "trial": lambda: ours("auto", "mask", trial=True),
+        "skip": lambda: ours("auto", "skip", trial=True),
+        "compiled": lambda: baseline(compiled=True),  # last, since compiling takes minutes
+    }
+    if pick_device(config.device).type != "cuda":
+        del found["trial"]
+    return found
+
+
+def waterfall(
+    config: Config, chosen: dict[str, Make], *, steps: int, warmup: int, json: Path | None
+) -> dict[str, Any]:
+    """Milliseconds, images/s, launches and peak memory of each variant; ``json`` is written after
+    each, so that what was measured stays. One that fails says why and ends no other."""
+    result: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    for name, make in chosen.items():
+        row: dict[str, Any] = {"name": name}
+        try:
+            run, view_a, view_b = make()
+            if not result:
+                result = {**described(config, prepared(config)[0]), "steps": steps, "rows": rows}
+            row |= timed_steps(run, view_a, view_b, config.batch_size, steps, warmup)
+        except (RuntimeError, torch.OutOfMemoryError, ImportError) as error:
+            row["error"] = f"{type(error).__name__}: {error}".split("\n")[0]
+        rows.append(row)
+        print_row(row, rows[0])
+        if json:
+            write_json(json, result or {"benchmark": "bench_step", "rows": rows})
+        run = view_a = view_b = None
+        torch.compiler.reset()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return result
+
+
+def timed_steps(
+    run: Run, view_a: Tensor, view_b: Tensor, batch: int, steps: int, warmup: int
+) -> dict[str, Any]:
+    device = view_a.device
+    for i in range(max(warmup, 4)):  # slim passes run from their recording from the third on
+        run(view_a, view_b, i)
+    synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    times = []
+    for i in range(steps):
+        start = time.perf_counter()
+        run(view_a, view_b, i)
+        synchronize(device)
+        times.append(1e3 * (time.perf_counter() - start))
+    ms = percentiles(times)
+    return {
+        "step_ms": ms,
+        "images_per_second": batch / ms["p50"] * 1e3,
+        "launches": launches(lambda: run(view_a, view_b, steps)) if view_a.is_cuda else None,
+        "peak_memory_bytes": peak_memory(device),
+    }
+
+
+def launches(function: Callable[[], Any]) -> int:
+    """Kernels that a call launches on the GPU."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        function()
+        torch.cuda.synchronize()
+    kinds = torch.autograd.DeviceType
+    return sum(e.device_type == kinds.CUDA for e in profiler.events() or ())
+
+
+def print_row(row: dict[str, Any], first: dict[str, Any]) -> None:
+    if "error" in row:
+        print(f"  {row['name']:12} failed: {row['error'][:100]}", flush=True)
+        return
+    ms = row["step_ms"]
+    line = f"  {row['name']:12} {ms['p50']:9.2f} ms ({ms['p20']:.2f} .. {ms['p80']:.2f})"
+    line += f"  {row['images_per_second']:10,.1f} images/s"
+    if "step_ms" in first:
+        line += f"  {first['step_ms']['p50'] / ms['p50']:.2f}x"
+    if row["launches"]:
+        line += f"  {row['launches']:,} launches, {row['peak_memory_bytes'] / 2**30:.1f} GiB"
+    print(line, flush=True)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Bars of images/s, one a variant."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in result["rows"] if "step_ms" in row]
+    figure = Figure(figsize=(7, 0.5 * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    names = [row["name"] for row in rows]
+    bars = axes.barh(names, [row["images_per_second"] for row in rows])
+    axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("images/s, two views each")
+    axes.set_title(
+        f"{result['encoder']}, {result['image_size']} px, batch {result['batch_size']}, "
+        f"{result['precision'].removeprefix('torch.')}, {result['device']}",
+        fontsize=9,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import copy_bandwidth, device_name, peak_bytes, time_ms, write_json
+from timing import copy_bandwidth, device_name, peak_bytes, product_rate, time_ms, write_json
 from torch import Tensor
 
 from sacl_fast.ops.backend import resolve
@@ -49,7 +49,7 @@ def main() -> None:
     methods = available_methods(device)
     if options.methods:
         methods = {name: methods[name] for name in options.methods}
-    speed = machine_speed(device, dtype)
+    speed = {"flop_per_s": product_rate(device, dtype), "bytes_per_s": copy_bandwidth(device)}
     print(
         f"{device_name(device)}, {dtype}, {torch.get_num_threads()} threads: "
         f"{speed['flop_per_s'] / 1e9:,.0f} GFLOP/s, {speed['bytes_per_s'] / 1e9:,.0f} GB/s"
@@ -118,14 +118,6 @@ def _three_times(loss: Loss, z1: Tensor, z2: Tensor, z1_t: Tensor, z2_t: Tensor)
 
 
 # --- measuring -----------------------------------------------------------------------------------
-
-
-def machine_speed(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """FLOP/s of one large matrix product, bytes/s of one large copy (read and write)."""
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    product = time_ms(lambda: a @ b, device)["p20"]
-    return {"flop_per_s": 2 * size**3 / product * 1e3, "bytes_per_s": copy_bandwidth(device)}
 
 
 def measure(

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +66,6 @@ def main() -> None:
             print(rows[-1], flush=True)
     if options.json:
         write_json(options.json, {**vars(options), "device": "cpu", "rows": rows})
-        one_row_a_line(options.json, rows)
-
-
-def one_row_a_line(path: Path, rows: list[dict[str, Any]]) -> None:
-    whole = json.loads(path.read_text())
-    lines = ",\n".join(f"    {json.dumps(row)}" for row in rows)
-    shown = json.dumps({**whole, "rows": "ROWS"}, indent=2)
-    path.write_text(shown.replace('"ROWS"', f"[\n{lines}\n  ]") + "\n")
 
 
 def measure(encoder: nn.Module, options: argparse.Namespace) -> dict[str, Any]:

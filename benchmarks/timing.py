@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import time
 from collections.abc import Callable
-from functools import cache
+from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -37,6 +39,13 @@ def copy_bandwidth(device: torch.device) -> float:
     source = torch.empty(2**28, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / time_ms(lambda: target.copy_(source), device)["p20"] * 1e3
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP a second of one large product of random matrices."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / time_ms(lambda: a @ b, device)["p20"] * 1e3
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
@@ -151,8 +160,41 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
+def processor() -> str | None:
+    """Its name, where Linux knows it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or None
+
+
 def write_json(path: Path, result: dict[str, Any]) -> None:
     """The result with the machine, versions and commit it was measured with."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = {**result, "threads": torch.get_num_threads(), "environment": environment()}
-    path.write_text(json.dumps(whole, indent=2, default=str) + "\n")
+    measured_on = {"processor": processor(), "threads": torch.get_num_threads()}
+    whole = {**result, **measured_on, "environment": environment()}
+    path.write_text(one_row_a_line(whole))
+
+
+def one_row_a_line(result: dict[str, Any]) -> str:
+    """JSON that changes by a line for each row that is measured anew: each field has a line, and so
+    have each row of a field that is a list of rows and each entry of one that is a dictionary."""
+    return (
+        _lines([f"{json.dumps(key)}: {_field(value)}" for key, value in result.items()], 0) + "\n"
+    )
+
+
+def _field(value: Any) -> str:
+    compact = partial(json.dumps, default=str)
+    if isinstance(value, dict) and value:
+        return _lines([f"{json.dumps(key)}: {compact(entry)}" for key, entry in value.items()], 1)
+    if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+        return _lines([compact(row) for row in value], 1, "[]")
+    return compact(value)
+
+
+def _lines(entries: list[str], depth: int, brackets: str = "{}") -> str:
+    outer, inner = "  " * depth, "  " * (depth + 1)
+    between = f",\n{inner}"
+    return f"{brackets[0]}\n{inner}{between.join(entries)}\n{outer}{brackets[1]}"

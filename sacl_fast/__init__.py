@@ -3,6 +3,9 @@
 >>> import sacl_fast
 >>> from sacl_fast.presets import get_preset
 >>> result = sacl_fast.train(get_preset("demo"))
+run folder runs/demo/...
+>>> (result.folder / "encoder.safetensors").exists()
+True
 """
 
 from typing import TYPE_CHECKING, Any

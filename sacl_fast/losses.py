@@ -17,7 +17,10 @@ from sacl_fast.ops.xcorr_loss import LossParts, sacl_xd_loss
 class SaclXdLoss(nn.Module):
     """SACL-XD's objective (Meng et al., NeurIPS 2023) with the settings of a ``LossConfig``.
 
+    >>> import torch
+    >>> z1, z2, z1_t, z2_t = torch.randn(4, 8, 16, requires_grad=True)  # (N, D) each
     >>> loss, parts = SaclXdLoss(alpha=0.9)(z1, z2, z1_t, z2_t)
+    >>> loss.backward()
     """
 
     @checked

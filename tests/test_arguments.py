@@ -117,11 +117,12 @@ def test_keywords_beside_a_loss_config_count():
     config = LossConfig(alpha=0.5, scale=2.0)
     assert SaclXdLoss(config, alpha=0.1).config == LossConfig(alpha=0.1, scale=2.0)
     assert SaclXdLoss(config).config == config
-    for settings in ({"alpha": 2}, {"distillation": "corelation"}, {"eps": math.nan}):
+    wrong: Any
+    for wrong in ({"alpha": 2}, {"distillation": "corelation"}, {"eps": math.nan}):
         with pytest.raises(UserError, match=r"^loss"):
-            SaclXdLoss(config, **settings)
+            SaclXdLoss(config, **wrong)
         with pytest.raises(UserError, match=r"^loss"):
-            SaclXdLoss(**settings)
+            SaclXdLoss(**wrong)
     with pytest.raises(TypeError, match="alfa"):
         SaclXdLoss(alfa=0.1)
 

@@ -126,8 +126,14 @@ def test_settings_know_where_they_stand(owner: type[Settings]):
     assert [f"{path}.x".lstrip(".") for path in found] == [owner.setting("x")]
 
 
+def untyped(value: Any) -> Any:
+    """A value of another type than a setting has."""
+    return value
+
+
 def test_other_libraries_numbers_become_pythons():
-    config = Config(seed=np.int64(3), epochs=np.uint8(7), optim=OptimConfig(lr=np.float32(0.5)))
+    seed, epochs, lr = map(untyped, (np.int64(3), np.uint8(7), np.float32(0.5)))
+    config = Config(seed=seed, epochs=epochs, optim=OptimConfig(lr=lr))
     assert (config.seed, config.epochs, config.optim.lr) == (3, 7, 0.5)
     assert {type(config.seed), type(config.epochs)} == {int}
     assert type(config.optim.lr) is type(OptimConfig(lr=1).lr) is float
@@ -148,8 +154,11 @@ def test_text_of_other_classes_becomes_pythons():
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: OptimConfig(name="LARS"), "optim.name is 'LARS'; one of lars, adamw works (did"),
-        (lambda: OptimConfig(lr="0.3"), "optim.lr is '0.3', a text; a number works"),
+        (
+            lambda: OptimConfig(name=untyped("LARS")),
+            "optim.name is 'LARS'; one of lars, adamw works (did",
+        ),
+        (lambda: OptimConfig(lr=untyped("0.3")), "optim.lr is '0.3', a text; a number works"),
         (
             lambda: Config(seed=2**60),
             "a value from 0 to 9,007,199,254,740,991 works, because",
@@ -179,7 +188,7 @@ def scaled(
 
 
 def test_arguments_are_checked():
-    assert scaled("x", np.float32(2), 3, how="up", z=1) == ("x", 2.0, (3,), "up", {"z": 1})
+    assert scaled("x", untyped(np.float32(2)), 3, how="up", z=1) == ("x", 2.0, (3,), "up", {"z": 1})
     with pytest.raises(UserError, match=r"^scaled: factor is -1.0; 0 or more works"):
         scaled(1, -1)
     with pytest.raises(UserError, match=r"^scaled: how is 'down'; one of up works"):
@@ -217,5 +226,6 @@ def test_whatever_is_given_can_be_shown():
 def test_text_of_files():
     assert from_text(["1e-3", "x"], tuple[float, float]) == [0.001, "x"]
     assert from_text("no", bool) is False and from_text("maybe", bool) == "maybe"
-    assert from_text("3", Annotated[int, Range(0)] | None) == 3 and from_text(None, int) is None
+    count_or_none = Annotated[int, Range(0)] | None  # pyright: ignore[reportOperatorIssue]
+    assert from_text("3", count_or_none) == 3 and from_text(None, int) is None
     assert from_text("1.5", int) == "1.5" and from_text("9" * 5000, int) == "9" * 5000

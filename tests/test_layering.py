@@ -43,6 +43,7 @@ OURS: dict[str, tuple[str, ...]] = {
     "__main__": ("cli",),
     "sacl_kernels": (),
     "benchmarks": (*RUN, "cli", "sacl_kernels", "_C"),
+    "examples": RUN,
     "tests": (*RUN, "cli", "sacl_kernels", "_C"),
 }
 
@@ -148,7 +149,7 @@ def violations(source: str, path: PurePath) -> list[str]:
 
 
 def test_the_tree_keeps_the_layers():
-    folders = ("sacl_fast", "kernels", "benchmarks", "tests")
+    folders = ("sacl_fast", "kernels", "benchmarks", "examples", "tests")
     files = sorted(file for folder in folders for file in (ROOT / folder).rglob("*.py"))
     assert len(files) > 10
     found = [v for f in files for v in violations(f.read_text(), f.relative_to(ROOT))]

@@ -27,12 +27,12 @@ sys.exit(7)
 
 
 def run(code: str, **options) -> subprocess.CompletedProcess[str]:
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     return subprocess.run([sys.executable, "-c", code], text=True, timeout=100, **options)
 
 
 def sacl_fast(*args: str, **options) -> subprocess.CompletedProcess[str]:
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     command = [sys.executable, "-m", "sacl_fast", *args]
     return subprocess.run(command, text=True, timeout=200, **options)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
 from sacl_fast import _version
 
@@ -201,10 +202,14 @@ def test_cuda_architectures(setup_module: ModuleType):
         setup_module.cuda_targets("Hopper")
 
 
-def test_lower_bounds_are_tested_versions():
-    """Those of constraints.txt, to the digits that a bound has."""
+def versions_of_constraints() -> dict[str, str]:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+def test_lower_bounds_are_versions_of_constraints():
+    """Those of constraints.txt, to the digits that a bound has."""
+    tested = versions_of_constraints()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     for requirement in [*project["dependencies"], *extras["dali"]]:
@@ -218,3 +223,12 @@ def test_both_sets_of_versions_name_the_same_packages():
         for name in ("constraints.txt", "constraints-newest.txt")
     ]
     assert sets[0] == sets[1]
+
+
+def test_the_tools_of_pre_commit_are_those_of_make_lint():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    pins = [pin for hook in hooks for pin in hook["additional_dependencies"]]
+    assert {pin.split("==")[0] for pin in pins} == {"ruff", "clang-format"}
+    for pin in pins:
+        name, version = pin.split("==")
+        assert version == versions_of_constraints()[name], pin

@@ -39,8 +39,11 @@ class _Kind:
 class RecordedEncoder:
     """The slim encoder: to the bit what it gives in mode ``skip``, and faster from the third time.
 
-    >>> slim = RecordedEncoder(slicer)
-    >>> out = slim(images)  # with slicer.mode("skip"): out = encoder(images)
+    >>> import timm, torch
+    >>> encoder = timm.create_model("resnet18", num_classes=0)
+    >>> slim = RecordedEncoder(Slicer(encoder))
+    >>> slim(torch.rand(2, 3, 64, 64)).shape  # as within slicer.mode("skip")
+    torch.Size([2, 512])
 
     Passes are recorded until two of one kind agree, and then that recording runs. A kind is: the
     masks, the images' shape, strides and type, gradient mode, autocast, each module's training

@@ -69,9 +69,13 @@ def strongest_filters(weight: Tensor, ratio: Ratio) -> Tensor:
 class Slicer(nn.Module):
     """Chooses the slim encoder's filters and runs the encoder with them.
 
+    >>> import timm, torch
+    >>> encoder = timm.create_model("resnet18", num_classes=0)
     >>> slicer = Slicer(encoder, ratio=0.5)
     >>> with slicer.mode("mask"):
-    ...     slim = encoder(images)
+    ...     features = encoder(torch.rand(2, 3, 64, 64))
+    >>> slicer.masks["layer1.0.conv1"].sum()
+    tensor(32)
 
     Its ``state_dict`` holds the masks, with ``batch_norm="separate"`` the slim encoder's own batch
     norms, and the slim encoder's batch-norm statistics where they have been estimated

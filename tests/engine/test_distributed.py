@@ -3,6 +3,7 @@
 import os
 import socket
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -20,16 +21,17 @@ from sacl_fast.encoders.batch_norm import (
 from sacl_fast.engine.method import SaclXd
 from sacl_fast.losses import SaclXdLoss
 from sacl_fast.slim import RecordedEncoder, Slicer
+from sacl_fast.slim.slicer import NormGradient
 
 SIZE = 16
 
 
 def build(
     name: str,
-    batch_norm: str,
+    batch_norm: Literal["shared", "separate"],
     gather: bool = False,
-    slim_mode: str = "mask",
-    norm_gradient: str = "exact",
+    slim_mode: Literal["mask", "skip"] = "mask",
+    norm_gradient: NormGradient = "exact",
 ) -> SaclXd:
     """The same float64 model in every process; synchronised where there are several."""
     torch.manual_seed(0)
@@ -48,12 +50,13 @@ def build(
 
 def views(n: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return tuple(
+    a, b = (
         torch.randn(n, 3, SIZE, SIZE, dtype=torch.float64, generator=generator) for _ in range(2)
     )
+    return a, b
 
 
-def one_step(model: nn.Module, a: torch.Tensor, b: torch.Tensor, **loss) -> dict[str, torch.Tensor]:
+def one_step(model: nn.Module, a: torch.Tensor, b: torch.Tensor, **loss) -> dict[str, Any]:
     value, parts = SaclXdLoss(**loss)(*model(a, b))
     value.backward()
     inner = model.module if isinstance(model, DistributedDataParallel) else model
@@ -142,11 +145,11 @@ def run_recorded(rank, world_size, port, synchronized):
     """Five steps of the method with its slim passes recorded, beside those of one without."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    if not synchronized:  # batch norms are made before there are ranks to synchronise with
-        methods = [build("resnet20", "shared", slim_mode="skip") for _ in range(2)]
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
     if synchronized:
-        methods = [build("resnet20", "shared", slim_mode="skip") for _ in range(2)]
+        dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    methods = [build("resnet20", "shared", slim_mode="skip") for _ in range(2)]
+    if not synchronized:  # batch norms are made before there are ranks to synchronise with
+        dist.init_process_group("gloo", rank=rank, world_size=world_size)
     recorded = RecordedEncoder(methods[0].slicer)
     methods[0].recorded = recorded
     ways, skips = [], methods[0].slicer.mode

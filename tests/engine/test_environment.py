@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -139,7 +140,7 @@ def test_what_is_broken_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 def test_compiled_module_shows_its_build(monkeypatch: pytest.MonkeyPatch):
-    fake = types.ModuleType("sacl_fast._C")
+    fake: Any = types.ModuleType("sacl_fast._C")
     fake.build_info = lambda: dict(
         version="0.1.0", cxx="gcc 12.2.0", cuda="13.0", architectures=["sm_80", "sm_90a"]
     )

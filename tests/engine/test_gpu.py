@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 
 def first_step(config, device: str) -> tuple[float, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # pyright: ignore[reportAttributeAccessIssue]
     step = TrainingStep(
         build_method(config), config, Ranks(0, 1, torch.device(device)), steps_per_epoch=3
     )

@@ -258,7 +258,7 @@ def test_wandb_gets_the_values_and_is_resumed(tmp_path: Path, monkeypatch: pytes
         runs.append(FakeRun(options))
         return runs[-1]
 
-    fake = types.ModuleType("wandb")
+    fake: Any = types.ModuleType("wandb")
     fake.init = init
     monkeypatch.setitem(sys.modules, "wandb", fake)
     log = LogConfig(tensorboard=False, wandb="project")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -122,9 +123,10 @@ def play(rank: int, ports: list[int], folder: str) -> None:
 def test_ranks_wait_for_one_another_and_notice_who_fails(tmp_path):
     context = mp.spawn(play, ([free_port() for _ in SCENES], str(tmp_path)), nprocs=2, join=False)
     assert context is not None
-    for process in context.processes:
+    processes: list[Any] = context.processes
+    for process in processes:
         process.join(timeout=200)
-    assert [process.exitcode for process in context.processes] == [0, -signal.SIGKILL]
+    assert [process.exitcode for process in processes] == [0, -signal.SIGKILL]
     came = {path.name: path.read_text() for path in tmp_path.iterdir()}
     for rank in (0, 1):
         assert came[f"takes_long {rank}"] == "made by 0, 1, [0, 1]"

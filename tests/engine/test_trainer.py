@@ -296,7 +296,7 @@ def test_weights_that_are_not_finite_are_never_saved(tiny):
         run_ = Run(tiny, ranks, claim)
         run_._save()
         with torch.no_grad():
-            run_.method.projector[0].weight[0, 0] = float("inf")
+            run_.method.projector.get_parameter("0.weight")[0, 0] = float("inf")
         run_.steps_done = 1
         with pytest.raises(NonFiniteLoss, match=r"at step 2 .*step_00000000\.pt is from before"):
             run_._save()

@@ -80,7 +80,11 @@ def test_each_width_has_its_own_statistics_and_filters():
     encoder, slicer = network()
     features: list[Tensor] = []
     probe = encoder[5]
-    probe.register_forward_hook(lambda _, __, out: features.append(out))
+
+    def keep(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
+        features.append(out)
+
+    probe.register_forward_hook(keep)
     evaluate(encoder, slicer)
     dense, slim = features[2], features[2 + 6 + 2 + 2]  # each the first batch after estimating
     assert (dense.std(dim=(0, 2, 3)) > 0.1).all()

@@ -27,7 +27,9 @@ def brute_force(bank, bank_labels, queries, query_labels, k, temperature, classe
     return 100 * right / len(queries)
 
 
-def random_case(n: int = 300, q: int = 101, classes: int = 7) -> tuple[Tensor, ...]:
+def random_case(
+    n: int = 300, q: int = 101, classes: int = 7
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(0)
     centers = torch.randn(classes, 5, generator=g)
     bank_labels = torch.randint(classes, (n,), generator=g)

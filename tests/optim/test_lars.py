@@ -1,5 +1,7 @@
 """LARS against the formula written out for one parameter at a time, in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -32,7 +34,7 @@ def test_equals_the_formula(clip, exclude_1d, decay):
     params[1].data = params[1].data.to(memory_format=torch.channels_last)
     reference = [p.detach().clone() for p in params]
     buffers = [torch.zeros_like(p) for p in reference]
-    settings = dict(momentum=0.9, eta=0.02, clip=clip, exclude_1d=exclude_1d)
+    settings: dict[str, Any] = dict(momentum=0.9, eta=0.02, clip=clip, exclude_1d=exclude_1d)
     optimizer = Lars(params, lr=0.5, weight_decay=decay, **settings)
     for lr in (0.0, 0.1, 0.5, 0.3):
         optimizer.param_groups[0]["lr"] = lr
