@@ -18,14 +18,14 @@ from PIL import Image
 from safetensors.torch import save_model
 
 from sacl_fast.config import Config, EncoderConfig, ViewsConfig
-from sacl_fast.data.view_loader import open_view_loader
+from sacl_fast.data.loading.open import open_view_loader
 from sacl_fast.engine.distributed import process_group
 from sacl_fast.engine.method import SaclXd, build_method
 from sacl_fast.engine.step import TrainingStep
 
 
 class NumpySource:
-    """Images of a ``.npy`` file; the protocol is ``sacl_fast.data.sources.Source``.
+    """Images of a ``.npy`` file; the protocol is ``sacl_fast.data.images.source.Source``.
 
     Worker processes get a copy of the source, so it keeps the path and each opens the file itself.
     """

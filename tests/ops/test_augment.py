@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from sacl_fast.config import ViewConfig, ViewsConfig
-from sacl_fast.data.augment import ViewDraw, apply_view, draw_view, sample_rng
-from sacl_fast.data.loader import Normalise
-from sacl_fast.data.views import CIFAR, DEMO, IMAGENET
+from sacl_fast.data.loading.batch import Normalise
+from sacl_fast.data.views.draw import ViewDraw, apply_view, draw_view, sample_rng
+from sacl_fast.data.views.tables import CIFAR, DEMO, IMAGENET
 from sacl_fast.ops import compiled
 from sacl_fast.ops.augment import COLUMNS, OPERATIONS, augment
 
