@@ -107,12 +107,12 @@ def ours(x: Tensor, dy: Tensor, vectors: list[Tensor], act: str) -> dict[str, Ca
     numbers = (x.numel() // x.shape[1], 0.1, 1e-5, code)
 
     def forward() -> Any:
-        return op.slim_batch_norm_act(x, weight, bias, None, None, *running, *numbers)
+        return op.batch_norm_act(x, weight, bias, None, None, *running, *numbers)
 
     def with_backward() -> Any:
         _, _, mean, rstd = forward()
         arguments = (dy, None, x, weight, bias, None, None, mean, rstd, code)
-        return op.slim_batch_norm_act_backward(*arguments)
+        return op.batch_norm_act_backward(*arguments)
 
     return {"forward": forward, "with_backward": with_backward}
 

@@ -30,9 +30,11 @@ from timing import write_json
 
 from sacl_fast.cli import parse_config
 from sacl_fast.config import Config, ViewConfig
-from sacl_fast.data.loader import ViewLoader, worker_count
-from sacl_fast.data.sources import Source, open_sources
-from sacl_fast.data.view_loader import dali_obstacle, open_view_loader
+from sacl_fast.data.images.open import open_sources
+from sacl_fast.data.images.source import Source
+from sacl_fast.data.loading.open import dali_obstacle, open_view_loader
+from sacl_fast.data.loading.view_loader import ViewLoader
+from sacl_fast.data.loading.workers import worker_count
 from sacl_fast.engine.clock import Clock
 from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.method import build_method
@@ -163,12 +165,12 @@ def images_per_second(source: Source, config: Config, device: torch.device, step
     ahead = max(config.data.prefetch * worker_count(config.data.workers), config.data.dali.prefetch)
     ahead = min(ahead, 2 * steps)
     with opened(source, config, device) as loader:
-        stream = endless(loader)
+        batches = endless(loader)
         for _ in range(1 + ahead):
-            next(stream)
+            next(batches)
         start = time.perf_counter()
         for _ in range(steps):
-            next(stream)
+            next(batches)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return steps * config.batch_size / (time.perf_counter() - start)
@@ -191,7 +193,7 @@ def data_wait(source: Source, config: Config, device: torch.device, steps: int) 
             if i + 1 == warmup + steps:
                 loss.item()
                 return clock.read()
-    raise AssertionError("the stream has no end")
+    raise AssertionError("epochs have no end")
 
 
 def print_table(result: dict[str, Any]) -> None:
@@ -220,8 +222,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 3.4), layout="constrained")
     width = 0.8 / len(speeds)
     for i, (name, of) in enumerate(speeds.items()):
-        places = [j + (i - (len(speeds) - 1) / 2) * width for j in range(len(stages))]
-        bars = axes.bar(places, [of[stage] for stage in stages], width, label=name)
+        centres = [j + (i - (len(speeds) - 1) / 2) * width for j in range(len(stages))]
+        bars = axes.bar(centres, [of[stage] for stage in stages], width, label=name)
         axes.bar_label(bars, fmt="%.0f", fontsize=8)
     titles = {"decode": "decode", "crop": "+ crops", "jitter": "+ colours", "blur": "+ blur"}
     axes.set_xticks(range(len(stages)), [titles.get(stage, "all") for stage in stages])

@@ -17,9 +17,9 @@ import torch
 import triton
 from timing import time_ms
 
-from sacl_fast.ops.xcorr_reference import Rows, Terms
+from sacl_fast.ops.xcorr_loss_reference import Rows, Terms
 from sacl_kernels import xcorr_loss
-from sacl_kernels.xcorr_launch import Launch, launch_for
+from sacl_kernels.xcorr_loss_launch import Launch, launch_for
 
 GRAM = {
     "standardize_rows": [64, 128, 256],

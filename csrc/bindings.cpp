@@ -61,6 +61,7 @@ std::string device_architecture() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled operators of sacl-fast.";
   m.def("build_info", &build_info, "How this module was built; see _C.pyi.");
-  m.def("device_architecture", &device_architecture,
-        "The architecture, such as \"sm_90\", of the code that a kernel ran on the current device.");
+  m.def(
+      "device_architecture", &device_architecture,
+      "The architecture, such as \"sm_90\", of the code that a kernel ran on the current device.");
 }

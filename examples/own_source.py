@@ -18,14 +18,15 @@ from PIL import Image
 from safetensors.torch import save_model
 
 from sacl_fast.config import Config, EncoderConfig, ViewsConfig
-from sacl_fast.data.view_loader import open_view_loader
+from sacl_fast.data.loading.open import open_view_loader
 from sacl_fast.engine.distributed import process_group
 from sacl_fast.engine.method import SaclXd, build_method
 from sacl_fast.engine.step import TrainingStep
+from sacl_fast.passes import choose_slim_passes
 
 
 class NumpySource:
-    """Images of a ``.npy`` file; the protocol is ``sacl_fast.data.sources.Source``.
+    """Images of a ``.npy`` file; the protocol is ``sacl_fast.data.images.source.Source``.
 
     Worker processes get a copy of the source, so it keeps the path and each opens the file itself.
     """
@@ -68,13 +69,17 @@ class NumpySource:
 
 
 def train(source: NumpySource, config: Config) -> tuple[SaclXd, list[float]]:
-    torch.manual_seed(config.seed)
-    method, losses = build_method(config), []
+    losses: list[float] = []
     with process_group(config.device) as ranks:  # one process, or those of torchrun
         loader = open_view_loader(
             source, config, device=ranks.device, rank=ranks.rank, world_size=ranks.world_size
         )
-        step = TrainingStep(method, config, ranks, steps_per_epoch=loader.steps_per_epoch)
+        steps = loader.steps_per_epoch
+        torch.manual_seed(config.seed)
+        method = build_method(
+            config, choose_slim_passes(config, ranks.device, steps_per_epoch=steps)
+        )
+        step = TrainingStep(method, config, ranks, steps_per_epoch=steps)
         for epoch in range(config.epochs):
             for batch in loader.epoch(epoch):
                 loss, _, _ = step(batch.view_a, batch.view_b, len(losses))

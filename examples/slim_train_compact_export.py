@@ -15,12 +15,13 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from sacl_fast.slim.compact import compact, cost
 from safetensors.torch import load_file
 from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
-from sacl_fast.slim import RecordedEncoder, Slicer
+from sacl_fast.passes import RecordedEncoder
+from sacl_fast.slim import Slicer
+from sacl_fast.slim.export import compact, cost
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -172,8 +172,8 @@ def _print_result(result: RunResult) -> None:
 
 def _views(args: list[str]) -> None:
     config = parse_config("views", args, extra="Writes views.png (or --out FILE.png).")
-    from sacl_fast.data.contact_sheet import contact_sheet
-    from sacl_fast.data.sources import open_sources
+    from sacl_fast.data.images.open import open_sources
+    from sacl_fast.data.loading.contact_sheet import contact_sheet
 
     path = user_path(config.out or "views.png", "out")
     sheet = contact_sheet(open_sources(config.data, config.seed).train, config)
@@ -188,7 +188,7 @@ def _views(args: list[str]) -> None:
 def _index(args: list[str]) -> None:
     if len(args) != 1 or args[0].startswith("-"):
         raise UserError("index takes a folder of .tar shards, or one shard")
-    from sacl_fast.data.shard_index import index_shards
+    from sacl_fast.data.images.shard_index import index_shards
 
     root = user_path(args[0], "index")
     if kind_of(root) is None:

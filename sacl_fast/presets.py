@@ -15,7 +15,7 @@ from sacl_fast.config import (
     ProjectorConfig,
     SlimConfig,
 )
-from sacl_fast.data import views
+from sacl_fast.data.views import tables
 from sacl_fast.errors import UserError, nearest
 
 # The projector's output D sets the loss scale: about 196 / D.
@@ -25,7 +25,7 @@ _PROJECTOR_4096, _SCALE_4096 = ProjectorConfig(hidden=4096, out=4096), LossConfi
 _IMAGENET1K = Config(
     preset="imagenet1k",
     epochs=100,
-    views=views.IMAGENET,
+    views=tables.IMAGENET,
     encoder=EncoderConfig(name="mobilenetv3_large_100"),
     projector=_PROJECTOR_4096,
     loss=_SCALE_4096,
@@ -35,7 +35,7 @@ _IMAGENET1K = Config(
 _IMAGENET100 = Config(
     preset="imagenet100",
     epochs=400,
-    views=views.IMAGENET,
+    views=tables.IMAGENET,
     encoder=EncoderConfig(name="mobilenetv1_100"),
     projector=_PROJECTOR_2048,
     loss=_SCALE_2048,
@@ -47,14 +47,14 @@ _CIFAR10 = replace(
     preset="cifar10",
     epochs=1000,
     data=DataConfig(source="cifar10", root="data/cifar10"),
-    views=views.CIFAR,
+    views=tables.CIFAR,
     encoder=EncoderConfig(name="mobilenetv1_100", stem="cifar"),
 )
 
 _TINY_IMAGENET = replace(
     _IMAGENET100,
     preset="tiny_imagenet",
-    views=views.TINY_IMAGENET,
+    views=tables.TINY_IMAGENET,
     encoder=EncoderConfig(name="mobilenetv1_100", stem="stride1"),
 )
 
@@ -72,7 +72,7 @@ _DEMO = Config(
     epochs=5,
     batch_size=64,
     data=DataConfig(source="demo"),
-    views=views.DEMO,
+    views=tables.DEMO,
     encoder=EncoderConfig(name="resnet20"),
     projector=ProjectorConfig(hidden=256, out=256),
     loss=LossConfig(scale=0.1),

@@ -70,7 +70,7 @@ CALLS: list[tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = [
         },
     ),
     (extract_features, lambda: {"encoder": encoder(), "loader": batches(), "device": CPU}),
-    (resolve, lambda: {"backend": "auto", "op": "slim_conv", "device": CPU}),
+    (resolve, lambda: {"backend": "auto", "op": "slim_pointwise", "device": CPU}),
     (resolve_all, lambda: {"backend": "auto", "device": CPU}),
 ]
 IDS = [call.__name__ for call, _ in CALLS]

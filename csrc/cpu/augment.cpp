@@ -2,8 +2,8 @@
 // solarise, normalisation, as they were drawn for each, from 8-bit pixels to floats.
 //
 // The crop and the colours are Pillow's to the bit: bicubic weights of 22 bits, 8 bits after each
-// of two passes, and 8 bits after each operation. The blur is that of data/augment.py, two passes
-// of floats rounded once.
+// of two passes, and 8 bits after each operation. The blur is that of data/views/draw.py, two
+// passes of floats, rounded once.
 //
 // One view is made by one thread from start to end and lies in its cache meanwhile, as rows of
 // three planes. Both passes of the crop are sums of rows, the first one on the transposed image: a
@@ -147,9 +147,7 @@ class Augmentation {
   void adjust(double operation, double given) {
     const float factor = static_cast<float>(given);
     switch (static_cast<int>(operation)) {
-      case kBrightness:
-        kernels().blend_constant(row(0), size_ * 3 * pitch_, 0, factor);
-        break;
+      case kBrightness: kernels().blend_constant(row(0), size_ * 3 * pitch_, 0, factor); break;
       case kContrast:
         kernels().blend_constant(row(0), size_ * 3 * pitch_, mean_luma(), factor);
         break;
@@ -170,9 +168,7 @@ class Augmentation {
   }
 
   // Index -1 is 1, size is size - 2.
-  int64_t mirrored(int64_t i) const {
-    return i < 0 ? -i : (i < size_ ? i : 2 * (size_ - 1) - i);
-  }
+  int64_t mirrored(int64_t i) const { return i < 0 ? -i : (i < size_ ? i : 2 * (size_ - 1) - i); }
 
   void blur(double sigma) {
     const int64_t radius = set_weights(sigma);
@@ -220,7 +216,8 @@ class Augmentation {
 void in_huge_pages(void* memory, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory), end = (begin + bytes) / kPage * kPage;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory),
+                  end = (begin + bytes) / kPage * kPage;
   const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
   if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #endif

@@ -1,5 +1,5 @@
-// Included by simd.inl: the loops of augment.cpp, on rows of bytes. Loops over a row are left to the
-// compiler, which widens bytes better than it does in vectors that are spelled out.
+// Included by simd.inl: the loops of augment.cpp, on rows of bytes. Loops over a row are left to
+// the compiler, which widens bytes better than it does in vectors that are spelled out.
 
 typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
@@ -12,8 +12,8 @@ SACL_INLINE uint8_t clipped(int32_t x) {
 // Every byte of the lower halves of two rows in turn, or of the upper ones.
 SACL_INLINE Bytes interleaved(Bytes a, Bytes b, bool upper) {
 #if defined(__clang__)
-  return upper ? __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14,
-                                         30, 15, 31)
+  return upper ? __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30,
+                                         15, 31)
                : __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7,
                                          23);
 #else
@@ -23,7 +23,7 @@ SACL_INLINE Bytes interleaved(Bytes a, Bytes b, bool upper) {
 }
 
 // Interleaving rows i and i + 8 turns the index of an element by one bit, the highest of the row's
-// becoming the lowest of the column's; four times over, row and column have changed places.
+// becoming the lowest of the column's; four times over, row and column are exchanged.
 SACL_INLINE void transpose_tile(const uint8_t* in, int64_t in_stride, uint8_t* out,
                                 int64_t out_stride) {
   Bytes rows[kLanes], turned[kLanes];
@@ -101,7 +101,7 @@ void blend_constant(uint8_t* row, int64_t count, int32_t constant, float factor)
 }
 
 void blend_luma(uint8_t* row, int64_t pitch, float factor) {
-  uint8_t *__restrict r = row, *__restrict g = row + pitch, *__restrict b = row + 2 * pitch;
+  uint8_t* __restrict r = row, * __restrict g = row + pitch, * __restrict b = row + 2 * pitch;
   for (int64_t x = 0; x < pitch; ++x) {
     const int32_t luma = luma_of(r[x], g[x], b[x]);
     r[x] = blended(luma, r[x], factor);
@@ -128,13 +128,14 @@ SACL_INLINE int32_t either(bool condition, int32_t then, int32_t otherwise) {
 // in double; float32 gives the same 8 bits, which was tried for every colour and every HSV. `&` and
 // `|`, since with branches the compiler would take one pixel at a time.
 void turn_hue(uint8_t* row, int64_t pitch, int32_t shift) {
-  uint8_t *__restrict red = row, *__restrict green = row + pitch, *__restrict blue = row + 2 * pitch;
+  uint8_t* __restrict red = row, * __restrict green = row + pitch, * __restrict blue = row + 2 * pitch;
   for (int64_t x = 0; x < pitch; ++x) {
     const int32_t r = red[x], g = green[x], b = blue[x];
     const int32_t rg_high = r > g ? r : g, rg_low = r > g ? g : r;
     const int32_t high = rg_high > b ? rg_high : b, low = rg_low < b ? rg_low : b;
     const int32_t chroma = high - low, from_high = 2 * high + low - (r + g + b);
-    const int32_t r_high = r == high, g_high = (g == high) & (r < high), b_high = 1 - r_high - g_high;
+    const int32_t r_high = r == high, g_high = (g == high) & (r < high),
+                  b_high = 1 - r_high - g_high;
     const int32_t rising = (r_high & (g == low)) | (g_high & (b == low)) | (b_high & (r == low));
     const int32_t sign = 2 * rising - 1, base = 2 * g_high + 4 * b_high - sign;
     const float q = static_cast<float>(from_high) / static_cast<float>(chroma > 1 ? chroma : 1);
@@ -145,8 +146,8 @@ void turn_hue(uint8_t* row, int64_t pitch, int32_t shift) {
     const int32_t h = (of_255(hue) + shift) & 255, s = of_255(saturation);
     const int32_t sector = 1543 * h >> 16, within = 2 * h - 85 * sector;  // 6 h / 255; of 85
     const int32_t odd = sector & 1, away = either(odd, within, 85 - within);
-    const int32_t bottom = static_cast<int32_t>(
-        static_cast<float>(high * (255 - s)) / 255.0f + 0.5f);
+    const int32_t bottom =
+        static_cast<int32_t>(static_cast<float>(high * (255 - s)) / 255.0f + 0.5f);
     const int32_t middle = static_cast<int32_t>(
         static_cast<float>(high * (255 * 85 - s * away)) / (255.0f * 85.0f) + 0.5f);
     // The lowest channel is blue in the sectors 0, 1 and 6, red in 2 and 3, green in 4 and 5.
@@ -187,8 +188,7 @@ void blur_row(const float* in, const float* weight, int64_t radius, float* __res
               uint8_t* __restrict out, int64_t width) {
   for (int64_t i = 0; i < width; i += kLanes) {
     Vec sum = weight[0] * load(in + i);
-    for (int64_t j = 1; j <= radius; ++j)
-      sum += weight[j] * (load(in + i - j) + load(in + i + j));
+    for (int64_t j = 1; j <= radius; ++j) sum += weight[j] * (load(in + i - j) + load(in + i + j));
     store(sums + i, sum);
   }
   for (int64_t i = 0; i < width; ++i)

@@ -1,7 +1,7 @@
 // Batch normalisation with the activation after it, on floats in channels-last memory: M = N H W
 // rows of K channels, which are some or all of the norm's. Statistics take one read, the output one
-// read and one write, the backward pass two reads of both inputs and one write; the activation costs
-// no pass of its own. Sums are of differences to the first row, so an offset costs no digits.
+// read and one write, the backward pass two reads of both inputs and one write; the activation
+// costs no pass of its own. Sums are of differences to the first row, so an offset costs no digits.
 #include <algorithm>
 #include <cmath>
 #include <optional>
@@ -14,39 +14,46 @@
 namespace sacl {
 namespace {
 
+float exp_of(float z) { return std::exp(z); }
+float third(float z) { return z / 3; }
+float sixth(float z) { return z / 6; }
+
+#include "cpu/activations.inl"
+
 float activate(int64_t act, float z) {
   switch (act) {
-    case kRelu: return z < 0 ? 0 : z;
-    case kRelu6: return z < 0 ? 0 : z > 6 ? 6 : z;
-    case kHardswish: return z * std::clamp(z + 3, 0.0f, 6.0f) / 6;
-    case kSilu: return z / (1 + std::exp(-z));
-    default: return z;
+#define SACL_ROW(name) \
+  case k##name: return name::value(z);
+    SACL_ACTIVATIONS(SACL_ROW)
+#undef SACL_ROW
+    default: STD_TORCH_CHECK(false, "no such activation");
   }
 }
 
 float derivative(int64_t act, float z) {
   switch (act) {
-    case kRelu: return z > 0;
-    case kRelu6: return z > 0 && z < 6;
-    case kHardswish: return z < -3 ? 0 : z <= 3 ? z / 3 + 0.5f : 1;
-    case kSilu: {
-      const float s = 1 / (1 + std::exp(-z));
-      return s * (1 + z * (1 - s));
-    }
-    default: return 1;
+#define SACL_ROW(name) \
+  case k##name: return name::through(1.0f, z);
+    SACL_ACTIVATIONS(SACL_ROW)
+#undef SACL_ROW
+    default: STD_TORCH_CHECK(false, "no such activation");
   }
 }
 
-void move_to(const std::optional<Tensor>& running, int64_t place, double value, double momentum) {
+void check_activation(int64_t act) {
+  STD_TORCH_CHECK(act >= 0 && act < kActivations, "no such activation");
+}
+
+void move_to(const std::optional<Tensor>& running, int64_t channel, double value, double momentum) {
   if (!running.has_value()) return;
-  float& own = floats_out(*running)[place];
+  float& own = floats_out(*running)[channel];
   own = static_cast<float>(own + momentum * (value - own));
 }
 
 // Mean, scale and bias of the channels, repeated for folded rows.
 class Repeated {
  public:
-  Repeated(const Folded& rows, const Tensor& weight, const Tensor& bias, const Places& kept,
+  Repeated(const Folded& rows, const Tensor& weight, const Tensor& bias, const ChannelIndex& kept,
            const Tensor& mean, const Tensor& rstd)
       : mean_(rows.repeated(floats(mean))) {
     std::vector<float> scale(rows.K), shift(rows.K);
@@ -69,8 +76,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act(
     Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> kept_index,
     std::optional<Tensor> zeroed_index, std::optional<Tensor> running_mean,
     std::optional<Tensor> running_var, int64_t count, double momentum, double eps, int64_t act) {
+  check_activation(act);
   const Folded rows(x.size(0) * x.size(2) * x.size(3), x.size(1));
-  const Places kept(kept_index, rows.K, weight.numel()), zeroed = Places::listed(zeroed_index, weight.numel());
+  const ChannelIndex kept(kept_index, rows.K, weight.numel()),
+      zeroed = ChannelIndex::listed(zeroed_index, weight.numel());
   const float* in = nhwc(x);
   Tensor y = new_nhwc(x.size(0), x.size(1), x.size(2), x.size(3));
   Tensor rest = torch::stable::new_empty(x, {1, zeroed.size(), 1, 1});
@@ -102,12 +111,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act(
   return {y, rest, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward(
-    Tensor dy, std::optional<Tensor> drest, Tensor x, Tensor weight, Tensor bias,
-    std::optional<Tensor> kept_index, std::optional<Tensor> zeroed_index, Tensor mean, Tensor rstd,
-    int64_t act) {
+std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward(Tensor dy, std::optional<Tensor> drest,
+                                                           Tensor x, Tensor weight, Tensor bias,
+                                                           std::optional<Tensor> kept_index,
+                                                           std::optional<Tensor> zeroed_index,
+                                                           Tensor mean, Tensor rstd, int64_t act) {
+  check_activation(act);
   const Folded rows(x.size(0) * x.size(2) * x.size(3), x.size(1));
-  const Places kept(kept_index, rows.K, weight.numel()), zeroed = Places::listed(zeroed_index, weight.numel());
+  const ChannelIndex kept(kept_index, rows.K, weight.numel()),
+      zeroed = ChannelIndex::listed(zeroed_index, weight.numel());
   const float *g = nhwc(dy), *in = nhwc(x), *r = floats(rstd);
   Tensor dx = new_nhwc(x.size(0), x.size(1), x.size(2), x.size(3));
   Tensor dweight = torch::stable::new_zeros(x, {weight.numel()});
@@ -141,8 +153,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward(
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sacl_fast, CPU, m) {
-  m.impl("slim_batch_norm_act", TORCH_BOX(&batch_norm_act));
-  m.impl("slim_batch_norm_act_backward", TORCH_BOX(&batch_norm_act_backward));
+  m.impl("batch_norm_act", TORCH_BOX(&batch_norm_act));
+  m.impl("batch_norm_act_backward", TORCH_BOX(&batch_norm_act_backward));
 }
 
 }  // namespace sacl

@@ -1,9 +1,8 @@
 // Included by simd.inl: the loops of batch_norm_act.cpp.
 
-constexpr int64_t kStep = 4;   // rows added up in registers
-constexpr int64_t kRows = 64;  // rows summed in fp32
+constexpr int64_t kStep = 4;  // rows added up in registers
 
-// exp to 2 units in the last place (Cephes' coefficients).
+// exp to 2 units in the last digit (Cephes' coefficients).
 SACL_INLINE Vec exp_of(Vec x) {
   x = x < -87.0f ? Vec{} - 87.0f : x;
   x = x > 87.0f ? Vec{} + 87.0f : x;
@@ -22,33 +21,10 @@ SACL_INLINE Vec exp_of(Vec x) {
   return p * power;
 }
 
-SACL_INLINE Vec clamp_low(Vec z, float low) { return z < low ? Vec{} + low : z; }  // keeps NaN
-SACL_INLINE Vec clamp_high(Vec z, float high) { return z > high ? Vec{} + high : z; }
+SACL_INLINE Vec third(Vec z) { return z * (1.0f / 3); }
+SACL_INLINE Vec sixth(Vec z) { return z * (1.0f / 6); }
 
-template <int A>
-SACL_INLINE Vec activate(Vec z) {
-  if (A == kRelu) return clamp_low(z, 0);
-  if (A == kRelu6) return clamp_high(clamp_low(z, 0), 6);
-  if (A == kHardswish) return z * clamp_high(clamp_low(z + 3.0f, 0), 6) * (1.0f / 6);
-  if (A == kSilu) return z / (1.0f + exp_of(-z));
-  return z;
-}
-
-// dy times the derivative of the activation at z: PyTorch's, at the kinks too.
-template <int A>
-SACL_INLINE Vec through(Vec dy, Vec z) {
-  if (A == kRelu) return z > 0.0f ? dy : Vec{};
-  if (A == kRelu6) return (z > 0.0f) & (z < 6.0f) ? dy : Vec{};
-  if (A == kHardswish) {
-    const Vec inner = dy * (z * (1.0f / 3) + 0.5f);
-    return z < -3.0f ? Vec{} : (z <= 3.0f ? inner : dy);
-  }
-  if (A == kSilu) {
-    const Vec s = 1.0f / (1.0f + exp_of(-z));
-    return dy * s * (1.0f + z * (1.0f - s));
-  }
-  return dy;
-}
+#include "cpu/activations.inl"
 
 // `total` (2 K): += the column sums over the rows of both terms of `pair(row, channel)`.
 template <class F>
@@ -94,33 +70,33 @@ SACL_INLINE void sums_forward_rows(const float* x, const float* origin, int64_t 
   add_sums(rows, blocks, part, total, pair);
 }
 
-template <int A, bool FULL>
+template <class A, bool FULL>
 SACL_INLINE void sums_backward_rows(const float* dy, const float* x, int64_t rows, Blocks blocks,
                                     Channels k, float* part, double* total) {
   auto pair = [=](int64_t r, int64_t c) __attribute__((always_inline)) {
     const Vec in = get<FULL>(x + r * blocks.K + c, blocks);
     const Vec centred = in - get<FULL>(k.mean + c, blocks);
     const Vec z = centred * get<FULL>(k.scale + c, blocks) + get<FULL>(k.bias + c, blocks);
-    const Vec dz = through<A>(get<FULL>(dy + r * blocks.K + c, blocks), z);
+    const Vec dz = A::through(get<FULL>(dy + r * blocks.K + c, blocks), z);
     return Pair{dz, dz * centred};
   };
   add_sums(rows, blocks, part, total, pair);
 }
 
-template <int A, bool FULL>
+template <class A, bool FULL>
 SACL_INLINE void apply_rows(const float* x, float* y, int64_t rows, Blocks blocks, Channels k) {
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t b = 0; b < blocks.count; ++b) {
       const int64_t c = blocks.start(b), at = r * blocks.K + c;
       const Vec centred = get<FULL>(x + at, blocks) - get<FULL>(k.mean + c, blocks);
       const Vec z = centred * get<FULL>(k.scale + c, blocks) + get<FULL>(k.bias + c, blocks);
-      put<FULL>(y + at, activate<A>(z), blocks);
+      put<FULL>(y + at, A::value(z), blocks);
     }
   }
 }
 
 // dx = scale * dz - constant - (x - mean) * projection
-template <int A, bool FULL>
+template <class A, bool FULL>
 SACL_INLINE void gradient_rows(const float* dy, const float* x, float* dx, int64_t rows,
                                Blocks blocks, Channels k, const float* constant,
                                const float* projection) {
@@ -130,7 +106,7 @@ SACL_INLINE void gradient_rows(const float* dy, const float* x, float* dx, int64
       const Vec scale = get<FULL>(k.scale + c, blocks);
       const Vec centred = get<FULL>(x + at, blocks) - get<FULL>(k.mean + c, blocks);
       const Vec z = centred * scale + get<FULL>(k.bias + c, blocks);
-      const Vec dz = through<A>(get<FULL>(dy + at, blocks), z);
+      const Vec dz = A::through(get<FULL>(dy + at, blocks), z);
       put<FULL>(dx + at,
                 scale * dz - get<FULL>(constant + c, blocks) -
                     centred * get<FULL>(projection + c, blocks),
@@ -139,22 +115,19 @@ SACL_INLINE void gradient_rows(const float* dy, const float* x, float* dx, int64
   }
 }
 
-#define SACL_SWITCH(act, blocks, CALL)                                  \
-  switch (act * 2 + (blocks.lanes == kLanes)) {                         \
-    case kRelu * 2: CALL(kRelu, false); break;                          \
-    case kRelu * 2 + 1: CALL(kRelu, true); break;                       \
-    case kRelu6 * 2: CALL(kRelu6, false); break;                        \
-    case kRelu6 * 2 + 1: CALL(kRelu6, true); break;                     \
-    case kHardswish * 2: CALL(kHardswish, false); break;                \
-    case kHardswish * 2 + 1: CALL(kHardswish, true); break;             \
-    case kSilu * 2: CALL(kSilu, false); break;                          \
-    case kSilu * 2 + 1: CALL(kSilu, true); break;                       \
-    case kNone * 2: CALL(kNone, false); break;                          \
-    default: CALL(kNone, true);                                         \
-  }
+// CALL(activation, whether blocks are full) for the activation that `act` names.
+#define SACL_CASE(name)         \
+  case k##name:                 \
+    if (blocks.lanes == kLanes) \
+      CALL(name, true);         \
+    else                        \
+      CALL(name, false);        \
+    break;
+#define SACL_SWITCH(act, blocks) \
+  switch (act) { SACL_ACTIVATIONS(SACL_CASE) }
 
-void sums_forward(const float* x, const float* origin, int64_t rows,
-                                    int64_t K, float* part, double* total) {
+void sums_forward(const float* x, const float* origin, int64_t rows, int64_t K, float* part,
+                  double* total) {
   const Blocks blocks(K);
   if (blocks.lanes == kLanes)
     sums_forward_rows<true>(x, origin, rows, blocks, part, total);
@@ -162,27 +135,28 @@ void sums_forward(const float* x, const float* origin, int64_t rows,
     sums_forward_rows<false>(x, origin, rows, blocks, part, total);
 }
 
-void apply(int64_t act, const float* x, float* y, int64_t rows, int64_t K,
-                             Channels k) {
+void apply(int64_t act, const float* x, float* y, int64_t rows, int64_t K, Channels k) {
   const Blocks blocks(K);
 #define CALL(A, FULL) apply_rows<A, FULL>(x, y, rows, blocks, k)
-  SACL_SWITCH(act, blocks, CALL)
+  SACL_SWITCH(act, blocks)
 #undef CALL
 }
 
-void sums_backward(int64_t act, const float* dy, const float* x, int64_t rows,
-                                     int64_t K, Channels k, float* part, double* total) {
+void sums_backward(int64_t act, const float* dy, const float* x, int64_t rows, int64_t K,
+                   Channels k, float* part, double* total) {
   const Blocks blocks(K);
 #define CALL(A, FULL) sums_backward_rows<A, FULL>(dy, x, rows, blocks, k, part, total)
-  SACL_SWITCH(act, blocks, CALL)
+  SACL_SWITCH(act, blocks)
 #undef CALL
 }
 
-void gradient(int64_t act, const float* dy, const float* x, float* dx,
-                                int64_t rows, int64_t K, Channels k, const float* constant,
-                                const float* projection) {
+void gradient(int64_t act, const float* dy, const float* x, float* dx, int64_t rows, int64_t K,
+              Channels k, const float* constant, const float* projection) {
   const Blocks blocks(K);
 #define CALL(A, FULL) gradient_rows<A, FULL>(dy, x, dx, rows, blocks, k, constant, projection)
-  SACL_SWITCH(act, blocks, CALL)
+  SACL_SWITCH(act, blocks)
 #undef CALL
 }
+
+#undef SACL_SWITCH
+#undef SACL_CASE

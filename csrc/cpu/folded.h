@@ -15,12 +15,11 @@ namespace sacl {
 // Rows of fewer channels than a vector has are taken 16 at a time, as one row of 16 K channels; the
 // rows that are left over are of a narrow kind of their own.
 struct Folded {
-  static constexpr int64_t kTask = 32768;  // values of one task
+  static constexpr int64_t kTask = 32768;   // values of one task
   static constexpr int64_t kTogether = 64;  // rows that the kernels sum in fp32
 
   int64_t M, K, fold, wide_rows;
-  Folded(int64_t M, int64_t K)
-      : M(M), K(K), fold(K < kLanes ? kLanes : 1), wide_rows(M / fold) {}
+  Folded(int64_t M, int64_t K) : M(M), K(K), fold(K < kLanes ? kLanes : 1), wide_rows(M / fold) {}
 
   int64_t wide() const { return fold * K; }
   int64_t chunk() const { return round_up(std::max<int64_t>(1, kTask / wide()), kTogether); }

@@ -4,14 +4,16 @@
 
 #include <cstdint>
 
+#include "activation_list.h"
+
+#define SACL_INLINE inline __attribute__((always_inline))
+
 namespace sacl {
 
-constexpr int64_t kLanes = 16;      // channels, or pixels, at a time
+constexpr int64_t kLanes = 16;       // channels, or pixels, at a time
 constexpr int64_t kWeightBits = 22;  // after the point, of the weights of a crop
 
-enum Activation : int64_t { kNone, kRelu, kRelu6, kHardswish, kSilu };
-
-struct Channels {  // (K,) each
+struct Channels {     // (K,) each
   const float* mean;  // y = act((x - mean) * scale + bias)
   const float* scale;
   const float* bias;
@@ -25,8 +27,8 @@ struct Tap {  // one term of a sum over a window: which tap it is, and where it 
   int32_t tap, at;
 };
 
-// Places first, first + step, ... that read with the same taps, each one place further than the one
-// before.
+// Columns first, first + step, ... that read with the same taps, each one column further than the
+// one before.
 struct Run {
   int32_t first, step, count;
   int32_t taps, tap_count;  // which of a list
@@ -60,10 +62,10 @@ struct Kernels {
   void (*gradient)(int64_t act, const float* dy, const float* x, float* dx, int64_t rows, int64_t K,
                    Channels k, const float* constant, const float* projection);
 
-  // Sums and products of activations (combine.cpp); rows of K channels, `stride` apart.
-  // out = a + b + constant
+  // The sum of two activations (slim_add.cpp): out = a + b + constant, rows of K channels.
   void (*add)(const float* a, const float* b, const float* constant, float* out, int64_t rows,
               int64_t K);
+  // Products with a gate (slim_gate.cpp); rows of K channels, `stride` apart.
   // out = in * factor, or out += that
   void (*scale)(const float* in, int64_t in_stride, const float* factor, float* out,
                 int64_t out_stride, int64_t rows, int64_t K, bool accumulate);
@@ -71,20 +73,21 @@ struct Kernels {
   void (*products)(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows,
                    int64_t K, float* total);
 
-  // Depthwise convolution (depthwise.cpp). Images are (rows, width, K), weights (kh kw, K); K is
-  // at least kLanes.
-  // A row of pixels with other channels.
+  // Depthwise convolution (depthwise_conv.cpp). Images are (rows, width, K), weights (kh kw, K); K
+  // is at least kLanes. A row of pixels with other channels.
   void (*select)(const float* in, float* out, int64_t width, Selection selection);
   // `rows` rows of `width` pixels of the output.
-  void (*depthwise)(const float* in, int64_t in_width, const float* weight, float* out,
-                    int64_t rows, int64_t width, int64_t K, Window window);
+  void (*depthwise_conv)(const float* in, int64_t in_width, const float* weight, float* out,
+                         int64_t rows, int64_t width, int64_t K, Window window);
   // One row of the input's gradient: the sum over taps of rows of dy, and in them over columns.
-  void (*depthwise_input)(const float* dy, int64_t dy_width, const float* weight, float* dx,
-                          int64_t K, int64_t kw, const Tap* rows, int64_t row_count,
-                          const Run* runs, int64_t run_count, const Tap* columns);
+  void (*depthwise_conv_backward_input)(const float* dy, int64_t dy_width, const float* weight,
+                                        float* dx, int64_t K, int64_t kw, const Tap* rows,
+                                        int64_t row_count, const Run* runs, int64_t run_count,
+                                        const Tap* columns);
   // total (kh kw, K) += the weight's gradient over `rows` rows of dy.
-  void (*depthwise_weight)(const float* in, int64_t in_width, const float* dy, double* total,
-                           int64_t rows, int64_t width, int64_t K, Window window);
+  void (*depthwise_conv_backward_weight)(const float* in, int64_t in_width, const float* dy,
+                                         double* total, int64_t rows, int64_t width, int64_t K,
+                                         Window window);
 
   // Augmentation (augment.cpp). A row of an image is three planes of `pitch` bytes, a multiple of
   // kLanes; what is beyond the image's width counts for nothing.

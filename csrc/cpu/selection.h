@@ -26,8 +26,7 @@ class Scratch {
 
 class Selected {
  public:
-  Selected(std::vector<int32_t> source, int64_t given)
-      : source_(std::move(source)), given_(given) {
+  Selected(std::vector<int32_t> source, int64_t given) : source_(std::move(source)), given_(given) {
     const int64_t taken = source_.size();
     for (int64_t b = 0; b < (taken + kLanes - 1) / kLanes; ++b) {
       const int64_t start = std::max<int64_t>(0, std::min(b * kLanes, taken - kLanes));
@@ -71,19 +70,19 @@ class Selected {
                                     int64_t filters) {
     if (!list.has_value()) {
       STD_TORCH_CHECK(channels == filters,
-                      "without an index there must be a filter for each input channel");
+                      "without in_index there must be a filter for each input channel");
       if (filters >= kLanes) return std::nullopt;
       return first(filters, kLanes);
     }
     STD_TORCH_CHECK(list->dim() == 1 && list->size(0) == filters && list->is_contiguous() &&
                         list->scalar_type() == torch::headeronly::ScalarType::Long,
-                    "index must hold one input channel (int64) for each filter");
+                    "in_index must hold one input channel (int64) for each filter");
     const int64_t* index = static_cast<const int64_t*>(list->const_data_ptr());
     std::vector<int32_t> source;
     std::vector<bool> named(channels);
     for (int64_t j = 0; j < filters; ++j) {
-      STD_TORCH_CHECK(index[j] >= 0 && index[j] < channels, "index is out of range");
-      STD_TORCH_CHECK(!named[index[j]], "index names a channel twice");
+      STD_TORCH_CHECK(index[j] >= 0 && index[j] < channels, "in_index is out of range");
+      STD_TORCH_CHECK(!named[index[j]], "in_index names a channel twice");
       named[index[j]] = true;
       source.push_back(static_cast<int32_t>(index[j]));
     }
@@ -100,8 +99,8 @@ class Selected {
   }
 
   Selection view() const {
-    return {source_.data(), given_, static_cast<int64_t>(source_.size()),
-            parts_.data(), ends_.data()};
+    return {source_.data(), given_, static_cast<int64_t>(source_.size()), parts_.data(),
+            ends_.data()};
   }
 
  private:

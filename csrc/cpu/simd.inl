@@ -6,10 +6,10 @@
 
 #include "cpu/kernels.h"
 
-#define SACL_INLINE inline __attribute__((always_inline))
-
 namespace sacl {
 namespace {
+
+constexpr int64_t kRows = 64;  // rows summed in fp32
 
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 
@@ -30,7 +30,6 @@ SACL_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 SACL_INLINE void store(float* p, Vec v, int64_t lanes) {
   std::memcpy(p, &v, lanes * sizeof(float));
 }
-
 
 SACL_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -57,17 +56,35 @@ SACL_INLINE void put(float* p, Vec v, Blocks blocks) {
   FULL ? store(p, v) : store(p, v, blocks.lanes);
 }
 
-#include "cpu/batch_norm_act_kernels.inl"
-#include "cpu/combine_kernels.inl"
-#include "cpu/depthwise_kernels.inl"
 #include "cpu/augment_kernels.inl"
+#include "cpu/batch_norm_act_kernels.inl"
+#include "cpu/depthwise_conv_kernels.inl"
+#include "cpu/slim_add_kernels.inl"
+#include "cpu/slim_gate_kernels.inl"
 
 }  // namespace
 
 extern const Kernels SACL_KERNELS = {
-    sums_forward, apply, sums_backward, gradient, add, scale, products, select, depthwise,
-    depthwise_input, depthwise_weight, transpose, weigh_rows, luma_sum, blend_constant, blend_luma,
-    turn_hue, blur_columns, blur_row, normalise,
+    .sums_forward = sums_forward,
+    .apply = apply,
+    .sums_backward = sums_backward,
+    .gradient = gradient,
+    .add = add,
+    .scale = scale,
+    .products = products,
+    .select = select,
+    .depthwise_conv = depthwise_conv,
+    .depthwise_conv_backward_input = depthwise_conv_backward_input,
+    .depthwise_conv_backward_weight = depthwise_conv_backward_weight,
+    .transpose = transpose,
+    .weigh_rows = weigh_rows,
+    .luma_sum = luma_sum,
+    .blend_constant = blend_constant,
+    .blend_luma = blend_luma,
+    .turn_hue = turn_hue,
+    .blur_columns = blur_columns,
+    .blur_row = blur_row,
+    .normalise = normalise,
 };
 
 }  // namespace sacl

@@ -7,6 +7,7 @@
 // as long as the channels: running statistics, the zeroed channels, gradients of weight and bias.
 //
 // Sums are in fp32, of differences to the first row, so an offset costs no digits.
+#include "cuda/activations.h"
 #include "cuda/device.h"
 
 namespace sacl::cuda {
@@ -17,34 +18,12 @@ template <int V>
 constexpr int kLoads = V == 1 ? 8 : 4;
 constexpr int kPerProcessor = 8, kPerProcessorSums = 4;
 
-template <int A>
-__device__ float activate(float z) {  // NaN stays NaN
-  if (A == kRelu) return z < 0 ? 0.0f : z;
-  if (A == kRelu6) return z < 0 ? 0.0f : (z > 6 ? 6.0f : z);
-  if (A == kHardswish) return z * (z < -3 ? 0.0f : (z > 3 ? 6.0f : z + 3)) * (1.0f / 6);
-  if (A == kSilu) return __fdividef(z, 1 + __expf(-z));
-  return z;
-}
-
-// dy times the derivative of the activation at z: PyTorch's, at the kinks too.
-template <int A>
-__device__ float through(float dy, float z) {
-  if (A == kRelu) return z > 0 ? dy : 0.0f;
-  if (A == kRelu6) return z > 0 && z < 6 ? dy : 0.0f;
-  if (A == kHardswish) return z < -3 ? 0.0f : (z <= 3 ? dy * (z * (1.0f / 3) + 0.5f) : dy);
-  if (A == kSilu) {
-    const float s = __fdividef(1, 1 + __expf(-z));
-    return dy * s * (1 + z * (1 - s));
-  }
-  return dy;
-}
-
 struct Rows {
   int64_t M, chunk;  // chunk: rows that a block takes
   int K;
 };
 
-// use(place of a row's V channels, their values in each of `inputs`) for the block's rows, several
+// use(where a row's V channels are, their values in each of `inputs`) for the block's rows, several
 // loads ahead; rows are counted from the last one if `backwards`.
 template <class T, int V, int INPUTS, class Use>
 __device__ void for_rows(const Rows& rows, const T* const (&inputs)[INPUTS], int channel,
@@ -74,10 +53,13 @@ __device__ void for_rows(const Rows& rows, const T* const (&inputs)[INPUTS], int
 
 struct Vectors {  // of the full channels, and where in them the live ones are
   const float *weight, *bias;
-  const int64_t* kept;
+  const int64_t* kept_index;
   const float *mean, *rstd;  // of the live ones
 
-  __device__ int64_t place(int channel) const { return kept ? kept[channel] : channel; }
+  // The number that a live channel has among all.
+  __device__ int64_t number(int channel) const {
+    return kept_index ? kept_index[channel] : channel;
+  }
 };
 
 // y = act((x - mean) * scale + bias) of V channels.
@@ -88,10 +70,10 @@ struct Affine {
   __device__ Affine(const Vectors& vectors, int channel) {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      const int64_t place = vectors.place(channel + v);
+      const int64_t number = vectors.number(channel + v);
       mean[v] = vectors.mean[channel + v];
-      scale[v] = vectors.rstd[channel + v] * vectors.weight[place];
-      bias[v] = vectors.bias[place];
+      scale[v] = vectors.rstd[channel + v] * vectors.weight[number];
+      bias[v] = vectors.bias[number];
     }
   }
   __device__ float at(int v, float x) const { return (x - mean[v]) * scale[v] + bias[v]; }
@@ -132,7 +114,7 @@ __global__ void __launch_bounds__(kThreads) moments(Rows rows, const T* x, float
   leave_sums<V>(sums, channel, rows.K, partial);
 }
 
-template <class T, int V, int A>
+template <class T, int V, class A>
 __global__ void __launch_bounds__(kThreads) apply(Rows rows, const T* x, Vectors vectors, T* y) {
   const int channel = (blockIdx.y * blockDim.x + threadIdx.x) * V;
   if (channel >= rows.K) return;
@@ -141,12 +123,12 @@ __global__ void __launch_bounds__(kThreads) apply(Rows rows, const T* x, Vectors
   for_rows<T, V>(rows, inputs, channel, true, [&](int64_t at, const float (&in)[1][V]) {
     float out[V];
 #pragma unroll
-    for (int v = 0; v < V; ++v) out[v] = activate<A>(affine.at(v, in[0][v]));
+    for (int v = 0; v < V; ++v) out[v] = A::value(affine.at(v, in[0][v]));
     Vec<T, V>::store(y + at, out);
   });
 }
 
-template <class T, int V, int A>
+template <class T, int V, class A>
 __global__ void __launch_bounds__(kThreads)
     gradient_sums(Rows rows, const T* dy, const T* x, Vectors vectors, float* partial) {
   const int channel = (blockIdx.y * blockDim.x + threadIdx.x) * V;
@@ -158,7 +140,7 @@ __global__ void __launch_bounds__(kThreads)
     for_rows<T, V>(rows, inputs, channel, false, [&](int64_t, const float (&in)[2][V]) {
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        const float dz = through<A>(in[0][v], affine.at(v, in[1][v]));
+        const float dz = A::through(in[0][v], affine.at(v, in[1][v]));
         sums[v] += dz;
         sums[V + v] += dz * (in[1][v] - affine.mean[v]);
       }
@@ -168,7 +150,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // dx = scale * dz - constant - (x - mean) * projection
-template <class T, int V, int A>
+template <class T, int V, class A>
 __global__ void __launch_bounds__(kThreads)
     gradient(Rows rows, const T* dy, const T* x, Vectors vectors, const float* constant,
              const float* projection, T* dx) {
@@ -186,7 +168,7 @@ __global__ void __launch_bounds__(kThreads)
     float out[V];
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      const float dz = through<A>(in[0][v], affine.at(v, in[1][v]));
+      const float dz = A::through(in[0][v], affine.at(v, in[1][v]));
       out[v] = affine.scale[v] * dz - less[v] - (in[1][v] - affine.mean[v]) * slope[v];
     }
     Vec<T, V>::store(dx + at, out);
@@ -195,10 +177,12 @@ __global__ void __launch_bounds__(kThreads)
 
 // What is as long as the channels.
 
-// Blocks of threads for the live channels, and after them for the zeroed ones.
-struct Ends {
-  int K, R, blocks;  // blocks: of stage one, which left sums (blocks, 2, K)
-  const int64_t* zeroed;
+// The blocks that go through the channels: first those for the live ones, then those for the
+// zeroed.
+struct ChannelBlocks {
+  int K, R,
+      row_blocks;  // row_blocks: of the pass over the rows, which left sums (row_blocks, 2, K)
+  const int64_t* zeroed_index;
 
   int live_blocks() const { return ceil_div(K, kColumns); }
   dim3 grid() const { return dim3(live_blocks() + ceil_div(R, kColumns * kColumnRows)); }
@@ -208,83 +192,65 @@ __device__ inline int zeroed_channel(int live_blocks) {
   return ((blockIdx.x - live_blocks) * kColumnRows + threadIdx.y) * kColumns + threadIdx.x;
 }
 
-__device__ inline void move(float* running, int64_t place, double to, float momentum) {
-  if (running) running[place] += momentum * (static_cast<float>(to) - running[place]);
-}
-
-__device__ inline float activate_any(int act, float z) {
-  switch (act) {
-    case kRelu: return activate<kRelu>(z);
-    case kRelu6: return activate<kRelu6>(z);
-    case kHardswish: return activate<kHardswish>(z);
-    case kSilu: return activate<kSilu>(z);
-    default: return z;
-  }
-}
-
-__device__ inline float through_any(int act, float dy, float z) {
-  switch (act) {
-    case kRelu: return through<kRelu>(dy, z);
-    case kRelu6: return through<kRelu6>(dy, z);
-    case kHardswish: return through<kHardswish>(dy, z);
-    case kSilu: return through<kSilu>(dy, z);
-    default: return dy;
-  }
+__device__ inline void move(float* running, int64_t number, double to, float momentum) {
+  if (running) running[number] += momentum * (static_cast<float>(to) - running[number]);
 }
 
 template <class T>
-__global__ void finish_moments(Ends ends, int live_blocks, const T* x, double M,
-                               const float* partial, const float* bias, const int64_t* kept,
+__global__ void finish_moments(ChannelBlocks channels, int live_blocks, const T* x, double M,
+                               const float* partial, const float* bias, const int64_t* kept_index,
                                BatchNormStatistics statistics, int act, float* mean, float* rstd,
                                T* rest) {
   if (static_cast<int>(blockIdx.x) < live_blocks) {
     const int c = blockIdx.x * kColumns + threadIdx.x;
-    const bool inside = c < ends.K;
-    const double sum = sum_of_column(partial, ends.blocks, 2 * ends.K, c, inside);
-    const double squares = sum_of_column(partial, ends.blocks, 2 * ends.K, ends.K + c, inside);
+    const bool inside = c < channels.K;
+    const double sum = sum_of_column(partial, channels.row_blocks, 2 * channels.K, c, inside);
+    const double squares =
+        sum_of_column(partial, channels.row_blocks, 2 * channels.K, channels.K + c, inside);
     if (!inside || threadIdx.y != 0) return;
     const double beyond = sum / M, variance = squares / M - beyond * beyond;
     const double positive = variance < 0 ? 0 : variance;  // NaN stays NaN
     const double own_mean = to_float(x[c]) + beyond;
     mean[c] = static_cast<float>(own_mean);
     rstd[c] = static_cast<float>(1 / sqrt(positive + statistics.eps));
-    const int64_t place = kept ? kept[c] : c;
+    const int64_t number = kept_index ? kept_index[c] : c;
     const double n = statistics.count;
-    move(statistics.running_mean, place, own_mean, statistics.momentum);
-    move(statistics.running_var, place, positive * (n / (n > 2 ? n - 1 : 1)), statistics.momentum);
+    move(statistics.running_mean, number, own_mean, statistics.momentum);
+    move(statistics.running_var, number, positive * (n / (n > 2 ? n - 1 : 1)), statistics.momentum);
     return;
   }
   const int r = zeroed_channel(live_blocks);
-  if (r >= ends.R) return;
-  const int64_t place = ends.zeroed[r];
-  rest[r] = from_float<T>(activate_any(act, bias[place]));
-  move(statistics.running_mean, place, 0, statistics.momentum);
-  move(statistics.running_var, place, 0, statistics.momentum);
+  if (r >= channels.R) return;
+  const int64_t number = channels.zeroed_index[r];
+  rest[r] = from_float<T>(activate(act, bias[number]));
+  move(statistics.running_mean, number, 0, statistics.momentum);
+  move(statistics.running_var, number, 0, statistics.momentum);
 }
 
 template <class T>
-__global__ void finish_gradient(Ends ends, int live_blocks, double M, const float* partial,
-                                Vectors vectors, const T* drest, int act, float* constant,
-                                float* projection, float* dweight, float* dbias) {
+__global__ void finish_gradient(ChannelBlocks channels, int live_blocks, double M,
+                                const float* partial, Vectors vectors, const T* drest, int act,
+                                float* constant, float* projection, float* dweight, float* dbias) {
   if (static_cast<int>(blockIdx.x) < live_blocks) {
     const int c = blockIdx.x * kColumns + threadIdx.x;
-    const bool inside = c < ends.K;
-    const double sum = sum_of_column(partial, ends.blocks, 2 * ends.K, c, inside);
-    const double products = sum_of_column(partial, ends.blocks, 2 * ends.K, ends.K + c, inside);
+    const bool inside = c < channels.K;
+    const double sum = sum_of_column(partial, channels.row_blocks, 2 * channels.K, c, inside);
+    const double products =
+        sum_of_column(partial, channels.row_blocks, 2 * channels.K, channels.K + c, inside);
     if (!inside || threadIdx.y != 0) return;
-    const int64_t place = vectors.place(c);
-    const double rstd = vectors.rstd[c], scale = rstd * vectors.weight[place];
-    dbias[place] = static_cast<float>(sum);
-    dweight[place] = static_cast<float>(products * rstd);
+    const int64_t number = vectors.number(c);
+    const double rstd = vectors.rstd[c], scale = rstd * vectors.weight[number];
+    dbias[number] = static_cast<float>(sum);
+    dweight[number] = static_cast<float>(products * rstd);
     constant[c] = static_cast<float>(scale * sum / M);
     projection[c] = static_cast<float>(scale * products * rstd * rstd / M);
     return;
   }
   const int r = zeroed_channel(live_blocks);
-  if (r >= ends.R) return;
-  const int64_t place = ends.zeroed[r];
-  dbias[place] = drest ? through_any(act, to_float(drest[r]), vectors.bias[place]) : 0.0f;
-  dweight[place] = 0;
+  if (r >= channels.R) return;
+  const int64_t number = channels.zeroed_index[r];
+  dbias[number] = drest ? through_activation(act, to_float(drest[r]), vectors.bias[number]) : 0.0f;
+  dweight[number] = 0;
 }
 
 __global__ void clear_both(float* a, float* b, int count) {
@@ -294,64 +260,48 @@ __global__ void clear_both(float* a, float* b, int count) {
 
 // Launches.
 
-struct How {
+// The blocks over M rows: fewer where each leaves sums.
+struct RowBlocks {
   Tile tile;
-  Deal sums, images;
+  Chunks sums, images;
 
-  How(const BatchNormShape& s, int V)
-      : tile(s.K, V),
-        sums(s.M, tile, kPerProcessorSums),
-        images(s.M, tile, kPerProcessor) {}
+  RowBlocks(const BatchNormActShape& s, int V)
+      : tile(s.K, V), sums(s.M, tile, kPerProcessorSums), images(s.M, tile, kPerProcessor) {}
 
-  Rows rows(const BatchNormShape& s, const Deal& deal) const { return {s.M, deal.chunk, s.K}; }
-  dim3 grid(const Deal& deal) const { return dim3(deal.chunks, tile.slices); }
+  Rows rows(const BatchNormActShape& s, const Chunks& chunks) const {
+    return {s.M, chunks.size, s.K};
+  }
+  dim3 grid(const Chunks& chunks) const { return dim3(chunks.count, tile.slices); }
   dim3 block() const { return dim3(tile.groups, tile.rows); }
 };
 
-template <int A>
-struct ActivationOf {
-  static constexpr int kCode = A;
-};
-
-template <class F>
-const char* with_activation(int act, const F& f) {
-  switch (act) {
-    case kNone: return f(ActivationOf<kNone>());
-    case kRelu: return f(ActivationOf<kRelu>());
-    case kRelu6: return f(ActivationOf<kRelu6>());
-    case kHardswish: return f(ActivationOf<kHardswish>());
-    case kSilu: return f(ActivationOf<kSilu>());
-    default: return "no such activation";
-  }
-}
-
 template <class T, int V>
-const char* forward(const BatchNormShape& s, const T* x, Vectors vectors, const int64_t* zeroed,
-                    BatchNormStatistics statistics, T* y, T* rest, float* mean, float* rstd,
-                    float* scratch, void* stream) {
-  const How how(s, V);
-  if (const char* failure = launch(&moments<T, V>, how.grid(how.sums), how.block(), stream,
-                                   how.rows(s, how.sums), x, scratch)) {
+const char* forward(const BatchNormActShape& s, const T* x, Vectors vectors,
+                    const int64_t* zeroed_index, BatchNormStatistics statistics, T* y, T* rest,
+                    float* mean, float* rstd, float* scratch, void* stream) {
+  const RowBlocks blocks(s, V);
+  if (const char* failure = launch(&moments<T, V>, blocks.grid(blocks.sums), blocks.block(), stream,
+                                   blocks.rows(s, blocks.sums), x, scratch)) {
     return failure;
   }
-  const Ends ends{s.K, s.R, how.sums.chunks, zeroed};
+  const ChannelBlocks channels{s.K, s.R, blocks.sums.count, zeroed_index};
   if (const char* failure =
-          launch(&finish_moments<T>, ends.grid(), dim3(kColumns, kColumnRows), stream, ends,
-                 ends.live_blocks(), x, static_cast<double>(s.M), scratch, vectors.bias,
-                 vectors.kept, statistics, s.act, mean, rstd, rest)) {
+          launch(&finish_moments<T>, channels.grid(), dim3(kColumns, kColumnRows), stream, channels,
+                 channels.live_blocks(), x, static_cast<double>(s.M), scratch, vectors.bias,
+                 vectors.kept_index, statistics, s.act, mean, rstd, rest)) {
     return failure;
   }
   return with_activation(s.act, [&](auto act) {
-    return launch(&apply<T, V, act.kCode>, how.grid(how.images), how.block(), stream,
-                  how.rows(s, how.images), x, vectors, y);
+    return launch(&apply<T, V, decltype(act)>, blocks.grid(blocks.images), blocks.block(), stream,
+                  blocks.rows(s, blocks.images), x, vectors, y);
   });
 }
 
 template <class T, int V>
-const char* backward(const BatchNormShape& s, const T* dy, const T* drest, const T* x,
-                     Vectors vectors, const int64_t* zeroed, T* dx, float* dweight, float* dbias,
-                     float* scratch, void* stream) {
-  const How how(s, V);
+const char* backward(const BatchNormActShape& s, const T* dy, const T* drest, const T* x,
+                     Vectors vectors, const int64_t* zeroed_index, T* dx, float* dweight,
+                     float* dbias, float* scratch, void* stream) {
+  const RowBlocks blocks(s, V);
   if (s.K + s.R < s.C) {  // channels that are in neither list
     if (const char* failure = launch(&clear_both, dim3(ceil_div(s.C, kThreads)), dim3(kThreads),
                                      stream, dweight, dbias, s.C)) {
@@ -360,25 +310,26 @@ const char* backward(const BatchNormShape& s, const T* dy, const T* drest, const
   }
   float *constant = scratch, *projection = scratch + s.K, *partial = scratch + 2 * s.K;
   return with_activation(s.act, [&](auto act) {
-    constexpr int A = act.kCode;
-    if (const char* failure = launch(&gradient_sums<T, V, A>, how.grid(how.sums), how.block(),
-                                     stream, how.rows(s, how.sums), dy, x, vectors, partial)) {
-      return failure;
-    }
-    const Ends ends{s.K, s.R, how.sums.chunks, zeroed};
+    using A = decltype(act);
     if (const char* failure =
-            launch(&finish_gradient<T>, ends.grid(), dim3(kColumns, kColumnRows), stream, ends,
-                   ends.live_blocks(), static_cast<double>(s.M), partial, vectors, drest, s.act,
-                   constant, projection, dweight, dbias)) {
+            launch(&gradient_sums<T, V, A>, blocks.grid(blocks.sums), blocks.block(), stream,
+                   blocks.rows(s, blocks.sums), dy, x, vectors, partial)) {
       return failure;
     }
-    return launch(&gradient<T, V, A>, how.grid(how.images), how.block(), stream,
-                  how.rows(s, how.images), dy, x, vectors, constant, projection, dx);
+    const ChannelBlocks channels{s.K, s.R, blocks.sums.count, zeroed_index};
+    if (const char* failure =
+            launch(&finish_gradient<T>, channels.grid(), dim3(kColumns, kColumnRows), stream,
+                   channels, channels.live_blocks(), static_cast<double>(s.M), partial, vectors,
+                   drest, s.act, constant, projection, dweight, dbias)) {
+      return failure;
+    }
+    return launch(&gradient<T, V, A>, blocks.grid(blocks.images), blocks.block(), stream,
+                  blocks.rows(s, blocks.images), dy, x, vectors, constant, projection, dx);
   });
 }
 
 template <class T>
-bool vectors_fit(const BatchNormShape& s, const void* a, const void* b, const void* c) {
+bool vectors_fit(const BatchNormActShape& s, const void* a, const void* b, const void* c) {
   return s.K % kLanes<T> == 0 && aligned(a) && aligned(b) && aligned(c);
 }
 
@@ -389,40 +340,42 @@ using namespace sacl::cuda;
 
 extern "C" {
 
-int64_t sacl_cuda_batch_norm_scratch(BatchNormShape shape) {
+int64_t sacl_cuda_batch_norm_act_scratch(BatchNormActShape shape) {
   int chunks = 0;
   with_type(shape.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    chunks = std::max(How(shape, 1).sums.chunks, How(shape, kLanes<T>).sums.chunks);
+    chunks = std::max(RowBlocks(shape, 1).sums.count, RowBlocks(shape, kLanes<T>).sums.count);
     return static_cast<const char*>(nullptr);
   });
   return 2 * static_cast<int64_t>(shape.K) * (1 + chunks);
 }
 
-const char* sacl_cuda_batch_norm(BatchNormShape shape, const void* x, const float* weight,
-                                 const float* bias, const int64_t* kept, const int64_t* zeroed,
-                                 BatchNormStatistics statistics, void* y, void* rest, float* mean,
-                                 float* rstd, float* scratch, void* stream) {
+const char* sacl_cuda_batch_norm_act(BatchNormActShape shape, const void* x, const float* weight,
+                                     const float* bias, const int64_t* kept_index,
+                                     const int64_t* zeroed_index, BatchNormStatistics statistics,
+                                     void* y, void* rest, float* mean, float* rstd, float* scratch,
+                                     void* stream) {
   return with_type(shape.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto run = vectors_fit<T>(shape, x, y, nullptr) ? &forward<T, kLanes<T>> : &forward<T, 1>;
-    return run(shape, static_cast<const T*>(x), Vectors{weight, bias, kept, mean, rstd}, zeroed,
-               statistics, static_cast<T*>(y), static_cast<T*>(rest), mean, rstd, scratch, stream);
+    return run(shape, static_cast<const T*>(x), Vectors{weight, bias, kept_index, mean, rstd},
+               zeroed_index, statistics, static_cast<T*>(y), static_cast<T*>(rest), mean, rstd,
+               scratch, stream);
   });
 }
 
-const char* sacl_cuda_batch_norm_backward(BatchNormShape shape, const void* dy, const void* drest,
-                                          const void* x, const float* weight, const float* bias,
-                                          const int64_t* kept, const int64_t* zeroed,
-                                          const float* mean, const float* rstd, void* dx,
-                                          float* dweight, float* dbias, float* scratch,
-                                          void* stream) {
+const char* sacl_cuda_batch_norm_act_backward(BatchNormActShape shape, const void* dy,
+                                              const void* drest, const void* x, const float* weight,
+                                              const float* bias, const int64_t* kept_index,
+                                              const int64_t* zeroed_index, const float* mean,
+                                              const float* rstd, void* dx, float* dweight,
+                                              float* dbias, float* scratch, void* stream) {
   return with_type(shape.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto run = vectors_fit<T>(shape, dy, x, dx) ? &backward<T, kLanes<T>> : &backward<T, 1>;
     return run(shape, static_cast<const T*>(dy), static_cast<const T*>(drest),
-               static_cast<const T*>(x), Vectors{weight, bias, kept, mean, rstd}, zeroed,
-               static_cast<T*>(dx), dweight, dbias, scratch, stream);
+               static_cast<const T*>(x), Vectors{weight, bias, kept_index, mean, rstd},
+               zeroed_index, static_cast<T*>(dx), dweight, dbias, scratch, stream);
   });
 }
 }

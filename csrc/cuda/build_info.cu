@@ -1,6 +1,6 @@
-#include "build_info.h"
-
 #include <cuda_runtime.h>
+
+#include "build_info.h"
 
 #define SACL_TEXT_OF(x) #x
 #define SACL_TEXT(x) SACL_TEXT_OF(x)

@@ -204,16 +204,16 @@ struct Tile {
   }
 };
 
-// How `items` rows are dealt to blocks: each takes `chunk` in sequence, Tile::rows at a time.
-struct Deal {
-  int64_t chunk;
-  int chunks;
+// `items` rows cut into chunks, one a block, which goes through its own Tile::rows at a time.
+struct Chunks {
+  int64_t size;  // rows of a chunk
+  int count;
 
-  // per_processor: blocks on a multiprocessor that are to be had, if there is work enough.
-  Deal(int64_t items, const Tile& tile, int per_processor) {
+  // per_processor: blocks that a multiprocessor is to have where there is work enough.
+  Chunks(int64_t items, const Tile& tile, int per_processor) {
     const int64_t blocks = ceil_div(multiprocessors() * per_processor, tile.slices);
-    chunk = ceil_div(ceil_div(items, blocks), static_cast<int64_t>(tile.rows)) * tile.rows;
-    chunks = static_cast<int>(ceil_div(items, chunk));
+    size = ceil_div(ceil_div(items, blocks), static_cast<int64_t>(tile.rows)) * tile.rows;
+    count = static_cast<int>(ceil_div(items, size));
   }
 };
 
@@ -271,8 +271,8 @@ constexpr int kColumns = 32, kColumnRows = 16;  // threads of a block that sums 
 
 // The sum of column blockIdx.x * kColumns + threadIdx.x of `partial` (count, columns), whose rows
 // are `stride` apart; valid where threadIdx.y is 0. Called by all threads of the block.
-__device__ inline double sum_of_column(const float* partial, int count, int64_t stride,
-                                       int column, bool inside) {
+__device__ inline double sum_of_column(const float* partial, int count, int64_t stride, int column,
+                                       bool inside) {
   __shared__ double sums[kColumnRows][kColumns];
   double sum = 0;
   if (inside) {

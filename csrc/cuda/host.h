@@ -94,7 +94,7 @@ inline const int64_t* indices(const std::optional<Tensor>& t, int64_t count, con
   return t ? static_cast<const int64_t*>(plain(*t, {count}, ScalarType::Long, name)) : nullptr;
 }
 
-// Images (N, C, H, W) that lie in memory as (N, H, W, C), of places that an int counts.
+// Images (N, C, H, W) that lie in memory as (N, H, W, C), of pixels that an int counts.
 inline const void* images(const Tensor& t, const char* name) {
   bool last = on_device(t) && t.dim() == 4;
   int64_t expected = 1;
@@ -104,15 +104,15 @@ inline const void* images(const Tensor& t, const char* name) {
   }
   STD_TORCH_CHECK(last, name, " is not images in channels-last memory on the device");
   STD_TORCH_CHECK(t.numel() > 0, name, " is empty");
-  STD_TORCH_CHECK(t.numel() / t.size(1) <= INT_MAX / 2, name, " has more than 2^30 places");
+  STD_TORCH_CHECK(t.numel() / t.size(1) <= INT_MAX / 2, name, " has more than 2^30 pixels");
   return t.const_data_ptr();
 }
 
 // The same memory, seen with other sizes and strides.
 inline Tensor seen_as(const Tensor& t, std::vector<int64_t> sizes, std::vector<int64_t> strides) {
   AtenTensorHandle view = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
-      t.get(), static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0, &view));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(sizes.size()),
+                                                        sizes.data(), strides.data(), 0, &view));
   return Tensor(view);
 }
 

@@ -11,23 +11,23 @@
 
 #include <cstdint>
 
+#include "activation_list.h"
+
 namespace sacl::cuda {
 
 enum Dtype : int { kFloat32, kFloat16, kBFloat16 };
 
-enum Activation : int { kNone, kRelu, kRelu6, kHardswish, kSilu };  // as in ../cpu/kernels.h
-
-struct DepthwiseShape {
+struct DepthwiseConvShape {
   int dtype;  // of images, weight and the weight's gradient
   int N, H, W, C;
   int OH, OW, K;  // of the output, K filters
   int kh, kw, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
 };
 
-struct BatchNormShape {
+struct BatchNormActShape {
   int dtype;  // of activations and of the rest; all else is float32
   int act;
-  int64_t M;  // rows: N H W
+  int64_t M;    // rows: N H W
   int K, R, C;  // live channels, zeroed channels, channels of the full vectors
 };
 
@@ -38,11 +38,12 @@ struct BatchNormStatistics {
   float momentum, eps;
 };
 
-// A sum over places: one of (N or 1, H or 1, W or 1) for each that is kept.
-struct PlacesShape {
+// What is added to images, one value for each sample, each pixel, both or neither; backwards, what
+// the images' gradient is summed to.
+struct OffsetShape {
   int dtype;
-  int N, H, W, O;  // of the image
-  int n, h, w;     // of the sums: as the image, or 1
+  int N, H, W, O;  // of the images
+  int n, h, w;     // of the offset: as the image, or 1
 };
 
 // The weight (Cout, Cin) of a 1x1 convolution and its parts: (O, K) from live channels and (O, R)
@@ -52,19 +53,19 @@ struct WeightShape {
   int Cout, Cin, O, K;
 };
 
-// One operand of a sum: the result's channel u is source[u] of its live channels (M, live), or
-// beyond those of its constants; source null: all live ones in order.
+// One operand of a sum: the result's channel u is index[u] of its live channels (M, live), or
+// beyond those of its constants; index null: all live ones in order.
 struct Operand {
   const void* values;
   const void* constants;
-  const int64_t* source;
+  const int64_t* index;
   int live, constant;
 };
 
 struct GateShape {
   int dtype;
-  int N, HW;    // samples, places of an image
-  int K, R, C;  // channels of each sample's own, shared ones, of the gate
+  int N, HW;    // samples, pixels of an image
+  int K, R, C;  // channels of x, of the map, of the gate
 };
 
 }  // namespace sacl::cuda
@@ -75,76 +76,80 @@ extern "C" {
 const char* sacl_cuda_use_device(int device);
 
 // y (N, OH, OW, K) of x (N, H, W, C) and weight (K, kh, kw).
-const char* sacl_cuda_depthwise(sacl::cuda::DepthwiseShape shape, const void* x, const void* weight,
-                                const int64_t* index, void* y, void* stream);
+const char* sacl_cuda_depthwise_conv(sacl::cuda::DepthwiseConvShape shape, const void* x,
+                                     const void* weight, const int64_t* in_index, void* y,
+                                     void* stream);
 
-// dx (N, H, W, C) of dy (N, OH, OW, K). places: scratch of C where there is an index, else null.
-const char* sacl_cuda_depthwise_input(sacl::cuda::DepthwiseShape shape, const void* dy,
-                                      const void* weight, const int64_t* index, void* dx,
-                                      int64_t* places, void* stream);
+// dx (N, H, W, C) of dy (N, OH, OW, K). positions: scratch of C where there is in_index, else null.
+const char* sacl_cuda_depthwise_conv_backward_input(sacl::cuda::DepthwiseConvShape shape,
+                                                    const void* dy, const void* weight,
+                                                    const int64_t* in_index, void* dx,
+                                                    int64_t* positions, void* stream);
 
 // dweight (K, kh, kw). partial: scratch of as many floats as this says.
-int64_t sacl_cuda_depthwise_weight_scratch(sacl::cuda::DepthwiseShape shape);
-const char* sacl_cuda_depthwise_weight(sacl::cuda::DepthwiseShape shape, const void* x,
-                                       const void* dy, const int64_t* index, void* dweight,
-                                       float* partial, void* stream);
+int64_t sacl_cuda_depthwise_conv_backward_weight_scratch(sacl::cuda::DepthwiseConvShape shape);
+const char* sacl_cuda_depthwise_conv_backward_weight(sacl::cuda::DepthwiseConvShape shape,
+                                                     const void* x, const void* dy,
+                                                     const int64_t* in_index, void* dweight,
+                                                     float* partial, void* stream);
 
 // Floats of scratch that both passes of batch norm take.
-int64_t sacl_cuda_batch_norm_scratch(sacl::cuda::BatchNormShape shape);
+int64_t sacl_cuda_batch_norm_act_scratch(sacl::cuda::BatchNormActShape shape);
 
-// x, y (M, K); weight, bias (C); kept (K); zeroed (R); rest (R); mean, rstd (K).
-const char* sacl_cuda_batch_norm(sacl::cuda::BatchNormShape shape, const void* x,
-                                 const float* weight, const float* bias, const int64_t* kept,
-                                 const int64_t* zeroed, sacl::cuda::BatchNormStatistics statistics,
-                                 void* y, void* rest, float* mean, float* rstd, float* scratch,
-                                 void* stream);
+// x, y (M, K); weight, bias (C); kept_index (K); zeroed_index (R); rest (R); mean, rstd (K).
+const char* sacl_cuda_batch_norm_act(sacl::cuda::BatchNormActShape shape, const void* x,
+                                     const float* weight, const float* bias,
+                                     const int64_t* kept_index, const int64_t* zeroed_index,
+                                     sacl::cuda::BatchNormStatistics statistics, void* y,
+                                     void* rest, float* mean, float* rstd, float* scratch,
+                                     void* stream);
 
 // dy, dx (M, K); drest (R) or null; dweight, dbias (C).
-const char* sacl_cuda_batch_norm_backward(sacl::cuda::BatchNormShape shape, const void* dy,
-                                          const void* drest, const void* x, const float* weight,
-                                          const float* bias, const int64_t* kept,
-                                          const int64_t* zeroed, const float* mean,
-                                          const float* rstd, void* dx, float* dweight,
-                                          float* dbias, float* scratch, void* stream);
+const char* sacl_cuda_batch_norm_act_backward(sacl::cuda::BatchNormActShape shape, const void* dy,
+                                              const void* drest, const void* x, const float* weight,
+                                              const float* bias, const int64_t* kept_index,
+                                              const int64_t* zeroed_index, const float* mean,
+                                              const float* rstd, void* dx, float* dweight,
+                                              float* dbias, float* scratch, void* stream);
 
 // part (O, K) = weight[out_index][:, in_index], in the activations' type.
 const char* sacl_cuda_take_weight(sacl::cuda::WeightShape shape, const void* weight,
                                   const int64_t* out_index, const int64_t* in_index, void* part,
                                   void* stream);
 
-// places (C): where `first` (count) and, after them, `second` hold a channel, or -1.
-const char* sacl_cuda_places(const int64_t* first, int first_count, const int64_t* second,
-                             int second_count, int64_t* places, int C, void* stream);
+// positions (C): where `first` (count) and, after them, `second` hold a channel, or -1.
+const char* sacl_cuda_invert_index(const int64_t* first, int first_count, const int64_t* second,
+                                   int second_count, int64_t* positions, int C, void* stream);
 
-// dweight (Cout, Cin) from its parts: live (O, K) and, from place K on, rest (O, R); 0 elsewhere.
-// Places of the outputs (Cout) and inputs (Cin); null: in order.
+// dweight (Cout, Cin) from its parts: live (O, K) and, from column K on, rest (O, R); 0 elsewhere.
+// Positions of the outputs (Cout) and inputs (Cin); null: in order.
 const char* sacl_cuda_put_weight(sacl::cuda::WeightShape shape, const void* live, const void* rest,
-                                 int R, const int64_t* out_places, const int64_t* in_places,
+                                 int R, const int64_t* out_positions, const int64_t* in_positions,
                                  void* dweight, void* stream);
 
 // y (N, H, W, O) = offset (n, h, w, O) + response (N or 1, O); one of them may be null.
-const char* sacl_cuda_spread(sacl::cuda::PlacesShape shape, const void* offset,
-                             const void* response, int response_n, void* y, void* stream);
+const char* sacl_cuda_spread_offset(sacl::cuda::OffsetShape shape, const void* offset,
+                                    const void* response, int response_n, void* y, void* stream);
 
 // sums (n, h, w, O) of dy (N, H, W, O); scratch of as many floats as this says.
-int64_t sacl_cuda_sum_places_scratch(sacl::cuda::PlacesShape shape);
-const char* sacl_cuda_sum_places(sacl::cuda::PlacesShape shape, const void* dy, void* sums,
-                                 float* scratch, void* stream);
+int64_t sacl_cuda_sum_to_offset_scratch(sacl::cuda::OffsetShape shape);
+const char* sacl_cuda_sum_to_offset(sacl::cuda::OffsetShape shape, const void* dy, void* sums,
+                                    float* scratch, void* stream);
 
 // y (M, U) = a + b.
-const char* sacl_cuda_add(int dtype, int64_t M, int U, sacl::cuda::Operand a, sacl::cuda::Operand b,
-                          void* y, void* stream);
+const char* sacl_cuda_slim_add(int dtype, int64_t M, int U, sacl::cuda::Operand a,
+                               sacl::cuda::Operand b, void* y, void* stream);
 
 // out (M, C_out): channel source[c] of in (M, C_in), or 0 where that is -1.
 const char* sacl_cuda_select(int dtype, int64_t M, int C_in, int C_out, const void* in,
                              const int64_t* source, void* out, void* stream);
 
 // y (N, HW, K + R) = x (N, HW, K) and map (HW, R) times their factors of gate (N, C).
-const char* sacl_cuda_gate(sacl::cuda::GateShape shape, const void* x, const void* map,
-                           const void* gate, const int64_t* index, const int64_t* map_index,
-                           void* y, void* stream);
-const char* sacl_cuda_gate_backward(sacl::cuda::GateShape shape, const void* dy, const void* x,
-                                    const void* map, const void* gate, const int64_t* index,
-                                    const int64_t* map_index, void* dx, void* dmap, void* dgate,
-                                    void* stream);
+const char* sacl_cuda_slim_gate(sacl::cuda::GateShape shape, const void* x, const void* map,
+                                const void* gate, const int64_t* x_index, const int64_t* map_index,
+                                void* y, void* stream);
+const char* sacl_cuda_slim_gate_backward(sacl::cuda::GateShape shape, const void* dy, const void* x,
+                                         const void* map, const void* gate, const int64_t* x_index,
+                                         const int64_t* map_index, void* dx, void* dmap,
+                                         void* dgate, void* stream);
 }

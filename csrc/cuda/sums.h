@@ -5,8 +5,8 @@
 
 namespace sacl::cuda {
 
-inline PlacesShape places_shape(const Tensor& like, int64_t O, int64_t n, int64_t h, int64_t w) {
-  PlacesShape s{};
+inline OffsetShape offset_shape_of(const Tensor& like, int64_t O, int64_t n, int64_t h, int64_t w) {
+  OffsetShape s{};
   s.dtype = dtype_of(like);
   s.N = static_cast<int>(like.size(0)), s.H = static_cast<int>(like.size(2));
   s.W = static_cast<int>(like.size(3)), s.O = static_cast<int>(O);
@@ -19,24 +19,24 @@ inline PlacesShape places_shape(const Tensor& like, int64_t O, int64_t n, int64_
 
 // The sums of dy (N, O, H, W) over what n, h, w leave out, as (n, O, h, w).
 inline Tensor sums(const Tensor& dy, int64_t n, int64_t h, int64_t w, void* stream) {
-  const PlacesShape s = places_shape(dy, dy.size(1), n, h, w);
+  const OffsetShape s = offset_shape_of(dy, dy.size(1), n, h, w);
   if (n == s.N && h == s.H && w == s.W) return torch::stable::clone(dy);
   Tensor out = new_images(dy, n, s.O, h, w);
-  const Tensor partial = scratch(dy, sacl_cuda_sum_places_scratch(s));
-  check(sacl_cuda_sum_places(s, dy.const_data_ptr(), out.mutable_data_ptr(), floats_out(partial),
-                             stream));
+  const Tensor partial = scratch(dy, sacl_cuda_sum_to_offset_scratch(s));
+  check(sacl_cuda_sum_to_offset(s, dy.const_data_ptr(), out.mutable_data_ptr(), floats_out(partial),
+                                stream));
   return out;
 }
 
-// Where the channels of two lists are among C.
-inline Tensor places(const Tensor& like, const Tensor& first, const std::optional<Tensor>& second,
-                     int64_t C, void* stream) {
+// The inverse of two lists, one after the other: where in them each of C channels is, or -1.
+inline Tensor inverse(const Tensor& like, const Tensor& first, const std::optional<Tensor>& second,
+                      int64_t C, void* stream) {
   Tensor out = new_tensor(like, {C}, ScalarType::Long);
   const int64_t count = first.numel(), more = second ? second->numel() : 0;
-  check(sacl_cuda_places(indices(first, count, "index"), static_cast<int>(count),
-                         indices(second, more, "index"), static_cast<int>(more),
-                         static_cast<int64_t*>(out.mutable_data_ptr()), static_cast<int>(C),
-                         stream));
+  check(sacl_cuda_invert_index(indices(first, count, "index"), static_cast<int>(count),
+                               indices(second, more, "index"), static_cast<int>(more),
+                               static_cast<int64_t*>(out.mutable_data_ptr()), static_cast<int>(C),
+                               stream));
   return out;
 }
 

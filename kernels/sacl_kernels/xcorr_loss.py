@@ -1,8 +1,8 @@
 r"""Triton kernels for the cross-correlation loss: value and gradient without a D x D matrix.
 
-The maths and the names are those of ``sacl_fast/ops/xcorr_reference.py``, which these launchers
-replace one for one: standardised embeddings x = (A, B[, S, T]), sides 0 (A) and 1 (B); the
-partner of a side is the other one, its target x[2 + side].
+The maths and the names are those of ``sacl_fast/ops/xcorr_loss_reference.py``, which these
+launchers replace one for one: standardised embeddings x = (A, B[, S, T]), sides 0 (A) and 1 (B);
+the partner of a side is the other one, its target x[2 + side].
 
 ``gram`` (N <= D), 5 launches: standardize | gram (split along D) | combine | finish; backward:
 gradient, which for up to 512 rows holds all of them in one program and goes through the
@@ -11,7 +11,7 @@ gradient) for each panel of C | project | finish.
 
 Embeddings are kept in the type they come in, everything reduced is fp32, and the N x N factors
 enter the gradient as tf32 (bf16 would double its error). fp32 embeddings use tf32x3 throughout.
-No atomics: every partial sum has its place, and is added up in a fixed order.
+No atomics: every partial sum has memory of its own, and they are added up in a fixed order.
 """
 
 from __future__ import annotations
@@ -24,22 +24,21 @@ import triton
 from torch import Tensor
 from triton import knobs
 
-from sacl_kernels.xcorr_kernels import (
+from sacl_kernels.xcorr_loss_gradient_kernels import gradient_kernel, project_kernel
+from sacl_kernels.xcorr_loss_kernels import (
     combine_kernel,
     correlation_kernel,
     finish_kernel,
-    gradient_kernel,
     gram_kernel,
-    project_kernel,
     standardize_kernel,
 )
-from sacl_kernels.xcorr_launch import Launch, launch_for
+from sacl_kernels.xcorr_loss_launch import Launch, launch_for
 
 # pyright: reportArgumentType=false, reportCallIssue=false
 # (Triton's `kernel[grid]` takes what the kernel declares as constexpr, and launch options besides.)
 
 # --- launchers -----------------------------------------------------------------------------------
-# `rows` and `terms` are the tuples Rows and Terms of xcorr_reference.
+# `rows` and `terms` are the tuples Rows and Terms of xcorr_loss_reference.
 
 
 def gram_forward(
@@ -131,11 +130,11 @@ def tiles(
         blocks = triton.cdiv(n, launch.gradient_rows)
         dx, column_sums = _fp32(x, 2, n, D), _fp32(x, 2, 2, blocks, D)
         scale = max(terms.off, terms.xd) or 1.0
-        for place, start in enumerate(range(0, D, width)):
+        for number, start in enumerate(range(0, D, width)):
             P = min(width, D - start)
             grid = triton.cdiv(P, block) * triton.cdiv(D, block), embeddings // 2, 2
             correlation_kernel[grid](
-                *(x, panel, sums, place * programs, count, start, P, N, D),
+                *(x, panel, sums, number * programs, count, start, P, N, D),
                 *(terms.off, terms.xd, scale),
                 KEEP=keep,
                 PRECISION=_precision(x),

@@ -67,7 +67,7 @@ def synchronize_batch_norm(module: nn.Module) -> nn.Module:
     twin = (GlobalBatchNormAct if with_act else GlobalBatchNorm)(
         module.num_features,
         eps=module.eps,
-        momentum=module.momentum,  # type: ignore[arg-type]
+        momentum=module.momentum,
         affine=module.affine,
         track_running_stats=module.track_running_stats,
     )

@@ -9,6 +9,7 @@ import torch
 from sacl_fast.config import Config
 from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.step import TrainingStep
+from sacl_fast.ops.backend import SLIM_OPERATORS, Resolution
 from sacl_fast.precision import precision_reason
 
 
@@ -35,14 +36,15 @@ def describe(
             "uses all of them"
         )
     slim = config.slim.ratio < 1
-    uses = {
-        "augment": False,  # the loader's, which has said so
-        "lars": config.optim.name == "lars",
-        "slim_conv": slim,
-    }
+    unused = {"augment"}  # the loader's, which has said so
+    unused.update(() if config.optim.name == "lars" else ("lars",))
+    unused.update(() if slim else SLIM_OPERATORS)
+    operators: dict[Resolution, list[str]] = {}
     for op, resolution in step.backends.items():
-        if uses.get(op, True):
-            yield f"{op}: {resolution.backend} ({resolution.reason})"
+        if op not in unused:
+            operators.setdefault(resolution, []).append(op)
+    for (backend, reason), names in operators.items():
+        yield f"{', '.join(names)}: {backend} ({reason})"
     if slim:
         passes = method.passes
         recorded = ", recorded" if passes.recorded else ""

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sacl_fast.config import Config, to_dict
-from sacl_fast.data.sources import open_sources
+from sacl_fast.data.images.open import open_sources
 from sacl_fast.engine.distributed import pick_device
 from sacl_fast.engine.launch import read_launch
 from sacl_fast.engine.method import SaclXd, build_method

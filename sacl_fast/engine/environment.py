@@ -318,7 +318,7 @@ def _devices() -> Iterator[Finding]:
 def _backends() -> Iterator[Finding]:
     """What ``auto`` gives for the views and every operator, on the CPU and on the first GPU."""
     from sacl_fast.config import Config
-    from sacl_fast.data.view_loader import resolve_loader
+    from sacl_fast.data.loading.open import resolve_loader
     from sacl_fast.ops.backend import OPERATORS, resolve
 
     devices = [torch.device("cpu")]

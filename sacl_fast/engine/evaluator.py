@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from sacl_fast.config import Config
-from sacl_fast.data.loader import EvalLoader
-from sacl_fast.data.sources import Source, Splits
+from sacl_fast.data.images.source import Source, Splits
+from sacl_fast.data.loading.evaluation import EvalLoader
 from sacl_fast.encoders.batch_norm import local_batch_norm
 from sacl_fast.encoders.recalibrate import recalibrated
 from sacl_fast.engine.method import SaclXd

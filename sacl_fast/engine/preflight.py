@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from sacl_fast.checks import check
 from sacl_fast.config import Config
-from sacl_fast.data.loader import worker_count
+from sacl_fast.data.loading.workers import worker_count
 from sacl_fast.errors import UserError
 from sacl_fast.files import user_path
 

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from sacl_fast.config import Config, to_dict, warmup_as_trained
-from sacl_fast.data.fingerprint import fingerprint
-from sacl_fast.data.sources import Source
+from sacl_fast.data.images.fingerprint import fingerprint
+from sacl_fast.data.images.source import Source
 from sacl_fast.engine.checkpoint import (
     BEST,
     UnusableCheckpoint,

@@ -13,10 +13,10 @@ import torch
 
 from sacl_fast import _version
 from sacl_fast.config import Config, to_dict
-from sacl_fast.data.contact_sheet import contact_sheet
-from sacl_fast.data.sources import open_sources
-from sacl_fast.data.view_loader import open_view_loader
-from sacl_fast.data.waiting import NoBatch
+from sacl_fast.data.images.open import open_sources
+from sacl_fast.data.loading.contact_sheet import contact_sheet
+from sacl_fast.data.loading.open import open_view_loader
+from sacl_fast.data.loading.waiting import NoBatch
 from sacl_fast.encoders.file import (
     encode_encoder,
     encoder_metadata,

@@ -50,7 +50,7 @@ def damped(x: Tensor, eps: float, *, over_ranks: bool = False) -> Tensor:
             first = x[:1, :, *[slice(1)] * (x.ndim - 2)]
             _, variance = torch.batch_norm_update_stats(x - first, None, None, 0.0)
         factor = (variance / eps).clamp(max=1).to(x.dtype)
-    return _Damped.apply(x, factor.view(1, -1, *[1] * (x.ndim - 2)))  # type: ignore[no-any-return]
+    return _Damped.apply(x, factor.view(1, -1, *[1] * (x.ndim - 2)))
 
 
 class _Damped(torch.autograd.Function):
@@ -77,11 +77,11 @@ def global_batch_norm(
 ) -> Tensor:
     """``F.batch_norm`` of (N, C, ...) in training, with the statistics of all ranks."""
     if has_torch_function_unary(x):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             global_batch_norm, (x,), x, running_mean, running_var, weight, bias, momentum, eps
         )
     if x.is_cuda:
-        return _FusedSyncBatchNorm.apply(  # type: ignore[return-value]
+        return _FusedSyncBatchNorm.apply(
             x,
             weight,
             bias,

@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sacl_fast.ops import compiled
+from sacl_fast.ops.backend import is_faster
 from sacl_fast.ops.slim_batch_norm import slim_batch_norm
 
 Activation = Literal["none", "relu", "relu6", "hardswish", "silu"]
 
-# In the order of csrc/cpu/kernels.h.
+# In the order of csrc/activation_list.h.
 ACTIVATIONS: dict[str, Any] = {
     "none": lambda x: x,
     "relu": F.relu,
@@ -40,10 +41,10 @@ def batch_norm_act(
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     *,
-    kept: Tensor | None = None,
-    zeroed: Tensor | None = None,
-    shared: Tensor | None = None,
-    shared_kept: Tensor | None = None,
+    kept_index: Tensor | None = None,
+    zeroed_index: Tensor | None = None,
+    map: Tensor | None = None,
+    map_index: Tensor | None = None,
     count: int | None = None,
     momentum: float = 0.1,
     eps: float = 1e-5,
@@ -56,43 +57,48 @@ def batch_norm_act(
         x: (N, K, H, W), some or all of the norm's C channels.
         weight, bias: (C,).
         running_mean, running_var: (C,), updated where they are of the kept or zeroed channels.
-        kept: (K,) int64, the places of x's channels among the C; None: all, in order.
-        zeroed: (R,) int64, places of channels of value 0; None: none.
-        shared: (1, S, H, W), the same for all samples, other channels of the norm.
-        shared_kept: (S,) int64, their places.
+        kept_index: (K,) int64, which of the C channels x's are; None: all, in order.
+        zeroed_index: (R,) int64, which channels are of value 0; None: none.
+        map: (1, S, H, W), the same for all samples, other channels of the norm.
+        map_index: (S,) int64, which those are.
         count: values of a channel that the unbiased running variance is of; None: N * H * W.
-        backend: ``cpu`` or ``cuda`` (compiled, see ``compiled.takes``; the norm in float32),
+        backend: ``cpu`` or ``cuda`` (compiled, see ``compiled.unfit``; the norm in float32),
             ``torch``, or ``auto``.
 
     Returns:
-        y (N, K, H, W); (1, R, 1, 1) for the zeroed channels; (1, S, H, W) for the shared ones.
+        y (N, K, H, W); (1, R, 1, 1) for the zeroed channels; (1, S, H, W) for the map.
+
+    Raises:
+        UserError: a backend given by name that cannot run, see ``backend.is_faster``.
     """
     count = count or x.numel() // x.shape[1]
-    images = (x,) if shared is None else (x, shared)
-    if backend != "torch" and _suits(images, weight, bias, running_mean, running_var):
-        places = kept, zeroed, shared_kept, running_mean, running_var
-        return _BatchNormAct.apply(  # type: ignore[return-value]
-            x, shared, weight, bias, *places, count, momentum, eps, _CODES[act]
+    running = running_mean, running_var
+    if is_faster("batch_norm_act", backend, _unfit, x, map, weight, bias, *running):
+        lists = kept_index, zeroed_index, map_index
+        return _BatchNormAct.apply(
+            x, map, weight, bias, *lists, *running, count, momentum, eps, _CODES[act]
         )
     function = ACTIVATIONS[act]
 
     def normalized(values: Tensor, index: Tensor | None) -> Tensor:
-        norm = running_mean, running_var, weight, bias
+        norm = *running, weight, bias
         options = {"training": True, "momentum": momentum, "eps": eps}
         return function(slim_batch_norm(values, index, count, *norm, **options))
 
-    rest = x.new_zeros(1, 0 if zeroed is None else len(zeroed), 1, 1)
+    rest = x.new_zeros(1, 0 if zeroed_index is None else len(zeroed_index), 1, 1)
     return (
-        normalized(x, kept),
-        rest if zeroed is None else normalized(rest, zeroed),
-        None if shared is None else normalized(shared, shared_kept),
+        normalized(x, kept_index),
+        rest if zeroed_index is None else normalized(rest, zeroed_index),
+        None if map is None else normalized(map, map_index),
     )
 
 
-def _suits(images: tuple[Tensor, ...], *vectors: Tensor | None) -> bool:
-    """Whether the compiled operator takes x and the norm's parameters and running statistics."""
-    wide = all(v.dtype == torch.float32 for v in vectors if v is not None)
-    return wide and all(map(compiled.takes, images)) and is_compiled()
+def _unfit(x: Tensor, map: Tensor | None, *vectors: Tensor | None) -> str | None:
+    for vector in vectors:
+        if vector is not None and vector.dtype != torch.float32:
+            return f"it takes parameters and running statistics in float32, not {vector.dtype}"
+    unfit = compiled.unfit(x) or (None if map is None else compiled.unfit(map))
+    return unfit or (None if is_compiled() else compiled.obstacle())
 
 
 class _BatchNormAct(torch.autograd.Function):
@@ -100,46 +106,48 @@ class _BatchNormAct(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        shared: Tensor | None,
+        map: Tensor | None,
         weight: Tensor,
         bias: Tensor,
-        kept: Tensor | None,
-        zeroed: Tensor | None,
-        shared_kept: Tensor | None,
+        kept_index: Tensor | None,
+        zeroed_index: Tensor | None,
+        map_index: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
         *options: Any,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        op, norm = torch.ops.sacl_fast.slim_batch_norm_act, (weight, bias)
+        op, norm = torch.ops.sacl_fast.batch_norm_act, (weight, bias)
         # Without autograd's notice, as torch's own kernel: it has saved the buffers of the passes
         # before, though their gradient does not depend on them.
         running = [None if v is None else v.detach() for v in (running_mean, running_var)]
-        y, rest, *statistics = op(x, *norm, kept, zeroed, *running, *options)
+        y, rest, *statistics = op(x, *norm, kept_index, zeroed_index, *running, *options)
         out = None
-        if shared is not None:
-            out, _, *more = op(shared, *norm, shared_kept, None, *running, *options)
+        if map is not None:
+            out, _, *more = op(map, *norm, map_index, None, *running, *options)
             statistics += more
-        ctx.save_for_backward(x, shared, weight, bias, *statistics)
-        ctx.places, ctx.act = (kept, zeroed, shared_kept), options[-1]
+        ctx.save_for_backward(x, map, weight, bias, *statistics)
+        ctx.lists, ctx.act = (kept_index, zeroed_index, map_index), options[-1]
         ctx.set_materialize_grads(False)
         return y, rest, out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, drest: Tensor | None, dout: Tensor | None) -> Any:
-        op = torch.ops.sacl_fast.slim_batch_norm_act_backward
-        x, shared, *norm, mean, rstd = ctx.saved_tensors[:6]
-        kept, zeroed, shared_kept = ctx.places
+        op = torch.ops.sacl_fast.batch_norm_act_backward
+        x, map, *norm, mean, rstd = ctx.saved_tensors[:6]
+        kept_index, zeroed_index, map_index = ctx.lists
         drest = None if drest is None or not drest.numel() else drest.contiguous()
-        dx, *dnorm = op(_given(dy, x), drest, x, *norm, kept, zeroed, mean, rstd, ctx.act)
-        dshared = None
+        dx, *dnorm = op(
+            _given(dy, x), drest, x, *norm, kept_index, zeroed_index, mean, rstd, ctx.act
+        )
+        dmap = None
         if dout is not None:
             statistics = ctx.saved_tensors[6:]
-            dshared, *more = op(
-                _given(dout, shared), None, shared, *norm, shared_kept, None, *statistics, ctx.act
+            dmap, *more = op(
+                _given(dout, map), None, map, *norm, map_index, None, *statistics, ctx.act
             )
             dnorm = [own.add_(other) for own, other in zip(dnorm, more, strict=True)]
-        return dx, dshared, *dnorm, *[None] * 9
+        return dx, dmap, *dnorm, *[None] * 9
 
 
 def _given(gradient: Tensor | None, like: Tensor) -> Tensor:
@@ -149,15 +157,20 @@ def _given(gradient: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _describe() -> None:
-    @torch.library.register_fake("sacl_fast::slim_batch_norm_act")
+    @torch.library.register_fake("sacl_fast::batch_norm_act")
     def _(
-        x: Tensor, weight: Tensor, bias: Tensor, kept: Any, zeroed: Tensor | None, *_: Any
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        kept_index: Any,
+        zeroed_index: Tensor | None,
+        *_: Any,
     ) -> Any:
-        rest = x.new_empty(1, 0 if zeroed is None else len(zeroed), 1, 1)
+        rest = x.new_empty(1, 0 if zeroed_index is None else len(zeroed_index), 1, 1)
         mean = weight.new_empty(x.shape[1])
         return torch.empty_like(x), rest, mean, torch.empty_like(mean)
 
-    @torch.library.register_fake("sacl_fast::slim_batch_norm_act_backward")
+    @torch.library.register_fake("sacl_fast::batch_norm_act_backward")
     def _(dy: Tensor, drest: Any, x: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> Any:
         return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
 

@@ -44,7 +44,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     The backward communicates nothing: every rank has the gradient of the same loss, takes its
     own rows of it and scales them by W (see the module's docstring).
     """
-    return rows if world_size() == 1 else _GatherRows.apply(rows.contiguous())  # type: ignore[no-any-return]
+    return rows if world_size() == 1 else _GatherRows.apply(rows.contiguous())
 
 
 class RowGather:
@@ -84,4 +84,4 @@ class _SumOverRanks(torch.autograd.Function):
 
 def sum_over_ranks(x: Tensor) -> Tensor:
     """The sum of a tensor over all ranks; its gradient is summed over all ranks too."""
-    return x if world_size() == 1 else _SumOverRanks.apply(x)  # type: ignore[no-any-return]
+    return x if world_size() == 1 else _SumOverRanks.apply(x)

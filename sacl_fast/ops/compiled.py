@@ -22,7 +22,7 @@ def obstacle() -> str | None:
         from sacl_fast import _C  # noqa: F401  (after torch, whose libraries it needs)
     except ImportError as error:
         return f"sacl_fast._C cannot be imported ({error})"
-    if not hasattr(torch.ops.sacl_fast, "augment"):
+    if not hasattr(torch.ops.sacl_fast, "batch_norm_act"):  # the newest name
         return "sacl_fast._C is of an older build; install again"
     return None
 
@@ -73,20 +73,32 @@ def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
 CUDA_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def takes(x: Tensor, *others: Tensor) -> bool:
-    """Whether the compiled operators are for images ``x`` (N, C, H, W), in channels-last memory and
-    not empty, and ``others`` of the same number type: float32 on the CPU, one of ``CUDA_DTYPES`` on
-    a GPU that the module holds code for."""
+def unfit(x: Tensor, *others: Tensor | None) -> str | None:
+    """Why the compiled operators are not for images ``x``; None if they are.
+
+    They are for (N, C, H, W) in channels-last memory, not empty, with ``others`` on the same device
+    and of the same number type: float32 on the CPU, one of ``CUDA_DTYPES`` on a GPU that the module
+    holds code for.
+    """
     if x.device.type == "cpu":
-        usable = x.dtype == torch.float32
-    else:
-        usable = x.is_cuda and x.dtype in CUDA_DTYPES and cuda_obstacle(x.device) is None
-    return (
-        usable
-        and all(t.dtype == x.dtype and t.device == x.device for t in others)
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and x.numel() > 0
-    )
+        if x.dtype != torch.float32:
+            return f"on the CPU it takes float32, not {x.dtype}"
+    elif not x.is_cuda:
+        return f"it runs on the CPU and on CUDA devices, not on {x.device}"
+    elif x.dtype not in CUDA_DTYPES:
+        return f"on a GPU it takes float32, float16 and bfloat16, not {x.dtype}"
+    elif (reason := cuda_obstacle(x.device)) is not None:
+        return reason
+    for t in others:
+        if t is not None and (t.dtype != x.dtype or t.device != x.device):
+            return f"it takes one number type and one device, not {_kind(x)} and {_kind(t)}"
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return "it takes images (N, C, H, W) in channels-last memory"
+    return None if x.numel() > 0 else "there are no values"
+
+
+def _kind(x: Tensor) -> str:
+    return f"{x.dtype} on {x.device}"
 
 
 def images(like: Tensor, *shape: int) -> Tensor:

@@ -23,7 +23,7 @@ from sacl_fast.ops.slim_conv import take
 
 def slim_batch_norm(
     values: Tensor,
-    index: Tensor | None,
+    channel_index: Tensor | None,
     count: int,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -35,18 +35,19 @@ def slim_batch_norm(
     eps: float,
     over_ranks: bool = False,
 ) -> Tensor:
-    """Normalises the channels ``index`` and updates their running statistics.
+    """Normalises the channels ``channel_index`` and updates their running statistics.
 
     Args:
         values: (1 or N, K, 1 or H, 1 or W).
-        index: (K,), the place of these channels in the full vectors; None: all, in order.
+        channel_index: (K,), which channels of the full vectors these are; None: all, in order.
         count: values of a channel of the full activation, N * H * W.
         running_mean, running_var, weight, bias: full, (C,) or None; as in ``F.batch_norm``.
         over_ranks: in training, with the statistics of all ranks. One sample's values are then
             those of every sample of every rank, so N must be more than 1.
     """
     weight, bias, mean, var = (
-        None if v is None else take(v, index) for v in (weight, bias, running_mean, running_var)
+        None if v is None else take(v, channel_index)
+        for v in (weight, bias, running_mean, running_var)
     )
     if not training or values.numel() == count * values.shape[1]:
         if training and over_ranks:
@@ -60,10 +61,10 @@ def slim_batch_norm(
         count *= world_size() if over_ranks else 1
         update_running(mean, var, batch_mean, batch_var, count, momentum)
         out = affine(out, weight, bias).to(values.dtype)
-    if training and index is not None:
+    if training and channel_index is not None:
         for full, own in ((running_mean, mean), (running_var, var)):
             if full is not None and own is not None:
                 # As torch's own kernel does, without autograd's notice: it has saved the buffers
                 # of the passes before, though their gradient does not depend on them.
-                full.data.index_copy_(0, index, own)
+                full.data.index_copy_(0, channel_index, own)
     return out

@@ -1,7 +1,7 @@
 """Convolutions of a slim encoder: from some input channels to some filters, on the full weight.
 
 A slim activation consists of parts. Live channels are full-size, ``(N, K, H, W)``; what a zeroed
-filter leaves behind is the same for all samples or all places and is kept in its smallest form
+filter leaves behind is the same for all samples or all pixels and is kept in its smallest form
 ``(1 or N, R, 1 or H, 1 or W)`` (see ``slim.tensor``). A convolution is linear, so its output is
 the sum over the parts of the input, each computed at the part's own size::
 
@@ -12,8 +12,9 @@ inside the image: at most a few classes of rows times a few of columns, whatever
 (``constant_response``). Zero padding makes it differ at the border; dropping that is an error of
 17 % on a bottleneck.
 
-Each function here is the plain PyTorch reference of an operator and the place where a faster one
-takes over: activations of live channels, the full weight, and index lists (None: all channels).
+The functions here are plain PyTorch, given activations of some channels, the full weight and index
+lists (None: all channels). ``slim_conv`` is the reference of ``slim_pointwise``, and
+``slim_depthwise_conv`` calls ``depthwise_conv``; those have faster backends.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from sacl_fast.ops.depthwise_conv import depthwise_conv
 from sacl_fast.ops.slim_channels import add_map, take_channels
 
 BACKEND: ContextVar[str] = ContextVar("BACKEND", default="auto")
-"""What the operators of the slim encoder run on: ``cpu``, ``cuda`` (compiled), ``torch`` or
-``auto``. Set by the slicer, since models call PyTorch's functions and know nothing of ours."""
+"""The ``backend`` that a slim encoder's calls of operators are given. Set by the slicer, since
+models call PyTorch's functions and know nothing of ours. In a run it is ``torch`` or ``auto``; by a
+name such as ``cpu`` a layer that the operator does not take is an error (``backend.is_faster``)."""
 
 
 class Geometry(NamedTuple):
@@ -77,7 +79,7 @@ def take_filters(weight: Tensor, out_index: Tensor | None, in_index: Tensor | No
     return weight if in_index is None else take_channels(weight, in_index)
 
 
-def slim_conv2d(
+def slim_conv(
     live: Tensor,
     weight: Tensor,
     in_index: Tensor | None,
@@ -96,14 +98,14 @@ def slim_conv2d(
         return F.conv2d(live, filters, None if offset is None else offset.flatten(), *geometry)
     y = F.conv2d(live, filters, None, *geometry)
     offset = offset.to(y.dtype)
-    per_place = offset.shape == (1, *y.shape[1:])
-    return add_map(y, offset) if per_place else y.add_(offset)
+    per_pixel = offset.shape == (1, *y.shape[1:])
+    return add_map(y, offset) if per_pixel else y.add_(offset)
 
 
-def slim_depthwise(
+def slim_depthwise_conv(
     values: Tensor,
     weight: Tensor,
-    in_positions: Tensor | None,
+    in_index: Tensor | None,
     out_index: Tensor | None,
     bias: Tensor | None,
     geometry: Geometry,
@@ -115,8 +117,8 @@ def slim_depthwise(
     Args:
         values: some channels of the activation.
         weight: full, (Cout, 1, kh, kw).
-        in_positions: for each output, which channel of ``values`` it reads.
-        out_index: the filters, as many as ``in_positions``.
+        in_index: for each output, which channel of ``values`` it reads.
+        out_index: the filters, as many as ``in_index``.
         bias: full, (Cout,).
         multiplier: filters that read one channel of the full activation.
         size: of the image that ``values``, constant (b, K, 1, 1), fill.
@@ -124,12 +126,12 @@ def slim_depthwise(
     bias = None if bias is None else take(bias, out_index)
     if multiplier == 1 and not isinstance(geometry.padding, str):
         options = {**geometry._asdict(), "size": size, "backend": BACKEND.get()}
-        y = depthwise_conv(values, weight, in_positions, out_index, **options)
+        y = depthwise_conv(values, weight, in_index, out_index, **options)
         return y if bias is None else y + bias.view(1, -1, 1, 1)
     if size is not None:
         values = values.expand(-1, -1, *size)
     filters = take(weight, out_index)
-    read = values if in_positions is None else take_channels(values, in_positions)
+    read = values if in_index is None else take_channels(values, in_index)
     return F.conv2d(read, filters, bias, *geometry, groups=filters.shape[0])
 
 

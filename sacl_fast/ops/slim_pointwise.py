@@ -1,9 +1,8 @@
 """1x1 convolution of a slim activation: from live inputs to kept filters, on the full weight.
 
-What other channels hold, if it is constant over the image, is added as what it comes to: a number
-for each filter (and sample). The compiled operator (``csrc/cpu/pointwise.cpp``) does all that in
-one call, and writes the weight's gradient to its place in the full one; so does that for GPUs
-(``csrc/cuda/pointwise.cpp``).
+What other channels hold, if it is constant over the image, adds a number for each filter (and
+sample). The compiled operator (``csrc/cpu/slim_pointwise.cpp``, ``csrc/cuda/slim_pointwise.cpp``)
+does all that in one call, and writes the weight's gradient into the full one.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from sacl_fast.ops import compiled
-from sacl_fast.ops.slim_conv import POINTWISE, slim_conv2d
+from sacl_fast.ops.backend import is_faster
+from sacl_fast.ops.slim_conv import POINTWISE, slim_conv
 
 
 def slim_pointwise(
@@ -28,8 +28,8 @@ def slim_pointwise(
     rest: Tensor | None = None,
     rest_index: Tensor | None = None,
     offset: Tensor | None = None,
-    shared: Tensor | None = None,
-    shared_index: Tensor | None = None,
+    map: Tensor | None = None,
+    map_index: Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -41,27 +41,28 @@ def slim_pointwise(
         in_index, out_index: (K,) and (O,) int64; None: all, in order.
         rest: (1 or N, R, 1, 1), the channels ``rest_index`` (R,) of the full activation.
         offset: (1 or N, O, 1 or H, 1 or W), added.
-        shared: (1, S, H, W), the same for all samples, the channels ``shared_index`` (S,).
-        backend: ``cpu`` or ``cuda`` (compiled, see ``compiled.takes``; a weight of the type of x or
+        map: (1, S, H, W), the same for all samples, the channels ``map_index`` (S,).
+        backend: ``cpu`` or ``cuda`` (compiled, see ``compiled.unfit``; a weight of the type of x or
             float32), ``torch``, or ``auto``. Under autocast as PyTorch's convolutions.
+
+    Raises:
+        UserError: a backend given by name that cannot run, see ``backend.is_faster``.
     """
-    x, rest, offset, shared = compiled.as_under_autocast(x, rest, offset, shared)
-    given = x, weight, rest, offset, shared
-    if backend != "torch" and _suits(*given):
-        return _SlimPointwise.apply(  # type: ignore[no-any-return]
-            *given, in_index, out_index, rest_index, shared_index
-        )
-    for values, index in ((rest, rest_index), (shared, shared_index)):
+    x, rest, offset, map = compiled.as_under_autocast(x, rest, offset, map)
+    given = x, weight, rest, offset, map
+    if is_faster("slim_pointwise", backend, _unfit, *given):
+        return _SlimPointwise.apply(*given, in_index, out_index, rest_index, map_index)
+    for values, index in ((rest, rest_index), (map, map_index)):
         if values is not None:
-            response = slim_conv2d(values, weight, index, out_index, None, POINTWISE)
+            response = slim_conv(values, weight, index, out_index, None, POINTWISE)
             offset = response if offset is None else offset + response
-    return slim_conv2d(x, weight, in_index, out_index, offset, POINTWISE)
+    return slim_conv(x, weight, in_index, out_index, offset, POINTWISE)
 
 
-def _suits(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
-    given = (t for t in others if t is not None)
-    typed = weight.dtype in (x.dtype, torch.float32) and weight.device == x.device
-    return typed and compiled.takes(x, *given) and is_compiled()
+def _unfit(x: Tensor, weight: Tensor, *others: Tensor | None) -> str | None:
+    if weight.dtype not in (x.dtype, torch.float32) or weight.device != x.device:
+        return f"the weight is {weight.dtype} on {weight.device}"
+    return compiled.unfit(x, *others) or (None if is_compiled() else compiled.obstacle())
 
 
 class _SlimPointwise(torch.autograd.Function):
@@ -72,59 +73,59 @@ class _SlimPointwise(torch.autograd.Function):
         weight: Tensor,
         rest: Tensor | None,
         offset: Tensor | None,
-        shared: Tensor | None,
+        map: Tensor | None,
         in_index: Tensor | None,
         out_index: Tensor | None,
         rest_index: Tensor | None,
-        shared_index: Tensor | None,
+        map_index: Tensor | None,
     ) -> Tensor:
         op, matrix = torch.ops.sacl_fast.slim_pointwise, weight.flatten(1)
         constants = None if rest is None else rest.flatten(1).contiguous()
-        offset, shared = (
+        offset, map = (
             None if t is None else t.contiguous(memory_format=torch.channels_last)
-            for t in (offset, shared)
+            for t in (offset, map)
         )
-        ctx.save_for_backward(x, matrix, constants, shared)
-        ctx.indices = in_index, out_index, rest_index, shared_index
+        ctx.save_for_backward(x, matrix, constants, map)
+        ctx.indices = in_index, out_index, rest_index, map_index
         ctx.shapes = weight.shape, None if rest is None else rest.shape
         ctx.offset_shape = () if offset is None else offset.shape
-        own, others = _who_takes(constants, rest_index, shared)
-        if shared is not None:  # what it comes to is an offset, for all samples
-            offset = op(shared, matrix, shared_index, out_index, *others, offset)
-        return op(x, matrix, in_index, out_index, *own, offset)  # type: ignore[no-any-return]
+        own, others = _who_takes(constants, rest_index, map)
+        if map is not None:  # what it comes to is an offset, for all samples
+            offset = op(map, matrix, map_index, out_index, *others, offset)
+        return op(x, matrix, in_index, out_index, *own, offset)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         op = torch.ops.sacl_fast.slim_pointwise_backward
-        x, matrix, constants, shared = ctx.saved_tensors
-        in_index, out_index, rest_index, shared_index = ctx.indices
-        own, others = _who_takes(constants, rest_index, shared)
+        x, matrix, constants, map = ctx.saved_tensors
+        in_index, out_index, rest_index, map_index = ctx.indices
+        own, others = _who_takes(constants, rest_index, map)
         dy, shape = dy.contiguous(memory_format=torch.channels_last), ctx.offset_shape
-        between = shape if shared is None else (1, dy.shape[1], *dy.shape[2:])
+        between = shape if map is None else (1, dy.shape[1], *dy.shape[2:])
         dx, dweight, drest, doffset = op(dy, x, matrix, in_index, out_index, *own, between)
-        dshared = None
-        if shared is not None:
-            dshared, more, dothers, doffset = op(
-                doffset, shared, matrix, shared_index, out_index, *others, shape
+        dmap = None
+        if map is not None:
+            dmap, more, dothers, doffset = op(
+                doffset, map, matrix, map_index, out_index, *others, shape
             )
             dweight.add_(more)
             drest = drest if others[0] is None else dothers
         weight_shape, rest_shape = ctx.shapes
         drest = None if constants is None else drest.view(rest_shape)
         doffset = doffset if shape else None
-        return dx, dweight.view(weight_shape), drest, doffset, dshared, *[None] * 4
+        return dx, dweight.view(weight_shape), drest, doffset, dmap, *[None] * 4
 
 
 _Constants = tuple[Tensor | None, Tensor | None]
 
 
 def _who_takes(
-    constants: Tensor | None, index: Tensor | None, shared: Tensor | None
+    constants: Tensor | None, index: Tensor | None, map: Tensor | None
 ) -> tuple[_Constants, _Constants]:
-    """The constants that the live channels take in, and those that the shared map does: it, where
+    """The constants that the live channels take in, and those that the map does: it, where
     they are for all samples, because it has fewer values."""
-    if shared is not None and constants is not None and len(constants) == 1:
+    if map is not None and constants is not None and len(constants) == 1:
         return (None, None), (constants, index)
     return (constants, index), (None, None)
 

@@ -9,7 +9,7 @@ With ``norm`` standardising each feature over the batch and :math:`C(p, q) = nor
 
 Gradients flow through ``z1`` and ``z2`` only. The published way forms three D x D matrices and
 runs over a hundred operations on them; the operator here stores none. How: see
-``xcorr_reference`` (plain PyTorch, any device) and ``sacl_kernels.xcorr_loss`` (Triton). What
+``xcorr_loss_reference`` (plain PyTorch, any device) and ``sacl_kernels.xcorr_loss`` (Triton). What
 differs from the supplement, and why, is in the README ("The method").
 """
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any, Literal, NamedTuple, cast, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import torch
 import torch.distributed as dist
@@ -25,18 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sacl_fast.checks import check, rules
-from sacl_fast.config import Backend, LossConfig
+from sacl_fast.config import LossConfig
+from sacl_fast.config.choices import Distillation, OffDiagonal, Pairing, Statistics, Variance
 from sacl_fast.errors import UserError
-from sacl_fast.ops import xcorr_reference
-from sacl_fast.ops.backend import resolve
+from sacl_fast.ops import xcorr_loss_reference
+from sacl_fast.ops.backend import is_faster, triton_obstacle
 from sacl_fast.ops.collectives import RowGather, gather_rows, sum_over_ranks, world_size
-from sacl_fast.ops.xcorr_reference import Rows, Terms
+from sacl_fast.ops.xcorr_loss_reference import Rows, Terms
 
-Distillation = Literal["correlation", "log", "none"]
-OffDiagonal = Literal["squared", "literal"]
-Pairing = Literal["same_width", "cross_width"]
-Variance = Literal["biased", "unbiased"]
-Statistics = Literal["global", "local"]
 Algorithm = Literal["auto", "gram", "tiles"]
 
 
@@ -56,7 +52,7 @@ def _xcorr_loss(
     z1: Tensor,
     z2: Tensor,
     batch: list[Tensor],
-    place: list[int],
+    ranks: list[int],
     terms: list[float],
     algorithm: str,
     backend: str,
@@ -68,10 +64,11 @@ def _xcorr_loss(
         z1, z2: this rank's rows (n, D), which get the gradient: that of the global loss, times the
             number of ranks (see ``collectives``).
         batch: the rows of all ranks, z1, z2 and their targets: 2 or 4 times (N, D).
-        place: rank and number of ranks.
+        ranks: this rank and their number.
         terms: the fields of ``Terms``.
+        backend: ``torch`` or ``triton``.
     """
-    implementation, rows = _implementation(backend, z1), _rows(z1, place)
+    implementation, rows = _implementation(backend), _rows(z1, ranks)
     forward = implementation.gram_forward if algorithm == "gram" else implementation.tiles
     with torch.autocast(z1.device.type, enabled=False):
         return forward(batch, rows, Terms.of(terms), keep=keep)
@@ -82,7 +79,7 @@ def _(
     z1: Tensor,
     z2: Tensor,
     batch: list[Tensor],
-    place: list[int],
+    ranks: list[int],
     terms: list[float],
     algorithm: str,
     backend: str,
@@ -94,7 +91,7 @@ def _(
     if keep and algorithm == "tiles":
         kept = [z1.new_empty(2, n, d, dtype=exact)]  # the gradients
     elif keep:
-        operand = z1.dtype if _resolve(backend, z1) == "triton" else exact
+        operand = z1.dtype if backend == "triton" else exact
         kept = [
             z1.new_empty(count, total, d, dtype=operand),  # x
             z1.new_empty(2, d, dtype=exact),  # rstd
@@ -109,14 +106,14 @@ def _xcorr_loss_backward(
     grad: Tensor,
     z1: Tensor,
     saved: list[Tensor],
-    place: list[int],
+    ranks: list[int],
     terms: list[float],
     backend: str,
 ) -> Tensor:
     """Gradients (2, n, D) of z1 and z2 from that of the loss (), after ``gram``."""
-    backward = _implementation(backend, z1).gram_backward
+    backward = _implementation(backend).gram_backward
     with torch.autocast(z1.device.type, enabled=False):
-        return backward(grad, saved, _rows(z1, place), Terms.of(terms)).to(z1.dtype)
+        return backward(grad, saved, _rows(z1, ranks), Terms.of(terms)).to(z1.dtype)
 
 
 @_xcorr_loss_backward.register_fake
@@ -124,7 +121,7 @@ def _(
     grad: Tensor,
     z1: Tensor,
     saved: list[Tensor],
-    place: list[int],
+    ranks: list[int],
     terms: list[float],
     backend: str,
 ) -> Tensor:
@@ -132,7 +129,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    z1, _, batch, ctx.place, ctx.terms, ctx.algorithm, ctx.backend, _ = inputs
+    z1, _, batch, ctx.ranks, ctx.terms, ctx.algorithm, ctx.backend, _ = inputs
     ctx.batch_grads = [None] * len(batch)
     ctx.set_materialize_grads(False)  # else zeros the size of all that is kept
     ctx.save_for_backward(z1, *output[2])
@@ -140,10 +137,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 def _autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     z1, *saved = ctx.saved_tensors
-    if ctx.place[1] > 1:
-        grad = grad * ctx.place[1]
+    if ctx.ranks[1] > 1:
+        grad = grad * ctx.ranks[1]
     if ctx.algorithm == "gram":
-        dz = _xcorr_loss_backward(grad, z1, saved, ctx.place, ctx.terms, ctx.backend)
+        dz = _xcorr_loss_backward(grad, z1, saved, ctx.ranks, ctx.terms, ctx.backend)
     else:  # they came with the value; kept in fp32, since half precision needs the loss scale
         dz = (grad * saved[0]).to(z1.dtype)
     return dz[0], dz[1], ctx.batch_grads, None, None, None, None, None
@@ -152,20 +149,14 @@ def _autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
 _xcorr_loss.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _rows(z: Tensor, place: list[int]) -> Rows:
-    rank, ranks = place
-    return Rows(rank * len(z), len(z), dist.all_reduce if ranks > 1 else None)
+def _rows(z: Tensor, ranks: list[int]) -> Rows:
+    rank, count = ranks
+    return Rows(rank * len(z), len(z), dist.all_reduce if count > 1 else None)
 
 
-def _resolve(backend: str, z: Tensor) -> str:
-    if backend == "auto" and z.dtype == torch.float64:
-        return "torch"
-    return resolve(cast(Backend, backend), "xcorr_loss", z.device).backend
-
-
-def _implementation(backend: str, z: Tensor) -> Any:
-    if _resolve(backend, z) == "torch":
-        return xcorr_reference
+def _implementation(backend: str) -> Any:
+    if backend == "torch":
+        return xcorr_loss_reference
     from sacl_kernels import xcorr_loss
 
     return xcorr_loss
@@ -220,14 +211,15 @@ def sacl_xd_loss(
             still running; the others are gathered here.
         algorithm: ``gram`` forms N x N matrices, ``tiles`` panels of the D x D ones; ``auto``
             takes ``gram`` where the batch is at most D.
-        backend: ``torch``, ``triton`` (CUDA) or ``auto``.
+        backend: ``torch``, ``triton`` (CUDA, not for float64) or ``auto``.
 
     Returns:
         The loss () in fp32 (float64 for float64 embeddings) and :class:`LossParts`.
 
     Raises:
         UserError: embeddings that are not four (two for ``none``) matrices of one shape, a batch
-            of 1, over which nothing can be standardised, or an unknown algorithm or backend.
+            of 1, over which nothing can be standardised, an unknown algorithm, or a backend given
+            by name that cannot run.
     """
     settings = {
         "alpha": alpha,
@@ -248,7 +240,8 @@ def sacl_xd_loss(
     if len(zs) < len(given):
         raise UserError(f"distillation {distillation!r} needs z1_t and z2_t; without them: 'none'")
     ranks = world_size() if statistics == "global" else 1
-    _check(zs, ranks, backend)
+    _check(zs, ranks)
+    backend = "triton" if is_faster("xcorr_loss", backend, _unfit, zs[0]) else "torch"
     batch = [z.detach() for z in zs]
     if ranks > 1:
         begun = [*gathers, *[None] * len(batch)]
@@ -306,7 +299,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
             raise UserError(f"sacl_xd_loss: {name} is {settings[name]!r}; one of {choices} works")
 
 
-def _check(zs: list[Tensor], ranks: int, backend: str) -> None:
+def _check(zs: list[Tensor], ranks: int) -> None:
     shapes = [tuple(z.shape) for z in zs]
     if len(set(shapes)) != 1 or len(shapes[0]) != 2 or shapes[0][1] < 1:
         given = ", ".join(map(str, shapes))
@@ -320,8 +313,12 @@ def _check(zs: list[Tensor], ranks: int, backend: str) -> None:
         raise UserError(
             f"{size}: the loss standardises every feature over the batch; 2 or more work"
         )
-    if backend == "triton" and zs[0].dtype == torch.float64:
-        raise UserError("backend 'triton' takes fp32, bf16 and fp16; 'torch' takes float64 too")
+
+
+def _unfit(z: Tensor) -> str | None:
+    if z.dtype == torch.float64:
+        return "it takes float32, bfloat16 and float16, not float64"
+    return triton_obstacle(z.device)
 
 
 # --- variants of the distillation, in the order of the sources ------------------------------------
@@ -341,7 +338,8 @@ def _literal(zs: list[Tensor], ranks: int, terms: Terms) -> Tensor:
     if ranks > 1:
         batch = [gather_rows(z) for z in batch]
     norm = [
-        xcorr_reference.standardize(z, unbiased=terms.unbiased, eps=terms.eps)[0] for z in batch
+        xcorr_loss_reference.standardize(z, unbiased=terms.unbiased, eps=terms.eps)[0]
+        for z in batch
     ]
     pairs = ((norm[0], norm[2]), (norm[1], norm[3]))
     sums = [(p.sum(1) * q.sum(1)).mean() - (p * q).mean(0).sum() for p, q in pairs]

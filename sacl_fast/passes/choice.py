@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sacl_fast.config import Backend, Config
-from sacl_fast.ops.backend import resolve_all
+from sacl_fast.ops.backend import of_slim_operators, resolve_all
 from sacl_fast.passes.recorded import RecordedEncoder
 from sacl_fast.precision import autocast_dtype
 from sacl_fast.slim import Slicer
@@ -50,16 +50,16 @@ class SlimEncoder:
 
     def __call__(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, F)
         with self.slicer.mode(self.mode):
-            return self.slicer.encoder(x)  # type: ignore[no-any-return]
+            return self.slicer.encoder(x)
 
 
 def choose_slim_passes(config: Config, device: torch.device, *, steps_per_epoch: int) -> SlimPasses:
     """How the slim passes of a run on a device are run."""
-    backend = resolve_all(config.backend, device)["slim_conv"].backend
-    mode, reason = _mode(config, backend, autocast_dtype(config.precision, device))
+    operators = of_slim_operators(resolve_all(config.backend, device))
+    mode, reason = _mode(config, operators.backend, autocast_dtype(config.precision, device))
     steps = config.slim.refresh_steps or steps_per_epoch
     recorded = mode == "skip" and steps >= _STEPS_WORTH_RECORDING
-    return SlimPasses(mode, recorded, backend, reason)
+    return SlimPasses(mode, recorded, operators.for_calls, reason)
 
 
 def _mode(config: Config, backend: Backend, amp_dtype: torch.dtype | None) -> tuple[SlimMode, str]:

@@ -91,7 +91,7 @@ class RecordedEncoder:
 
     def _skip(self, x: Tensor) -> Tensor:
         with self.slicer.mode("skip"):
-            return self.slicer.encoder(x)  # type: ignore[no-any-return]
+            return self.slicer.encoder(x)
 
     def _note(self, own: _Kind, found: Recording | Obstacle) -> None:
         if isinstance(found, Obstacle):

@@ -62,7 +62,7 @@ def record(
         tape.obstacle = Obstacle("it draws random numbers that are not PyTorch's")
     if tape.obstacle is None and out.requires_grad:
         tape.begin_backward()
-        return _Recorded.apply(tape, [out], done, x, *tape.leaves)  # type: ignore[no-any-return]
+        return _Recorded.apply(tape, [out], done, x, *tape.leaves)
     done(tape.obstacle or Recording(tape, out))
     return out
 
@@ -96,7 +96,7 @@ class Recording:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._differentiable:
-            return _Replay.apply(self, x, *self._leaves)  # type: ignore[no-any-return]
+            return _Replay.apply(self, x, *self._leaves)
         return self.forward(x)[0]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

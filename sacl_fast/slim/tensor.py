@@ -142,7 +142,7 @@ class SlimTensor(_Wrapper):
         made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         made.full_shape, made._type = shape, (dtype, device)
         made._hold(content, computed_from)
-        return made  # type: ignore[no-any-return]
+        return made
 
     def _hold(self, content: Content, computed_from: Sequence[Tensor] | None = None) -> None:
         """``computed_from``: what the parts are computed from; None: they are there."""
@@ -237,7 +237,7 @@ class KeptFilters(_Wrapper):
         made.knows_gradient = torch.is_grad_enabled()
         if made.knows_gradient:
             connect(made, lambda: _masked(parameter, mask), [parameter])
-        return made  # type: ignore[no-any-return]
+        return made
 
     def dense(self) -> Tensor:
         return _masked(self.parameter, self.mask)

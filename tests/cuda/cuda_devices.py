@@ -23,10 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests/cuda"
 SOURCES = [
     *sorted((ROOT / "csrc/cuda").glob("*_kernels.cu")),
-    *(
-        ROOT / "csrc/cuda" / f"{name}.cpp"
-        for name in ("depthwise", "batch_norm_act", "pointwise", "combine")
-    ),
+    *sorted((ROOT / "csrc/cuda").glob("*.cpp")),
     ROOT / "csrc/operators.cpp",
     HERE / "simt.cpp",
 ]
@@ -59,7 +56,7 @@ def emulator() -> ctypes.CDLL:
     flags = "-O1 -std=c++20 -fPIC -fvisibility=hidden -Wno-psabi -DSACL_EMULATED".split()
     flags += ["-Dsacl_fast=sacl_emulated", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     flags += [f"-I{path}" for path in (ROOT / "csrc", HERE, *include_paths())]
-    files = [*SOURCES, *HERE.glob("*.h"), *(ROOT / "csrc/cuda").glob("*.h")]
+    files = [*SOURCES, *HERE.glob("*.h"), *(ROOT / "csrc").rglob("*.h")]
     text = b"".join(f.read_bytes() for f in files) + repr((flags, torch.__version__)).encode()
     folder = ROOT / "build" / f"emulated-{hashlib.sha256(text).hexdigest()[:16]}"
     library = folder / "operators.so"

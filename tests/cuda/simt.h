@@ -79,9 +79,7 @@ inline uint32_t bfloat_bits(float value) {
   if (value != value) return 0x7fff;
   return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
-inline uint32_t two_halves(float low, float high) {
-  return half_bits(low) | half_bits(high) << 16;
-}
+inline uint32_t two_halves(float low, float high) { return half_bits(low) | half_bits(high) << 16; }
 inline uint32_t two_bfloats(float low, float high) {
   return bfloat_bits(low) | bfloat_bits(high) << 16;
 }

@@ -32,9 +32,9 @@ inline torch::stable::Tensor new_tensor(const torch::stable::Tensor& like,
   using torch::headeronly::ScalarType;
   const int64_t bytes = type == ScalarType::Long ? 8 : type == ScalarType::Float ? 4 : 2;
   const int64_t count = sizes.empty() ? 1 : strides[0] * sizes[0];
-  return torch::stable::from_blob(
-      sacl_simt_allocate(static_cast<size_t>(count * bytes)), sizes, strides, like.device(), type,
-      [](void* data) { sacl_simt_free(data); });
+  return torch::stable::from_blob(sacl_simt_allocate(static_cast<size_t>(count * bytes)), sizes,
+                                  strides, like.device(), type,
+                                  [](void* data) { sacl_simt_free(data); });
 }
 
 }  // namespace sacl::cuda

@@ -65,17 +65,17 @@ def run(device, act, x, dy, drest, weight, bias, kept, zeroed, mean, var):
         device.put, (x, dy, drest, weight, bias, kept, zeroed, mean, var)
     )
     count = x.numel() // x.shape[1]
-    y, rest, batch_mean, rstd = device.ops.slim_batch_norm_act(
+    y, rest, batch_mean, rstd = device.ops.batch_norm_act(
         x, weight, bias, kept, zeroed, mean, var, count, MOMENTUM, EPS, code
     )
-    grads = device.ops.slim_batch_norm_act_backward(
+    grads = device.ops.batch_norm_act_backward(
         dy, drest, x, weight, bias, kept, zeroed, batch_mean, rstd, code
     )
     return y, rest, mean, var, *grads
 
 
 def compare(device, case, dtype, act):
-    given = inputs(*case, dtype)
+    given = inputs(*case, dtype=dtype)
     ours = run(device, act, *given)
     assert [t.dtype for t in ours[:2]] == [dtype] * 2 and ours[4].dtype == dtype
     for i, (got, expected) in enumerate(zip(ours, exact(act, *given), strict=True)):
@@ -126,11 +126,9 @@ def test_without_running_statistics_and_without_a_gradient_of_the_rest(device):
     x, dy, _, weight, bias, kept, zeroed, _, _ = inputs((3, 16, 5, 5), 8, 2, torch.float32)
     x, dy, weight, bias, kept, zeroed = map(device.put, (x, dy, weight, bias, kept, zeroed))
     lists = (kept, zeroed)
-    outputs = device.ops.slim_batch_norm_act(
-        x, weight, bias, *lists, None, None, 75, MOMENTUM, EPS, 1
-    )
+    outputs = device.ops.batch_norm_act(x, weight, bias, *lists, None, None, 75, MOMENTUM, EPS, 1)
     assert not any(t.isnan().any() for t in outputs)
-    _, dweight, dbias = device.ops.slim_batch_norm_act_backward(
+    _, dweight, dbias = device.ops.batch_norm_act_backward(
         dy, None, x, weight, bias, *lists, *outputs[2:], 1
     )
     live = torch.zeros(26, dtype=torch.bool)
@@ -157,7 +155,7 @@ def test_wrong_arguments_are_errors(device):
 
     def forward(weight, bias, act):
         numbers = (75, MOMENTUM, EPS, act)
-        device.ops.slim_batch_norm_act(x, weight, bias, None, None, None, None, *numbers)
+        device.ops.batch_norm_act(x, weight, bias, None, None, None, None, *numbers)
 
     with pytest.raises(RuntimeError, match="weight is not contiguous, of the expected type"):
         forward(weight.bfloat16(), bias, 0)

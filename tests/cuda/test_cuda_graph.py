@@ -29,13 +29,13 @@ def test_replayed_on_new_values():
 
     def step():
         y = ops.depthwise_conv(x, filters, kept, *WINDOW)
-        dx = ops.depthwise_conv_input(dy, filters, kept, HIGH, HIGH, 40, *WINDOW)
-        dfilters = ops.depthwise_conv_weight(x, dy, kept, 3, 3, *WINDOW)
+        dx = ops.depthwise_conv_backward_input(dy, filters, kept, HIGH, HIGH, 40, *WINDOW)
+        dfilters = ops.depthwise_conv_backward_weight(x, dy, kept, 3, 3, *WINDOW)
         count = BATCH * HIGH * HIGH
-        n, rest, mean, rstd = ops.slim_batch_norm_act(
+        n, rest, mean, rstd = ops.batch_norm_act(
             y, scale, shift, kept, zeroed, *running, count, 0.1, 1e-5, 1
         )
-        norm_grads = ops.slim_batch_norm_act_backward(
+        norm_grads = ops.batch_norm_act_backward(
             dy, rest, y, scale, shift, kept, zeroed, mean, rstd, 1
         )
         constants = rest.flatten(1)

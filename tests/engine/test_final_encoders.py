@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from sacl_fast.data.sources import open_sources
+from sacl_fast.data.images.open import open_sources
 from sacl_fast.encoders import build_encoder, load_encoder, read_encoder_metadata
 from sacl_fast.engine.evaluator import Evaluator
 from sacl_fast.engine.signals import StopRequest

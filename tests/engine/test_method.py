@@ -7,7 +7,7 @@ import torch
 from torch.func import functional_call
 
 from sacl_fast.config import Config, EncoderConfig, LossConfig, ProjectorConfig, SlimConfig
-from sacl_fast.data.views import CIFAR
+from sacl_fast.data.views.tables import CIFAR
 from sacl_fast.engine.method import build_method
 from sacl_fast.passes import SlimPasses
 

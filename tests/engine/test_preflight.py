@@ -6,7 +6,7 @@ import pytest
 
 from sacl_fast.cli import parse_config
 from sacl_fast.config import Config, DaliConfig, DataConfig, OptimConfig, ProjectorConfig
-from sacl_fast.data.loader import worker_count
+from sacl_fast.data.loading.workers import worker_count
 from sacl_fast.engine.dry_run import print_dry_run
 from sacl_fast.engine.preflight import check_run, remarks
 from sacl_fast.engine.trainer import train

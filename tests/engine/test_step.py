@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sacl_fast.config import Config, EncoderConfig, ProjectorConfig, SlimConfig
-from sacl_fast.data.views import CIFAR
+from sacl_fast.data.views.tables import CIFAR
 from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.step import TrainingStep

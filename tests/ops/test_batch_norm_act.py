@@ -1,10 +1,12 @@
 """The compiled batch norm against PyTorch in float64: values, gradients, running statistics."""
 
+from typing import Any, get_args
+
 import pytest
 import torch
 
 from sacl_fast.ops import compiled
-from sacl_fast.ops.batch_norm_act import ACTIVATIONS, batch_norm_act, is_compiled
+from sacl_fast.ops.batch_norm_act import ACTIVATIONS, Activation, batch_norm_act, is_compiled
 
 pytestmark = pytest.mark.skipif(not is_compiled(), reason=str(compiled.obstacle()))
 # Channels: fewer than a vector, one, one and a bit, several; rows: fewer and more than are summed
@@ -21,20 +23,21 @@ def inputs(shape, offset=2.0, more=0):
     dy = torch.randn(shape, generator=generator)
     x = x.contiguous(memory_format=torch.channels_last)
     order = torch.randperm(shape[1] + more, generator=generator)
-    lists = {"kept": order[more:], "zeroed": order[: more // 2 + 1]} if more else {}
+    lists = {"kept_index": order[more:], "zeroed_index": order[: more // 2 + 1]} if more else {}
     return [x, weight, bias, mean, weight.square() + 0.1, dy], lists
 
 
 def run(given, **options):
-    x, weight, bias, mean, var, dy, *shared = given
-    leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias, *shared)]
+    x, weight, bias, mean, var, dy, *maps = given
+    leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias, *maps)]
     running = [mean.clone(), var.clone()]
-    if shared:
-        options["shared"] = leaves[3]
+    if maps:
+        options["map"] = leaves[3]
     outputs = batch_norm_act(*leaves[:3], *running, momentum=0.3, eps=1e-5, **options)
     outputs = [y for y in outputs if y is not None]
     weights = [dy, *(torch.linspace(-1, 2, y.numel()).view_as(y) for y in outputs[1:])]
-    sum((y * w).sum() for y, w in zip(outputs, weights, strict=True)).backward()
+    terms = [(y * w).sum() for y, w in zip(outputs, weights, strict=True)]
+    torch.stack(terms).sum().backward()
     return [*(y.detach() for y in outputs), *(t.grad for t in leaves), *running]
 
 
@@ -68,9 +71,9 @@ def test_of_some_channels_and_zeros(shape, act, count):
 
 
 @pytest.mark.parametrize("act", ["none", "silu"])
-def test_with_a_map_that_all_samples_share(act):
+def test_with_a_map(act):
     given, lists = inputs((4, 37, 9, 9), more=9)
-    lists["shared_kept"] = lists.pop("zeroed")
+    lists["map_index"] = lists.pop("zeroed_index")
     given.append(torch.randn(1, 5, 9, 9).contiguous(memory_format=torch.channels_last))
     ours = run(given, act=act, backend="cpu", **lists)
     assert_equal(ours, run(double(given), act=act, backend="torch", **lists))
@@ -109,25 +112,26 @@ def test_a_constant_channel_becomes_its_bias_and_nan_stays():
     y, *_ = batch_norm_act(x, weight, bias, backend="cpu")
     torch.testing.assert_close(y[:, 5], bias[5].expand(4, 3, 3))
     x[1, 3, 0, 0] = float("nan")
-    for act in ACTIVATIONS:
+    for act in get_args(Activation):
         y, *_ = batch_norm_act(x, weight, bias, act=act, backend="cpu")
         assert y[:, 3].isnan().all() and not y[:, 4].isnan().any()
 
 
-@pytest.mark.parametrize("lists", [{"kept": [0, 1]}, {"kept": [0, 1, 9]}, {"zeroed": [-1]}])
+@pytest.mark.parametrize(
+    "lists", [{"kept_index": [0, 1]}, {"kept_index": [0, 1, 9]}, {"zeroed_index": [-1]}]
+)
 def test_wrong_lists_are_refused(lists):
     (x, weight, bias, *_), _ = inputs((2, 3, 4, 4))
     with pytest.raises(RuntimeError, match=r"index|channels"):
-        batch_norm_act(
-            x, weight, bias, backend="cpu", **{k: torch.tensor(v) for k, v in lists.items()}
-        )
+        given: dict[str, Any] = {name: torch.tensor(list_) for name, list_ in lists.items()}
+        batch_norm_act(x, weight, bias, backend="cpu", **given)
 
 
 def test_the_operator_keeps_the_rules_of_torch_library():
     (x, weight, bias, mean, var, dy), lists = inputs((3, 21, 4, 5), more=4)
-    given = x, weight, bias, lists["kept"], lists["zeroed"]
+    given = x, weight, bias, lists["kept_index"], lists["zeroed_index"]
     op = torch.ops.sacl_fast
-    torch.library.opcheck(op.slim_batch_norm_act, (*given, mean, var, 60, 0.1, 1e-5, 4))
-    _, rest, *statistics = op.slim_batch_norm_act(*given, None, None, 60, 0.1, 1e-5, 4)
+    torch.library.opcheck(op.batch_norm_act, (*given, mean, var, 60, 0.1, 1e-5, 4))
+    _, rest, *statistics = op.batch_norm_act(*given, None, None, 60, 0.1, 1e-5, 4)
     dy = dy.contiguous(memory_format=torch.channels_last)
-    torch.library.opcheck(op.slim_batch_norm_act_backward, (dy, rest, *given, *statistics, 4))
+    torch.library.opcheck(op.batch_norm_act_backward, (dy, rest, *given, *statistics, 4))

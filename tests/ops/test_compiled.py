@@ -5,7 +5,7 @@ import torch
 
 from sacl_fast.errors import UserError
 from sacl_fast.ops import compiled
-from sacl_fast.ops.backend import resolve
+from sacl_fast.ops.backend import SLIM_OPERATORS, resolve
 
 
 @pytest.mark.parametrize(
@@ -27,23 +27,29 @@ def test_code_and_the_devices_that_it_runs_on(architecture, runs, does_not):
 @pytest.mark.skipif(compiled.obstacle() is not None, reason=str(compiled.obstacle()))
 def test_tensors_of_the_cpu():
     x = torch.zeros(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
-    assert compiled.takes(x, torch.zeros(3))
-    assert not compiled.takes(x, torch.zeros(3, dtype=torch.float64))
-    assert not compiled.takes(x.bfloat16())
-    assert not compiled.takes(x.contiguous())
-    assert not compiled.takes(x[:0])
+    assert compiled.unfit(x, torch.zeros(3), None) is None
+    for given, why_not in [
+        ((x, torch.zeros(3, dtype=torch.float64)), "one number type"),
+        ((x.bfloat16(),), "float32, not torch.bfloat16"),
+        ((x.contiguous(),), "channels-last"),
+        ((x[:0],), "no values"),
+        ((x.to("meta"),), "not on meta"),
+    ]:
+        assert why_not in str(compiled.unfit(*given))
 
 
 @pytest.mark.skipif(compiled.obstacle() is not None, reason=str(compiled.obstacle()))
-def test_backends_of_the_slim_operators():
+@pytest.mark.parametrize("op", SLIM_OPERATORS)
+def test_backends_of_the_slim_operators(op):
     cpu = torch.device("cpu")
-    assert resolve("auto", "slim_conv", cpu).backend == "cpu"
+    assert resolve("auto", op, cpu).backend == "cpu"
     with pytest.raises(UserError, match=r"it needs a CUDA device.*what can: cpu, torch"):
-        resolve("cuda", "slim_conv", cpu)
+        resolve("cuda", op, cpu)
 
 
 @pytest.mark.gpu
-def test_backends_of_the_slim_operators_on_a_gpu():
+@pytest.mark.parametrize("op", SLIM_OPERATORS)
+def test_backends_of_the_slim_operators_on_a_gpu(op):
     device = torch.device("cuda")
     assert compiled.cuda_obstacle(device) is None
-    assert resolve("auto", "slim_conv", device).backend == "cuda"
+    assert resolve("auto", op, device).backend == "cuda"

@@ -78,13 +78,13 @@ def test_the_operator_keeps_the_rules_of_torch_library():
 
 def test_constants_that_fill_an_image():
     torch.manual_seed(0)
-    index, filters = torch.tensor([3, 0, 1]), torch.tensor([5, 2, 0])
+    in_index, out_index = torch.tensor([3, 0, 1]), torch.tensor([5, 2, 0])
     values, weight = torch.randn(1, 4, 1, 1), torch.randn(6, 1, 3, 3)
     options = {"size": (6, 5), "padding": (1, 1), "stride": (2, 1)}
     results = []
     for backend, *tensors in (("cpu", values, weight), ("torch", values.double(), weight.double())):
         leaves = [t.clone().requires_grad_() for t in tensors]
-        y = depthwise_conv(*leaves, index, filters, backend=backend, **options)
+        y = depthwise_conv(leaves[0], leaves[1], in_index, out_index, backend=backend, **options)
         y.square().sum().backward()
         results.append([y.detach().double(), *(t.grad.double() for t in leaves)])
     assert results[0][0].shape == (1, 3, 3, 5)
@@ -94,11 +94,13 @@ def test_constants_that_fill_an_image():
 
 def test_some_filters_of_the_full_weight():
     x, full = inputs((3, 20, 6, 6), 11, (3, 3))[0], torch.randn(30, 1, 3, 3)
-    index, filters = torch.randperm(20)[:11], torch.randperm(30)[:11]
+    in_index, out_index = torch.randperm(20)[:11], torch.randperm(30)[:11]
     grads = []
     for backend, values, weight in (("cpu", x, full), ("torch", x.double(), full.double())):
         leaves = [t.clone().requires_grad_() for t in (values, weight)]
-        y = depthwise_conv(*leaves, index, filters, padding=(1, 1), backend=backend)
+        y = depthwise_conv(
+            leaves[0], leaves[1], in_index, out_index, padding=(1, 1), backend=backend
+        )
         y.square().sum().backward()
         grads.append([y.detach().double(), *(t.grad.double() for t in leaves)])
     for got, expected in zip(*grads, strict=True):
@@ -150,7 +152,7 @@ def test_on_a_gpu(dtype):
         ours = run(x, weight, index, backend="cuda", **options)
         exact = run(x.double(), weight.double(), index, backend="torch", **options)
         for got, expected in zip(ours, exact, strict=True):
-            assert got.dtype == dtype
+            assert got is not None and expected is not None and got.dtype == dtype
             error = (got.double() - expected).abs().max() / expected.abs().max()
             assert error < {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
 
@@ -159,5 +161,5 @@ def test_flops_are_counted():
     x, weight, index = inputs((2, 20, 6, 6), 9, (3, 3))
     leaves = [t.requires_grad_() for t in (x, weight)]
     with FlopCounterMode(display=False) as counter:
-        depthwise_conv(*leaves, index, padding=(1, 1), backend="cpu").sum().backward()
+        depthwise_conv(leaves[0], leaves[1], index, padding=(1, 1), backend="cpu").sum().backward()
     assert counter.get_total_flops() == 3 * 2 * (2 * 9 * 6 * 6) * 9

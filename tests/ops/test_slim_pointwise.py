@@ -15,7 +15,7 @@ SIZES = [
     *((9, 20, 1, 8, 5), (9, 20, 4, 1, 5)),  # one channel is in every order of memory at once
 ]
 # Samples and image of an offset: 1 for one value, 0 for all of them
-OFFSETS = {"none": None, "bias": (1, 1), "sample": (0, 1), "place": (1, 0), "all": (0, 0)}
+OFFSETS = {"none": None, "bias": (1, 1), "sample": (0, 1), "pixel": (1, 0), "all": (0, 0)}
 FEW, MANY = (4, 5), (13, 14)  # pixels: products of matrices, convolutions
 
 
@@ -27,8 +27,8 @@ def inputs(sizes, samples, offset, batch=N, image=FEW, seed=0):
     weight = torch.randn(filters, C, 1, 1, generator=g)
     rest = torch.randn(samples, constants, 1, 1, generator=g) if constants else None
     if offset is not None:
-        places = (1, 1) if offset[1] else image
-        offset = torch.randn(offset[0] or batch, kept, *places, generator=g)
+        pixels = (1, 1) if offset[1] else image
+        offset = torch.randn(offset[0] or batch, kept, *pixels, generator=g)
     indices = (
         None if live == C else order[:live],
         None if kept == filters else out,
@@ -37,11 +37,12 @@ def inputs(sizes, samples, offset, batch=N, image=FEW, seed=0):
     return [x, weight, rest, offset], indices
 
 
-def run(tensors, indices, backend, shared_index=None):
+def run(tensors, indices, backend, map_index=None):
     leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
-    x, weight, rest, offset, *shared = leaves
+    x, weight, rest, offset, *maps = leaves
+    assert x is not None and weight is not None
     in_index, out_index, rest_index = indices
-    more = (*shared, shared_index) if shared else ()
+    more = (*maps, map_index) if maps else ()
     y = slim_pointwise(
         x, weight, in_index, out_index, rest, rest_index, offset, *more, backend=backend
     )
@@ -63,20 +64,20 @@ def test_equals_pytorch(sizes, offset, samples, image):
 
 
 @pytest.mark.parametrize("samples", [0, 1, N])
-@pytest.mark.parametrize("offset", ["none", "bias", "place"])
-@pytest.mark.parametrize("shares", [1, 9])
+@pytest.mark.parametrize("offset", ["none", "bias", "pixel"])
+@pytest.mark.parametrize("in_map", [1, 9])
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("image", [FEW, MANY], ids=str)
-def test_with_a_map_that_all_samples_share(offset, samples, shares, memory_format, image):
+def test_with_a_map(offset, samples, in_map, memory_format, image):
     sizes = (48, 33, 17, 16, 20 if samples else 0)
     tensors, indices = inputs(sizes, samples, OFFSETS[offset], image=image)
     taken = set(torch.cat([i for i in (indices[0], indices[2]) if i is not None]).tolist())
-    shared_index = torch.tensor([c for c in range(48) if c not in taken][:shares])
-    shared = torch.randn(1, shares, *image).contiguous(memory_format=memory_format)
-    tensors = [*tensors, shared]
+    map_index = torch.tensor([c for c in range(48) if c not in taken][:in_map])
+    map_ = torch.randn(1, in_map, *image).contiguous(memory_format=memory_format)
+    tensors = [*tensors, map_]
     exact = [None if t is None else t.double() for t in tensors]
-    ours = run(tensors, indices, "cpu", shared_index)
-    for got, expected in zip(ours, run(exact, indices, "torch", shared_index), strict=True):
+    ours = run(tensors, indices, "cpu", map_index)
+    for got, expected in zip(ours, run(exact, indices, "torch", map_index), strict=True):
         scale = expected.abs().max()
         torch.testing.assert_close(got.double() / scale, expected / scale, rtol=0, atol=2e-6)
 
@@ -86,14 +87,14 @@ def test_the_reference_is_a_convolution_of_all_channels():
     full = torch.zeros(N, 48, *FEW)
     full[:, in_index], full[:, rest_index] = x, rest.expand(-1, -1, *FEW)
     others = torch.tensor([c for c in range(48) if not full[:, c].any()][:5])
-    full[:, others] = shared = torch.randn(1, 5, *FEW)
+    full[:, others] = map_ = torch.randn(1, 5, *FEW)
     y = slim_pointwise(
-        *(x, weight, in_index, out_index, rest, rest_index, None, shared, others), backend="torch"
+        *(x, weight, in_index, out_index, rest, rest_index, None, map_, others), backend="torch"
     )
     torch.testing.assert_close(y, F.conv2d(full, weight)[:, out_index], rtol=1e-4, atol=1e-5)
 
 
-def test_one_sample_and_one_place():
+def test_one_sample_and_one_pixel():
     for batch in (1, 2):
         tensors, indices = inputs((6, 8, 4, 5, 2), 1, (1, 1), batch)
         tensors[0] = tensors[0][:, :, :1, :1].contiguous(memory_format=torch.channels_last)

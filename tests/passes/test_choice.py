@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sacl_fast.config import Config, SlimConfig
-from sacl_fast.ops.backend import resolve_all
+from sacl_fast.ops.backend import of_slim_operators, resolve_all
 from sacl_fast.passes import RecordedEncoder, SlimPasses, choose_slim_passes
 from sacl_fast.slim import Slicer
 
@@ -35,10 +35,10 @@ def test_a_mode_that_is_asked_for_is_taken(mode, precision):
 
 
 def test_auto_skips_where_that_is_the_faster_one():
-    compiled = resolve_all("auto", CPU)["slim_conv"].backend
+    compiled = of_slim_operators(resolve_all("auto", CPU))
     passes = chosen()
-    assert passes.backend == compiled
-    assert passes.mode == ("skip" if compiled == "cpu" else "mask")
+    assert passes.backend == compiled.for_calls
+    assert passes.mode == ("skip" if compiled.backend == "cpu" else "mask")
     assert "the faster one on the compiled CPU operators" in passes.reason
     for other in ({"precision": "bf16"}, {"backend": "torch"}, {"channels_last": False}):
         slower = chosen(1000, **other)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sacl_fast.config import Config, EncoderConfig, LossConfig, ProjectorConfig, SlimConfig
-from sacl_fast.data.views import CIFAR
+from sacl_fast.data.views.tables import CIFAR
 from sacl_fast.encoders import build_encoder
 from sacl_fast.encoders.resnet20 import ResNet20
 from sacl_fast.engine.method import build_method

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sacl_fast.ops.slim_arithmetic import slim_add, slim_gate
+from sacl_fast.ops.slim_add import slim_add
 from sacl_fast.ops.slim_conv import BACKEND
+from sacl_fast.ops.slim_gate import slim_gate
 from sacl_fast.slim.channels import all_channels, channels, common, joined, live_in_either
 from sacl_fast.slim.operations import ARITHMETIC, BETWEEN, IN_PLACE, REVERSED
 from sacl_fast.slim.parts import Part, for_part, select

@@ -66,10 +66,10 @@ def batch_norm(
         options.update(count=count, act=act, backend=BACKEND.get())
         y, rest, out = batch_norm_act(
             *(given(live), *norm),
-            kept=index(live.channels),
-            zeroed=zeroed_index,
-            shared=None if mapped is None else given(mapped),
-            shared_kept=None if mapped is None else index(mapped.channels),
+            kept_index=index(live.channels),
+            zeroed_index=zeroed_index,
+            map=None if mapped is None else given(mapped),
+            map_index=None if mapped is None else index(mapped.channels),
             **options,
         )
         outputs = [live._replace(values=y)]
@@ -79,7 +79,9 @@ def batch_norm(
             outputs.append(mapped._replace(values=out))
         for p in others:
             if p is not mapped:
-                values, *_ = batch_norm_act(given(p), *norm, kept=index(p.channels), **options)
+                values, *_ = batch_norm_act(
+                    given(p), *norm, kept_index=index(p.channels), **options
+                )
                 outputs.append(p._replace(values=values))
         running = None, None  # whoever asks again has the same batch
         return arranged(outputs, shape)

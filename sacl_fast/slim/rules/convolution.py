@@ -22,8 +22,8 @@ from sacl_fast.ops.slim_conv import (
     Geometry,
     constant_response,
     output_size,
-    slim_conv2d,
-    slim_depthwise,
+    slim_conv,
+    slim_depthwise_conv,
     take,
     take_filters,
 )
@@ -103,11 +103,11 @@ def _sum_over_parts(
             filters = take_filters(weight, out, index)
             response = constant_response(p.values, filters, _size(x), geometry)
         else:
-            response = slim_conv2d(as_image(p, x.shape), weight, index, out, None, geometry)
+            response = slim_conv(as_image(p, x.shape), weight, index, out, None, geometry)
         offset = response if offset is None else offset + response
     live = parts[0]
     index = live.channels.index(device, in_channels)
-    return slim_conv2d(live.values, weight, index, out, offset, geometry)
+    return slim_conv(live.values, weight, index, out, offset, geometry)
 
 
 def _sum_of_pointwise(
@@ -164,7 +164,9 @@ def _depthwise(
                 response = response + take(bias, out).view(1, -1, 1, 1)
         else:
             size, values = (_size(x), p.values) if p.is_constant else (None, as_image(p, x.shape))
-            response = slim_depthwise(values, weight, read, out, bias, geometry, multiplier, size)
+            response = slim_depthwise_conv(
+                values, weight, read, out, bias, geometry, multiplier, size
+            )
         outputs.append(Part(own, response))
     live, first = parts[0], outputs[0]
     if not len(readers(live.channels, kept, multiplier)[0]):

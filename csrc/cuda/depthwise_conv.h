@@ -1,0 +1,96 @@
+// What the kernels of depthwise convolution share: how strips of outputs are dealt to threads, how
+// channels and columns are read, and which kernels there are for a window.
+#pragma once
+
+#include "cuda/device.h"
+
+namespace sacl::cuda {
+
+// The strips of an image batch's rows, which are numbered through.
+struct Problem {
+  DepthwiseConvShape s;
+  Divisor strips, rows;  // of an output row; of an image
+  int first_strip;       // where in its row the first strip starts: at 0 or before it
+  int count;             // strips in all
+  int chunk;             // strips that a block takes
+
+  // `width` numbers in a row from `first` on, `strip` at a time.
+  Problem(DepthwiseConvShape s, int width, int height, int strip, int first, const Tile& tile,
+          int per_processor)
+      : s(s), strips(ceil_div(width - first, strip)), rows(height), first_strip(first) {
+    count = s.N * height * ceil_div(width - first, strip);
+    chunk = static_cast<int>(Chunks(count, tile, per_processor).size);
+  }
+
+  dim3 grid(const Tile& tile) const { return dim3(ceil_div(count, chunk), tile.slices); }
+
+  // Which image, row and strip of the row.
+  __device__ void locate(int strip, int& n, int& row, int& at) const {
+    int rest = strip;
+    const int line = strips.split(rest);
+    at = rest;
+    row = line;
+    n = rows.split(row);
+  }
+};
+
+// The channel that is read for channel `c`; -1: none. A wrong index list ends the kernel, as in
+// PyTorch's own.
+__device__ inline int source_of(const int64_t* source, int c, int channels) {
+  if (!source) return c;
+  const int64_t from = source[c];
+  if (from < -1 || from >= channels) __trap();
+  return static_cast<int>(from);
+}
+
+// N columns beside one another, of which those beyond the image are 0; the first one, at `first`,
+// is its column `left`.
+template <class T, int V, int N>
+__device__ void load_columns(Vec<T, V> (&columns)[N], const T* first, int step, int left,
+                             int width) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const bool inside = static_cast<unsigned>(left + i) < static_cast<unsigned>(width);
+    columns[i] = inside ? Vec<T, V>::load(first + i * step) : Vec<T, V>::zero();
+  }
+}
+
+template <int K, int S>
+struct WindowOf {
+  static constexpr int kSize = K, kStride = S;
+};
+
+// `f` with the window as a type where there are kernels for it, else `any`.
+template <class F, class Any>
+const char* with_window(const DepthwiseConvShape& s, const F& f, const Any& any) {
+  const bool plain = s.kh == s.kw && s.stride_h == s.stride_w && s.dilation_h == 1 &&
+                     s.dilation_w == 1 && s.stride_h <= 2;
+  switch (plain ? s.kh * 10 + s.stride_h : 0) {
+    case 31: return f(WindowOf<3, 1>());
+    case 32: return f(WindowOf<3, 2>());
+    case 51: return f(WindowOf<5, 1>());
+    case 52: return f(WindowOf<5, 2>());
+    case 71: return f(WindowOf<7, 1>());
+    case 72: return f(WindowOf<7, 2>());
+    default: return any();
+  }
+}
+
+template <int N>
+struct Lanes {
+  static constexpr int kCount = N;
+};
+
+// `f` with the number of channels that a thread takes.
+template <class T, class F>
+const char* with_lanes(bool vectors, const F& f) {
+  return vectors ? f(Lanes<kLanes<T>>()) : f(Lanes<1>());
+}
+
+template <class T>
+bool vectors_fit(const DepthwiseConvShape& s, const int64_t* in_index, const void* a,
+                 const void* b) {
+  return !in_index && s.K % kLanes<T> == 0 && aligned(a) && aligned(b);
+}
+
+}  // namespace sacl::cuda

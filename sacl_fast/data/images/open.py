@@ -1,0 +1,63 @@
+"""The sources by the names that ``data.source`` takes; ``open_sources`` is what all else calls."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from sacl_fast.config import DataConfig
+from sacl_fast.config.choices import SourceName
+from sacl_fast.data.images.cifar import open_cifar
+from sacl_fast.data.images.folder import open_folder
+from sacl_fast.data.images.shapes import open_demo
+from sacl_fast.data.images.source import Source, Splits, Subset
+from sacl_fast.data.images.splits import few
+from sacl_fast.data.images.webdataset import open_webdataset
+
+logger = logging.getLogger(__name__)
+
+# Name to what opens it: the training and validation images of a configuration. The second argument
+# says whether what is missing may be downloaded.
+SOURCES: dict[SourceName, Callable[[DataConfig, bool], Splits]] = {
+    "demo": open_demo,
+    "folder": open_folder,
+    "webdataset": open_webdataset,
+    "cifar10": open_cifar,
+    "cifar100": open_cifar,
+}
+
+
+def open_sources(config: DataConfig, seed: int, *, download: bool = True) -> Splits:
+    """The training and validation images of ``config``; ``seed`` chooses those of ``limit``.
+
+    Archives are unpacked and data sets downloaded where they are not at hand. What the user can
+    mend (no such folder, no images in it, no network, ``download`` ruled out) is a UserError.
+    """
+    splits = SOURCES[config.source](config, download)
+    train = _limited(splits.train, config.limit, seed)
+    val = "no" if splits.val is None else len(splits.val)
+    logger.info("%d training images, %s validation images", len(train), val)
+    logger.info("%s", _described_labels(train.classes, config))
+    return Splits(train, splits.val)
+
+
+def _described_labels(classes: Sequence[str], config: DataConfig) -> str:
+    if not classes:
+        return "no labels, so no kNN evaluation"
+    origin = {
+        "folder": "the names of folders, or of classes in the list",
+        "webdataset": "the .cls files in the shards",
+    }.get(config.source, f"those of {config.source}")
+    return (
+        f"labels for kNN evaluation: {len(classes)} classes ({few(classes)}), which are {origin}; "
+        "data.labels none does without"
+    )
+
+
+def _limited(source: Source, limit: int, seed: int) -> Source:
+    if not 0 < limit < len(source):
+        return source
+    indices = np.random.default_rng(seed).choice(len(source), limit, replace=False)
+    return Subset(source, np.sort(indices))

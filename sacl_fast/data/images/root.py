@@ -1,0 +1,36 @@
+"""What ``data.root`` names: a folder, an archive or a list of paths, which must be there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sacl_fast.config import DataConfig
+from sacl_fast.data.images import archives
+from sacl_fast.errors import UserError
+from sacl_fast.files import kind_of, user_path
+
+LIST_SUFFIX = ".txt"
+
+
+def existing_root(config: DataConfig) -> Path:
+    """``data.root``. UserError where there is none, or where it is of no use."""
+    if not config.root:
+        raise UserError(
+            "no images given: data.root takes a folder of images or an archive of one "
+            f"({', '.join(archives.SUFFIXES)}); data.source demo needs none"
+        )
+    root = user_path(config.root, "data.root")
+    kind = kind_of(root)
+    if kind is None:
+        raise UserError(f"data.root is {root}, which does not exist (from {Path.cwd()})")
+    if kind != "folder" and not (kind == "file" and (archives.is_archive(root) or is_list(root))):
+        what = "a file" if kind == "file" else "a pipe, a socket or a device"
+        raise UserError(
+            f"data.root is {root}, {what}; a folder of images, an archive of one "
+            f"({', '.join(archives.SUFFIXES)}) or a list of paths ({LIST_SUFFIX}) works"
+        )
+    return root
+
+
+def is_list(root: Path) -> bool:
+    return root.suffix.lower() == LIST_SUFFIX

@@ -1,0 +1,151 @@
+"""What a source of images is, and the sources that all kinds are made of.
+
+A source is cheap to pickle and holds no Python object per image, so worker processes share its
+memory.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+
+from sacl_fast.data.images.decode import decode_rgb, read_bytes
+
+
+class Source(Protocol):
+    """N images by index."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names, () without labels."""
+        ...
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) int64 positions in ``classes``, all -1 without labels."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    @property
+    def decoded(self) -> bool:
+        """Whether ``read`` gives pixels."""
+        ...
+
+    def load(self, index: int) -> Image.Image:
+        """The image, mode RGB. BadImage where it cannot be read."""
+        ...
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        """The image as it is kept: an encoded file, or pixels (H, W, 3) uint8. BadImage where it
+        cannot be read; whether a file holds an image is not looked at."""
+        ...
+
+    def label(self, index: int) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What to call the image in messages."""
+        ...
+
+    def identity(self, index: int) -> bytes:
+        """What tells the image from another in its place, at the cost of a look at the file at
+        most: its name within the data set and its size, or its pixels."""
+        ...
+
+
+class Splits(NamedTuple):
+    train: Source
+    val: Source | None
+
+
+class ArraySource:
+    """Images in memory: ``images`` (N, H, W, 3) uint8, called ``title[index]``."""
+
+    decoded = True
+
+    def __init__(
+        self, title: str, images: np.ndarray, labels: Sequence[int] | np.ndarray, classes: tuple
+    ) -> None:
+        self.title, self.images, self.classes = title, images, classes
+        self.labels = np.asarray(labels, np.int64) if classes else np.full(len(images), -1)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, index: int) -> Image.Image:
+        return Image.fromarray(self.images[index])
+
+    def read(self, index: int) -> np.ndarray:
+        return self.images[index]
+
+    def label(self, index: int) -> int:
+        return int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        return f"{self.title}[{index}]"
+
+    def identity(self, index: int) -> bytes:
+        return self.images[index].tobytes()
+
+
+class FileSource(ABC):
+    """Encoded images with ``labels`` (N,) and class names, or without. A subclass says how many
+    there are, what each is called and how it is told from another.
+
+    Images of more than ``most`` bytes are unreadable.
+    """
+
+    decoded = False
+
+    def __init__(self, labels: np.ndarray, classes: tuple[str, ...], most: int) -> None:
+        self.labels, self.classes, self.most = labels, classes, most
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def name(self, index: int) -> str: ...
+
+    @abstractmethod
+    def identity(self, index: int) -> bytes: ...
+
+    def load(self, index: int) -> Image.Image:
+        return decode_rgb(self.read(index))
+
+    def read(self, index: int) -> bytes:
+        """The file called ``name(index)``."""
+        return read_bytes(self.name(index), self.most)
+
+    def label(self, index: int) -> int:
+        return int(self.labels[index])
+
+
+class Subset:
+    """The images of ``source`` at ``indices`` (M,)."""
+
+    def __init__(self, source: Source, indices: np.ndarray) -> None:
+        self.source, self.indices = source, indices
+        self.classes, self.labels = source.classes, source.labels[indices]
+        self.decoded = source.decoded
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def load(self, index: int) -> Image.Image:
+        return self.source.load(self.indices[index])
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        return self.source.read(self.indices[index])
+
+    def label(self, index: int) -> int:
+        return int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        return self.source.name(self.indices[index])
+
+    def identity(self, index: int) -> bytes:
+        return self.source.identity(self.indices[index])

@@ -1,0 +1,130 @@
+"""What DALI is fed: encoded images, and everything random about their views.
+
+The draws are those of ``data/views/draw.py``, packed for what makes the views: DALI
+(``data/views/dali_parameters.py``) or the compiled operator (``data/views/compiled.py``).
+
+Images that DALI and Pillow decode alike are handed on as they are. All others (CMYK, 16 bits,
+transparency, GIF, WebP, ...) are decoded by Pillow and handed on as PPM, so that no image works
+with one loader only. Broken files are found here too, by a check of header and end that costs
+nothing while the bytes are at hand; a pass over all files before the first step would cost
+minutes on a network disk.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sacl_fast.config import Config, ViewConfig, ViewsConfig
+from sacl_fast.data.images.decode import decode_rgb, plain_size, to_ppm
+from sacl_fast.data.images.source import Source
+from sacl_fast.data.loading.readers import first_readable
+from sacl_fast.data.views.draw import ViewDraw, draw_view, sample_rng
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+# Draws, how many there are, and the configuration of the view.
+Pack = Callable[[Iterable[ViewDraw], int, ViewsConfig, ViewConfig], Any]
+
+
+class Feed(NamedTuple):
+    """A batch as it leaves a worker."""
+
+    images: Tensor
+    """(n, H, W, 3) uint8 pixels, or (bytes,) uint8: the encoded images end to end"""
+    ends: Tensor
+    """(n,) int64: where each encoded image ends; empty for pixels"""
+    a: Any
+    """the draws of view a, packed"""
+    b: Any
+    index: Tensor
+    """(n,) int64"""
+    bad: list[tuple[int, str]]
+    """unreadable images met, and why"""
+    missed: int = 0
+    """images that others stand for"""
+
+    def arrays(self) -> np.ndarray | list[np.ndarray]:
+        """The images as DALI takes them."""
+        images = self.images.numpy()
+        return np.split(images, self.ends.numpy()[:-1]) if len(self.ends) else images
+
+
+class FeedReader:
+    """(epoch, indices) to what DALI makes the views of those images from.
+
+    For an unreadable image the next readable one is taken, cyclically. ``pack`` turns the draws of
+    a view into what its maker takes. ``by_pillow`` holds the images that DALI failed to decode.
+    """
+
+    def __init__(self, source: Source, config: Config, pack: Pack) -> None:
+        self.source, self.views, self.seed = source, config.views, config.seed
+        self.pack = pack
+        self.patience = int(config.data.max_bad_share * len(source))
+        self.by_pillow: set[int] = set()
+
+    def __getitem__(self, key: tuple[int, np.ndarray]) -> Feed:
+        epoch, wanted = key
+        images, sizes, index, bad = [], [], wanted.copy(), {}
+        for slot, i in enumerate(wanted.tolist()):
+            found, index[slot] = first_readable(self._load, i, len(self.source), self.patience, bad)
+            if found is None:  # more are bad than may be: the loader will say so
+                nothing = torch.empty(0)
+                return Feed(nothing, nothing, None, None, nothing, list(bad.items()))
+            images.append(found[0])
+            sizes.append(found[1])
+        a, b = (
+            self.pack(
+                (
+                    draw_view(view, sample_rng(self.seed, epoch, i, which), *size)
+                    for i, size in zip(wanted.tolist(), sizes, strict=True)
+                ),
+                len(wanted),
+                self.views,
+                view,
+            )
+            for which, view in enumerate((self.views.a, self.views.b))
+        )
+        if images[0].ndim == 3:
+            blob, ends = np.stack(images), np.empty(0, np.int64)
+        else:
+            blob, ends = np.concatenate(images), np.cumsum([len(image) for image in images])
+        missed = int((index != wanted).sum())
+        blob, ends, index = map(torch.from_numpy, (blob, ends, index))
+        return Feed(blob, ends, a, b, index, list(bad.items()), missed)
+
+    def _load(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
+        """An image for DALI, and its width and height. BadImage where it cannot be read."""
+        data = self.source.read(index)
+        if isinstance(data, np.ndarray):
+            height, width, _ = data.shape
+            return data, (width, height)
+        size = None if index in self.by_pillow else plain_size(data)
+        if size is None or not intact(data):
+            image = decode_rgb(data)
+            data, size = to_ppm(image), image.size
+        return np.frombuffer(data, np.uint8), size
+
+
+def intact(data: bytes) -> bool:
+    """Whether the check sums of a PNG are right; True for any other format.
+
+    DALI refuses a PNG where they are not, and all batches that it works on have to be begun anew.
+    To check them costs a hundredth of decoding.
+    """
+    if not data.startswith(_PNG):
+        return True
+    view, start = memoryview(data), len(_PNG)
+    while start + 12 <= len(data):
+        end = start + 8 + int.from_bytes(view[start : start + 4])
+        if zlib.crc32(view[start + 4 : end]) != int.from_bytes(view[end : end + 4]):
+            return False
+        if view[start + 4 : start + 8] == b"IEND":
+            return True
+        start = end + 4
+    return False

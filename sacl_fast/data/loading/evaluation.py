@@ -1,0 +1,66 @@
+"""Images as a network is evaluated on them, batch after batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sacl_fast.config import Config
+from sacl_fast.data.images.source import Source
+from sacl_fast.data.loading.bad_images import BadImages
+from sacl_fast.data.loading.batch import Normalise
+from sacl_fast.data.loading.readers import PlainReader
+from sacl_fast.data.loading.waiting import Patience, no_stop
+from sacl_fast.data.loading.workers import by_data_workers
+
+
+class EvalLoader:
+    """The images ``indices`` of a source as a network is evaluated on them, in order.
+
+    Up to 64 px: resized to ``views.size``. Above: the shorter side to size * 256 / 224, then the
+    central square. Yields (images (n, 3, S, S) float32 on the device, labels (n,) int64 on the
+    CPU) of up to ``eval.batch_size`` images; unreadable ones are left out. Batches that do not come
+    are as with ``ViewLoader``.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        indices: np.ndarray,
+        config: Config,
+        device: torch.device,
+        *,
+        check: Callable[[], None] = no_stop,
+    ) -> None:
+        size = config.eval.batch_size
+        self._labels = torch.from_numpy(source.labels)
+        self._bad = BadImages(source, config.data.max_bad_share, sample=len(indices))
+        self._normalise = Normalise(config.views, device, config.channels_last)
+        self._chunks = [np.asarray(indices[i : i + size]) for i in range(0, len(indices), size)]
+        self._source, self._config, self._device = source, config, device
+        self._check = check
+
+    @property
+    def bad(self) -> dict[int, str]:
+        """The unreadable images seen so far: index to reason."""
+        return self._bad.reasons
+
+    def __len__(self) -> int:
+        """Batches, those without a readable image included."""
+        return len(self._chunks)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        config = self._config
+        reader = PlainReader(self._source, config.views.size)
+        waits = Patience(config.data.batch_timeout, self._check)
+        batches = by_data_workers(reader, self._chunks, config, self._device, waits)
+        try:
+            for plain in batches:
+                self._bad.add(plain.bad)
+                if len(plain.index):
+                    yield self._normalise(plain.images), self._labels[plain.index]
+        finally:
+            batches.close()

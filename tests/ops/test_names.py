@@ -1,0 +1,148 @@
+"""One operator, one name: in schemas, files, Python, tests, benchmarks and `sacl-fast doctor`.
+
+A new operator NAME is a schema in csrc/operators.cpp and the files that `files_of` lists.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from sacl_fast.ops.backend import OPERATORS, SLIM_OPERATORS
+from sacl_fast.ops.batch_norm_act import ACTIVATIONS, Activation
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+
+# Schema -> its arguments. What the backward pass calls is NAME_backward and more.
+SCHEMAS = {
+    name: re.findall(r"(\w+)(?:,|$)", arguments)
+    for name, arguments in re.findall(
+        r'm\.def\("(\w+)\((.*?)\) ->', re.sub(r'"\s+"', "", (CSRC / "operators.cpp").read_text())
+    )
+}
+
+
+def operator_of(schema: str) -> str:
+    return schema.partition("_backward")[0]
+
+
+COMPILED = sorted({operator_of(schema) for schema in SCHEMAS})
+WITHOUT_CUDA = {"augment"}  # on a GPU, DALI makes the views
+# Those that are measured where they are used, not by themselves.
+MEASURED_IN = {
+    "augment": "bench_data.py",
+    "slim_add": "bench_slim.py",
+    "slim_gate": "bench_slim.py",
+}
+
+
+def files_of(op: str) -> list[str]:
+    files = [
+        f"csrc/cpu/{op}.cpp",
+        f"sacl_fast/ops/{op}.py",
+        f"tests/ops/test_{op}.py",
+        f"benchmarks/{MEASURED_IN.get(op, f'bench_{op}.py')}",
+    ]
+    if op not in WITHOUT_CUDA:
+        files += [f"csrc/cuda/{op}.cpp", f"csrc/cuda/{op}_kernels.cu"]
+        files += [f"tests/cuda/test_cuda_{op}.py"]
+    return files
+
+
+@pytest.mark.parametrize("op", COMPILED)
+def test_an_operator_has_its_files(op: str):
+    missing = [file for file in files_of(op) if not (ROOT / file).is_file()]
+    assert not missing
+
+
+def test_the_operator_of_triton_has_its_files():
+    op = "xcorr_loss"
+    files = [f"kernels/sacl_kernels/{op}.py", f"sacl_fast/ops/{op}.py", f"tests/ops/test_{op}.py"]
+    assert all((ROOT / file).is_file() for file in [*files, f"benchmarks/bench_{op}.py"])
+    assert f'"sacl_fast::{op}"' in (ROOT / f"sacl_fast/ops/{op}.py").read_text()
+
+
+def names(pattern: str, prefix: str = "") -> set[str]:
+    return {file.stem.removeprefix(prefix) for file in ROOT.glob(pattern)}
+
+
+def strangers(found: set[str], *others: str) -> list[str]:
+    """Names that are neither an operator's (and perhaps more, as `depthwise_conv_weight`) nor
+    one of ``others``."""
+    known = (*COMPILED, "xcorr_loss")
+    return [
+        name
+        for name in sorted(found - set(others))
+        if not any(name == op or name.startswith(f"{op}_") for op in known)
+    ]
+
+
+def test_no_file_has_another_name():
+    shared = {"kernels", "isa_avx2", "isa_avx512", "isa_baseline"}
+    benchmarks = {"ceilings", "data", "slim", "step"}
+    assert not strangers(names("csrc/cpu/*.cpp"), *shared)
+    assert not strangers(names("csrc/cpu/*_kernels.inl"))
+    assert not strangers(names("csrc/cuda/*.cpp"))
+    assert not strangers(names("csrc/cuda/*.cu"), "device", "build_info")
+    assert not strangers(names("kernels/sacl_kernels/*.py"), "__init__")
+    assert not strangers(names("tests/cuda/test_cuda_*.py", "test_cuda_"), "code", "graph", "skip")
+    assert not strangers(names("benchmarks/bench_*.py", "bench_"), *benchmarks)
+    assert not strangers(names("benchmarks/tune_*.py", "tune_"))
+    about_all = {"backend", "compiled", "names"}
+    assert not strangers(names("tests/ops/test_*.py", "test_"), *about_all)
+    plain = {"__init__", "backend", "compiled"}  # and what has no backend but PyTorch
+    plain |= {"batch_norm", "collectives", "slim_batch_norm", "slim_channels", "slim_conv"}
+    assert not strangers(names("sacl_fast/ops/*.py"), *plain)
+
+
+@pytest.mark.parametrize("folder", ["cpu", "cuda"])
+def test_a_file_implements_its_own_schemas_and_all_of_them(folder: str):
+    implemented = []
+    for file in (CSRC / folder).glob("*.cpp"):
+        own = re.findall(r'm\.impl\("(\w+)"', file.read_text())
+        assert {operator_of(schema) for schema in own} <= {file.stem}
+        implemented += own
+    without = WITHOUT_CUDA if folder == "cuda" else set()
+    assert sorted(implemented) == sorted(s for s in SCHEMAS if operator_of(s) not in without)
+
+
+@pytest.mark.parametrize("op", COMPILED)
+def test_the_public_function_has_the_names_of_the_schema(op: str):
+    function = getattr(importlib.import_module(f"sacl_fast.ops.{op}"), op)
+    parameters = inspect.signature(function).parameters
+    lists = [name for name in SCHEMAS[op] if name.endswith("_index")]
+    assert set(lists) <= set(parameters)
+    assert not {"map", "rest", "offset"} & set(SCHEMAS[op]) - set(parameters)
+
+
+def test_index_lists_are_called_index_and_maps_map():
+    arguments = {name for names in SCHEMAS.values() for name in names}
+    assert {"kept_index", "in_index", "a_index", "map_index", "map"} <= arguments
+    assert not arguments & {"index", "kept", "zeroed", "filters", "source", "shared", "places"}
+
+
+def test_doctor_and_resolve_know_each_operator_by_its_name():
+    assert set(OPERATORS) == {*COMPILED, "xcorr_loss", "lars"}
+    assert set(SLIM_OPERATORS) == set(COMPILED) - {"augment"}
+    for op, backends in OPERATORS.items():
+        assert ("cpu" in backends) == (op in COMPILED)
+        assert ("cuda" in backends) == (op in COMPILED and op not in WITHOUT_CUDA)
+
+
+def test_place_is_no_name_in_csrc():
+    """A pixel, a channel's number, a position in a list: each is called that."""
+    for file in CSRC.rglob("*.*"):
+        text = re.sub(r"in[ -]place", "", file.read_text())
+        assert not re.search(r"\b_?[Pp]laces?(_\w*)?\b", text), file
+
+
+def test_the_activations_of_python_are_those_of_csrc_in_their_order():
+    rows = re.findall(r"\bROW\((\w+)\)", (CSRC / "activation_list.h").read_text())
+    assert [name.lower() for name in rows] == list(ACTIVATIONS)
+    assert list(get_args(Activation)) == list(ACTIVATIONS)
