@@ -280,8 +280,8 @@ def _of_settings(stopped: SystemExit, box: str) -> str | None:
         error = error.__context__
     if error is None:
         return None
-    place = re.search(r"Error parsing ([\w.]+):", box)
-    return re.sub(r"^\w+\.\*", place[1], str(error)) if place else str(error)
+    named = re.search(r"Error parsing ([\w.]+):", box)
+    return re.sub(r"^\w+\.\*", named[1], str(error)) if named else str(error)
 
 
 def _in_one_sentence(box: str) -> str:

@@ -114,13 +114,13 @@ def test_defaults_fit(owner: type[Settings]):
 
 @pytest.mark.parametrize("owner", CLASSES)
 def test_settings_know_where_they_stand(owner: type[Settings]):
-    def places(root: type[Settings], path: str = "") -> Iterator[tuple[type[Settings], str]]:
+    def classes(root: type[Settings], path: str = "") -> Iterator[tuple[type[Settings], str]]:
         yield root, path
         for name, annotation in rules(root).items():
             if isinstance(annotation, type) and issubclass(annotation, Settings):
-                yield from places(annotation, f"{path}.{name}".lstrip("."))
+                yield from classes(annotation, f"{path}.{name}".lstrip("."))
 
-    found = [path for kind, path in places(Config) if kind is owner]
+    found = [path for kind, path in classes(Config) if kind is owner]
     if len(found) > 1:  # several: the last part of the name is a star
         found = list({re.sub(r"\.\w+$", ".*", path) for path in found})
     assert [f"{path}.x".lstrip(".") for path in found] == [owner.setting("x")]

@@ -30,7 +30,7 @@ _FAILED = "failed"  # the key under which a rank says why it leaves
 
 
 class Ranks:
-    """This process's place among the others, and its device.
+    """This process's rank among the others, and its device.
 
     Args:
         store: where ranks tell one another more than collectives do; None: by collectives alone.
