@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import copy_bandwidth, device_name, operator_options, time_ms, write_json
+from timing import beside_torch, copy_bandwidth, device_name, operator_options, told, write_json
 from torch import Tensor
 
 from sacl_fast.ops.batch_norm_act import ACTIVATIONS
@@ -80,23 +80,10 @@ def measure(
     row: dict[str, Any] = {"channels": channels, "side": side, "act": act}
     print(f"{channels:5} x {side:3} {act:5}", end="")
     for name, images in MOVED.items():
-        times = {
-            method: time_ms(call[name], device, seconds=seconds, graph=device.type == "cuda")
-            for method, call in calls.items()
-        }
-        own, moved = times["ours"]["p50"], images * x.numel() * x.element_size()
-        row[name] = {
-            **times,
-            "bytes": moved,
-            "bandwidth_share": moved / own * 1e3 / bandwidth,
-            "times_as_fast": times["torch"]["p50"] / own,
-        }
-        print(
-            f"  {name} {own:6.3f} ms ({row[name]['bandwidth_share']:.0%}),"
-            f" torch {times['torch']['p50']:6.3f}",
-            end="",
-            flush=True,
-        )
+        these = {method: call[name] for method, call in calls.items()}
+        moved = images * x.numel() * x.element_size()
+        row[name] = beside_torch(these, moved, bandwidth, device, seconds=seconds)
+        print(told(name, row[name]), end="", flush=True)
     print()
     return row
 

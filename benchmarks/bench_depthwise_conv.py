@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import copy_bandwidth, device_name, operator_options, time_ms, write_json
+from timing import beside_torch, copy_bandwidth, device_name, operator_options, told, write_json
 from torch import Tensor
 
 # (channels, side, stride, kernel)
@@ -99,23 +99,9 @@ def measure(
     row: dict[str, Any] = {"channels": channels, "side": side, "stride": stride, "kernel": kernel}
     print(f"{channels:5} x {side:3} stride {stride} {kernel}x{kernel}", end="")
     for name in PASSES:
-        times = {
-            method: time_ms(calls[name], device, seconds=seconds, graph=device.type == "cuda")
-            for method, calls in (("ours", ours), ("torch", theirs), ("half", half))
-        }
-        own = times["ours"]["p50"]
-        row[name] = {
-            **times,
-            "bytes": moved,
-            "bandwidth_share": moved / own * 1e3 / bandwidth,
-            "times_as_fast": times["torch"]["p50"] / own,
-        }
-        print(
-            f"  {name} {own:6.3f} ms ({row[name]['bandwidth_share']:.0%}),"
-            f" torch {times['torch']['p50']:6.3f}, half {times['half']['p50']:6.3f}",
-            end="",
-            flush=True,
-        )
+        calls = {"ours": ours[name], "torch": theirs[name], "half": half[name]}
+        row[name] = beside_torch(calls, moved, bandwidth, device, seconds=seconds)
+        print(told(name, row[name]), end="", flush=True)
     print()
     return row
 

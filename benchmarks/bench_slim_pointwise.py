@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import copy_bandwidth, device_name, operator_options, time_ms, write_json
+from timing import beside_torch, copy_bandwidth, device_name, operator_options, told, write_json
 from torch import Tensor
 
 from sacl_fast.ops.slim_pointwise import slim_pointwise
@@ -88,23 +88,9 @@ def measure(
     }
     print(f"{side:4} px  {live:4} of {inputs:4} to {kept:4} of {outputs:4}", end="")
     for name, least in moved.items():
-        times = {
-            method: time_ms(call[name], device, seconds=options.seconds, graph=x.is_cuda)
-            for method, call in calls.items()
-        }
-        own = times["ours"]["p50"]
-        row[name] = {
-            **times,
-            "bytes": least,
-            "bandwidth_share": least / own * 1e3 / bandwidth,
-            "times_as_fast": times["torch"]["p50"] / own,
-        }
-        print(
-            f"  {name} {own:6.3f} ms ({row[name]['bandwidth_share']:.0%}),"
-            f" torch {times['torch']['p50']:6.3f}",
-            end="",
-            flush=True,
-        )
+        these = {method: call[name] for method, call in calls.items()}
+        row[name] = beside_torch(these, least, bandwidth, device, seconds=options.seconds)
+        print(told(name, row[name]), end="", flush=True)
     print()
     return row
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pseudocode import pseudocode_loss
 from timing import copy_bandwidth, device_name, peak_bytes, product_rate, time_ms, write_json
 from torch import Tensor
 
@@ -78,8 +79,8 @@ def available_methods(device: torch.device) -> dict[str, Loss]:
     methods: dict[str, Loss] = {"ours": lambda *zs: sacl_xd_loss(*zs)[0]}
     if resolve("auto", "xcorr_loss", device).backend != "torch":
         methods["ours_torch"] = lambda *zs: sacl_xd_loss(*zs, backend="torch")[0]
-    methods["eager"] = partial(_autocast, pseudocode)
-    methods["compiled"] = partial(_autocast, torch.compile(pseudocode, dynamic=False))
+    methods["eager"] = partial(_autocast, pseudocode_loss)
+    methods["compiled"] = partial(_autocast, torch.compile(pseudocode_loss, dynamic=False))
     try:
         from lightly.loss import BarlowTwinsLoss  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -92,24 +93,6 @@ def available_methods(device: torch.device) -> dict[str, Loss]:
 def _autocast(loss: Loss, *zs: Tensor) -> Tensor:
     with torch.autocast(zs[0].device.type, torch.bfloat16, enabled=zs[0].is_cuda):
         return loss(*zs)
-
-
-def pseudocode(z1: Tensor, z2: Tensor, z1_t: Tensor, z2_t: Tensor) -> Tensor:
-    """The supplement's listing, with the squared off-diagonal."""
-
-    def correlation(p: Tensor, q: Tensor) -> Tensor:
-        p, q = ((z - z.mean(0)) / z.std(0) for z in (p, q))
-        return p.T @ q / len(p)
-
-    def off_diagonal(c: Tensor) -> Tensor:
-        d = len(c)
-        return c.flatten()[:-1].view(d - 1, d + 1)[:, 1:].flatten()
-
-    c = correlation(z1, z2)
-    on = torch.diagonal(c).add(-1).pow(2).sum()
-    contrastive = on + LAMBDA * off_diagonal(c).pow(2).sum()
-    leaks = [off_diagonal(correlation(*pair)).pow(2).sum() for pair in ((z1, z1_t), (z2, z2_t))]
-    return ALPHA * contrastive + (1 - ALPHA) * LAMBDA / 2 * (leaks[0] + leaks[1])
 
 
 def _three_times(loss: Loss, z1: Tensor, z2: Tensor, z1_t: Tensor, z2_t: Tensor) -> Tensor:

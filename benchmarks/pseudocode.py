@@ -19,6 +19,35 @@ from sacl_fast.optim import learning_rate
 from sacl_fast.slim.slicer import strongest_filters
 
 
+def pseudocode_loss(
+    z1: Tensor,
+    z2: Tensor,
+    z1_t: Tensor | None = None,
+    z2_t: Tensor | None = None,
+    *,
+    alpha: float = 0.95,
+    lambda_: float = 0.005,
+) -> Tensor:
+    """The supplement's listing, with the squared off-diagonal, on embeddings (N, D); without
+    ``z1_t`` and ``z2_t`` the contrastive term alone."""
+
+    def correlation(p: Tensor, q: Tensor) -> Tensor:
+        p, q = ((z - z.mean(0)) / z.std(0) for z in (p, q))
+        return p.T @ q / len(p)
+
+    def off_diagonal(c: Tensor) -> Tensor:
+        d = len(c)
+        return c.flatten()[:-1].view(d - 1, d + 1)[:, 1:].flatten()
+
+    c = correlation(z1, z2)
+    on = torch.diagonal(c).add(-1).pow(2).sum()
+    contrastive = on + lambda_ * off_diagonal(c).pow(2).sum()
+    if z1_t is None or z2_t is None:
+        return contrastive
+    leaks = [off_diagonal(correlation(*pair)).pow(2).sum() for pair in ((z1, z1_t), (z2, z2_t))]
+    return alpha * contrastive + (1 - alpha) * lambda_ / 2 * (leaks[0] + leaks[1])
+
+
 class PseudocodeStep:
     """Encoder, projector, loss and LARS; called with two views it makes one step."""
 
@@ -68,24 +97,9 @@ class PseudocodeStep:
         return self.projector(functional_call(self.encoder, weights, (x,)))
 
     def _loss(self, z1: Tensor, z2: Tensor, z1_t: Tensor, z2_t: Tensor) -> Tensor:
-        alpha, weight = self.config.loss.alpha, self.config.loss.lambda_
-
-        def correlation(p: Tensor, q: Tensor) -> Tensor:
-            p, q = ((z - z.mean(0)) / z.std(0) for z in (p, q))
-            return p.T @ q / len(p)
-
-        def off_diagonal(c: Tensor) -> Tensor:
-            d = len(c)
-            return c.flatten()[:-1].view(d - 1, d + 1)[:, 1:].flatten()
-
-        c = correlation(z1, z2)
-        contrastive = torch.diagonal(c).add(-1).pow(2).sum()
-        contrastive = contrastive + weight * off_diagonal(c).pow(2).sum()
-        if self.config.loss.distillation == "none":
-            return contrastive * self.config.loss.scale
-        leaks = [off_diagonal(correlation(*p)).pow(2).sum() for p in ((z1, z1_t), (z2, z2_t))]
-        distilled = weight / 2 * (leaks[0] + leaks[1])
-        return (alpha * contrastive + (1 - alpha) * distilled) * self.config.loss.scale
+        loss = self.config.loss
+        given = (z1, z2) if loss.distillation == "none" else (z1, z2, z1_t, z2_t)
+        return loss.scale * pseudocode_loss(*given, alpha=loss.alpha, lambda_=loss.lambda_)
 
     @torch.no_grad()
     def update(self, step: int) -> None:

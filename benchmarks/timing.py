@@ -71,6 +71,41 @@ def time_ms(
     return percentiles(_repeat(lambda: _timed_on_gpu(function), seconds))
 
 
+def beside_torch(
+    calls: dict[str, Callable[[], Any]],
+    moved: float,
+    bandwidth: float,
+    device: torch.device,
+    *,
+    seconds: float,
+) -> dict[str, Any]:
+    """Milliseconds of ``ours``, ``torch`` and others; of ours the share of a copy's bandwidth,
+    where at least ``moved`` bytes must move, and how many times as fast as PyTorch it is. On a GPU
+    calls are replayed as CUDA graphs."""
+    graph = device.type == "cuda"
+    times = {
+        name: time_ms(call, device, seconds=seconds, graph=graph) for name, call in calls.items()
+    }
+    own = times["ours"]["p50"]
+    return {
+        **times,
+        "bytes": moved,
+        "bandwidth_share": moved / own * 1e3 / bandwidth,
+        "times_as_fast": times["torch"]["p50"] / own,
+    }
+
+
+def told(name: str, figures: dict[str, Any]) -> str:
+    """A few words of what ``beside_torch`` gave."""
+    others = (
+        f"{other} {times['p50']:6.3f}"
+        for other, times in figures.items()
+        if isinstance(times, dict) and other != "ours"
+    )
+    share = figures["bandwidth_share"]
+    return f"  {name} {figures['ours']['p50']:6.3f} ms ({share:.0%}), {', '.join(others)}"
+
+
 def _timed_on_gpu(function: Callable[[], Any]) -> float:
     _flush().zero_()
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -17,20 +17,10 @@ from sacl_fast.data.images.open import open_sources
 from sacl_fast.data.loading.contact_sheet import contact_sheet
 from sacl_fast.data.loading.open import open_view_loader
 from sacl_fast.data.loading.waiting import NoBatch
-from sacl_fast.encoders.file import (
-    encode_encoder,
-    encoder_metadata,
-    is_encoder_of,
-    save_encoder,
-)
+from sacl_fast.encoders.file import encode_encoder, encoder_metadata, is_encoder_of, save_encoder
 from sacl_fast.engine import run_folder as files
 from sacl_fast.engine.agreement import check_same_settings
-from sacl_fast.engine.checkpoint import (
-    checkpoint_path,
-    mark_best,
-    random_state,
-    save_checkpoint,
-)
+from sacl_fast.engine.checkpoint import checkpoint_path, mark_best, random_state, save_checkpoint
 from sacl_fast.engine.clock import Clock
 from sacl_fast.engine.console import RunConsole
 from sacl_fast.engine.description import describe
