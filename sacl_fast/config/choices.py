@@ -1,4 +1,7 @@
-"""Every choice that is made by name, listed once: settings, operators and modules share them."""
+"""Every choice that is made by name, listed once: settings, operators and modules share them.
+
+A setting that is ``auto`` until a run has decided it has a name of its own, with ``Setting``.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,10 @@ Variance = Literal["biased", "unbiased"]
 Statistics = Literal["global", "local"]
 
 SlimBatchNorm = Literal["shared", "separate"]
-NormGradient = Literal["auto", "exact", "damped"]
-SlimMode = Literal["auto", "mask", "skip"]
+NormGradient = Literal["exact", "damped"]
+NormGradientSetting = Literal["auto", NormGradient]
+SlimMode = Literal["mask", "skip"]
+SlimModeSetting = Literal["auto", SlimMode]
 
 OptimizerName = Literal["lars", "adamw"]
 Widths = Literal["both", "dense", "slim"]

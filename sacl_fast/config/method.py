@@ -20,11 +20,11 @@ from sacl_fast.checks import (
 )
 from sacl_fast.config.choices import (
     Distillation,
-    NormGradient,
+    NormGradientSetting,
     OffDiagonal,
     Pairing,
     SlimBatchNorm,
-    SlimMode,
+    SlimModeSetting,
     Statistics,
     Stem,
     Variance,
@@ -111,14 +111,14 @@ class SlimConfig(Settings, path="slim"):
     transformers (which therefore train with cross-distillation alone), under timm's names."""
     batch_norm: SlimBatchNorm = "shared"
     """'separate': the slim encoder has its own batch-norm statistics and affine."""
-    norm_gradient: NormGradient = "auto"
+    norm_gradient: NormGradientSetting = "auto"
     """Gradient through the slim encoder's batch norms. 'exact': as it is; that is 316 times the
     norm's scale where zeroed filters leave a channel constant. 'damped': times
     min(1, variance / eps), so 0 there. 'auto': 'damped' where the architecture has two or more
     norms of constant channels in a row, over which an untrained encoder's gradients grow: RepViT to
     1e30, FastViT to 1e13, EfficientViT-M, EfficientViM, MobileOne and GhostNets; ResNets,
     MobileNets and EfficientNets stay exact."""
-    mode: SlimMode = "auto"
+    mode: SlimModeSetting = "auto"
     """How the slim passes run, with equal results: 'mask' multiplies masks into the full weights
     and saves no work; 'skip' computes the kept filters only. 'auto' takes 'skip' where that was
     measured to be faster as a rule: in float32 on the compiled CPU operators."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import timm
 import torch
@@ -16,10 +16,9 @@ from timm.models import efficientnet, mobilenetv3
 from torch import Tensor, nn
 
 from sacl_fast.checks import BelowOne, Count, Range, checked, shown
+from sacl_fast.config.choices import Stem
 from sacl_fast.encoders.resnet20 import ResNet20
 from sacl_fast.errors import UserError, nearest, reason_of
-
-Stem = Literal["imagenet", "stride1", "cifar"]
 
 # Families whose generator takes a channel multiplier. The digits of the name are the variant's
 # own multiplier in percent (mobilenetv2_140).

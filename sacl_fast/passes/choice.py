@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sacl_fast.config import Backend, Config
+from sacl_fast.config.choices import SlimMode
 from sacl_fast.ops.backend import of_slim_operators, resolve_all
 from sacl_fast.passes.recorded import RecordedEncoder
 from sacl_fast.precision import autocast_dtype
@@ -18,8 +18,6 @@ from sacl_fast.slim import Slicer
 _STEPS_WORTH_RECORDING = 30
 """Between two choices of filters. Recording the slim passes takes as long as some 20 steps with
 them save (ResNet-20 at 32 px, MobileNet-V3 and EfficientNet-B0 at 32 to 112 px; 14 to 25)."""
-
-SlimMode = Literal["mask", "skip"]
 
 
 @dataclass(frozen=True)

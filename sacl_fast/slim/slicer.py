@@ -30,6 +30,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sacl_fast.checks import Pattern, Ratio, checked
 from sacl_fast.config import SlimConfig
+from sacl_fast.config.choices import NormGradient, SlimBatchNorm, SlimMode
 from sacl_fast.encoders.batch_norm import GlobalBatchNorm
 from sacl_fast.encoders.recalibrate import recalibrated
 from sacl_fast.errors import UserError, nearest
@@ -38,8 +39,7 @@ from sacl_fast.ops.slim_conv import BACKEND
 from sacl_fast.slim.channels import Channels, all_channels, channels
 from sacl_fast.slim.tensor import KeptFilters, SlimTensor, dense, resolving
 
-NormGradient = Literal["exact", "damped"]
-Mode = Literal["dense", "mask", "skip"]
+Mode = Literal["dense", SlimMode]
 # timm's, some of which stand under other names than the patterns of SlimConfig.exclude know.
 _SQUEEZE_EXCITE = (EffectiveSEModule, SEModule, SqueezeExcite)
 
@@ -93,7 +93,7 @@ class Slicer(nn.Module):
         ratio: Ratio = 0.5,
         *,
         exclude: tuple[Pattern, ...] = SlimConfig.exclude,
-        batch_norm: Literal["shared", "separate"] = "shared",
+        batch_norm: SlimBatchNorm = "shared",
         norm_gradient: NormGradient = "exact",
     ) -> None:
         """Slims every ``Conv2d`` of ``encoder`` that is not part of a squeeze-excite block and in

@@ -18,6 +18,7 @@ from sacl_fast.ops import (
     slim_pointwise,
 )
 from sacl_fast.slim import Slicer
+from tests.modules import channels_last
 
 OPERATORS = """
     batch_norm_act batch_norm_act_backward depthwise_conv depthwise_conv_backward_input
@@ -84,7 +85,7 @@ def test_as_exact_as_the_masked_encoder(device: Device, name, dtype, calls):
         if isinstance(norm, _BatchNorm):
             nn.init.uniform_(norm.weight, 0.5, 1.5)
             nn.init.normal_(norm.bias, std=0.5)
-    encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    channels_last(encoder)
     x = torch.randn(4, 3, 35, 32) if emulated else torch.randn(16, 3, 67, 64)
     exact = observe(encoder, "mask", x.double())
     x = x if emulated else x.cuda()

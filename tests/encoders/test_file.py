@@ -1,6 +1,7 @@
 """encoder.safetensors: loaded by timm's own names, and what it says of itself."""
 
 import json
+from typing import Any
 
 import pytest
 import timm
@@ -31,7 +32,7 @@ def test_what_it_says_of_itself_builds_it(tmp_path):
     )
     path = tmp_path / "encoder.safetensors"
     assert save_encoder(path, encoder.state_dict(), metadata) == path.stat().st_size
-    said = read_encoder_metadata(path)
+    said: dict[str, Any] = read_encoder_metadata(path)
     assert said == metadata
     assert said["method"] == "sacl-xd" and said["preset"] == "mine" and said["format"] == "pt"
     numbers = {k: json.loads(said[k]) for k in ("mean", "epochs", "steps", "images", "knn_dense")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import timm
@@ -27,14 +28,14 @@ def batches(count: int = 3, size: int = 16) -> list[Tensor]:
     return list(torch.randn(count, 8, 3, size, size, generator=torch.Generator().manual_seed(1)))
 
 
-def state_of(encoder: nn.Module) -> dict[str, object]:
-    state: dict[str, object] = {k: v.clone() for k, v in encoder.state_dict().items()}
+def state_of(encoder: nn.Module) -> dict[str, Any]:
+    state: dict[str, Any] = {k: v.clone() for k, v in encoder.state_dict().items()}
     for name, module in encoder.named_modules():
         state[f"{name}!"] = (module.training, getattr(module, "momentum", "none"))
     return state
 
 
-def assert_same_state(before: dict[str, object], encoder: nn.Module) -> None:
+def assert_same_state(before: dict[str, Any], encoder: nn.Module) -> None:
     after = state_of(encoder)
     assert before.keys() == after.keys()
     for key, value in before.items():
@@ -46,8 +47,8 @@ def test_statistics_are_the_plain_average_over_the_batches():
     encoder, given = small_encoder(), batches()
     conv, norm = encoder[0], encoder[1]
     assert isinstance(norm, BatchNormAct2d)
-    norm.running_mean.fill_(7.0)
-    norm.num_batches_tracked.fill_(50)
+    norm.get_buffer("running_mean").fill_(7.0)
+    norm.get_buffer("num_batches_tracked").fill_(50)
     outputs = [conv(x).detach().transpose(0, 1).flatten(1) for x in given]  # (C, N * H * W) each
     mean = torch.stack([x.mean(1) for x in outputs]).mean(0)
     var = torch.stack([x.var(1) for x in outputs]).mean(0)
@@ -77,7 +78,7 @@ def test_dropout_stays_off_while_estimating():
     "name", ["mobilenetv1_100", "mobilenetv3_small_050", "vit_tiny_patch16_224"]
 )
 def test_a_timm_model_is_put_back_bit_for_bit(name: str):
-    size = {"img_size": 32} if name.startswith("vit") else {}
+    size: dict[str, Any] = {"img_size": 32} if name.startswith("vit") else {}
     encoder = timm.create_model(name, num_classes=0, drop_path_rate=0.1, **size).train()
     encoder.get_submodule(next(n for n, _ in encoder.named_modules() if "." in n)).eval()
     with torch.no_grad():

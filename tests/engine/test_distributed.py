@@ -3,7 +3,7 @@
 import os
 import socket
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sacl_fast.config.choices import NormGradient, SlimBatchNorm
 from sacl_fast.encoders import Projector, build_encoder, output_dim
 from sacl_fast.encoders.batch_norm import (
     GlobalBatchNorm,
@@ -22,14 +23,13 @@ from sacl_fast.engine.method import SaclXd
 from sacl_fast.losses import SaclXdLoss
 from sacl_fast.passes import SlimPasses
 from sacl_fast.slim import Slicer
-from sacl_fast.slim.slicer import NormGradient
 
 SIZE = 16
 
 
 def build(
     name: str,
-    batch_norm: Literal["shared", "separate"],
+    batch_norm: SlimBatchNorm,
     gather: bool = False,
     passes: SlimPasses = SlimPasses(),  # noqa: B008 - frozen
     norm_gradient: NormGradient = "exact",
@@ -146,12 +146,15 @@ def run_recorded(rank, world_size, port, synchronized):
     """Five steps of the method with its slim passes recorded, beside those of one without."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    kinds = [SlimPasses("skip", recorded=recorded) for recorded in (True, False)]
-    if not synchronized:  # batch norms are made before there are ranks to synchronise with
-        methods = [build("resnet20", "shared", passes=passes) for passes in kinds]
+
+    def built() -> list[SaclXd]:
+        kinds = [SlimPasses("skip", recorded=recorded) for recorded in (True, False)]
+        return [build("resnet20", "shared", passes=passes) for passes in kinds]
+
+    # Unsynchronised batch norms are made before there are ranks to synchronise with.
+    methods = [] if synchronized else built()
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    if synchronized:
-        methods = [build("resnet20", "shared", passes=passes) for passes in kinds]
+    methods = methods or built()
     ways, skips = [], methods[0].slicer.mode
     methods[0].slicer.mode = lambda way: ways.append(way) or skips(way)  # type: ignore
     models = [DistributedDataParallel(m, broadcast_buffers=False) for m in methods]

@@ -13,6 +13,7 @@ from sacl_fast.engine.metrics import read_metrics
 from sacl_fast.engine.step import TrainingStep
 from sacl_fast.passes import RecordedEncoder, choose_slim_passes
 from sacl_fast.slim import Slicer
+from tests.modules import channels_last
 
 pytestmark = pytest.mark.gpu
 
@@ -45,7 +46,7 @@ def test_recorded_slim_passes(dtype):
     """Their backward runs, and is recorded, in a thread of autograd's."""
     torch.manual_seed(0)
     encoder = build_encoder("mobilenetv3_small_100", image_size=64).cuda()
-    encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    encoder = channels_last(encoder)
     slicer, gradients, skipped = Slicer(encoder, 0.5), [], []
     mode = slicer.mode
     slicer.mode = lambda name: skipped.append(name) or mode(name)  # type: ignore

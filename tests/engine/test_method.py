@@ -51,7 +51,7 @@ def test_without_distillation_there_are_two_passes():
     method = build_method(config(loss=LossConfig(distillation="none")), SlimPasses())
     z1, z2, z1_t, z2_t, _ = method(*torch.randn(2, 4, 3, 32, 32))
     assert z1.requires_grad and z2.requires_grad and z1_t is None and z2_t is None
-    assert method.encoder.bn1.num_batches_tracked == 2
+    assert method.encoder.get_buffer("bn1.num_batches_tracked") == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])

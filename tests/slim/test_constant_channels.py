@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ from sacl_fast.optim import build_optimizer
 from sacl_fast.passes import RecordedEncoder, SlimPasses
 from sacl_fast.slim import Slicer
 from sacl_fast.slim.constant_channels import constant_norms_in_a_row
+from sacl_fast.slim.slicer import Mode
+from tests.modules import channels_last
 
 EPS = 1e-5
 
@@ -137,6 +140,7 @@ class ReferenceNorm(_BatchNorm):
         x.register_hook(lambda gradient: gradient * factor)
         mean, variance = x.mean(dims), x.var(dims, correction=0)
         out = (x - mean.view(shape)) / (variance + self.eps).sqrt().view(shape)
+        assert self.momentum is not None and self.num_batches_tracked is not None
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(x.var(dims), self.momentum)
@@ -201,7 +205,12 @@ def test_masked_skipped_and_defined_gradients_are_one(std):
     x = torch.randn(4, 3, 12, 12, dtype=torch.float64)
     reference = with_reference_norms(copy.deepcopy(encoder))
     results = []
-    for mode, own in (("mask", reference), ("mask", encoder), ("skip", copy.deepcopy(encoder))):
+    ways: list[tuple[Mode, nn.Module]] = [
+        ("mask", reference),
+        ("mask", encoder),
+        ("skip", copy.deepcopy(encoder)),
+    ]
+    for mode, own in ways:
         gradient = "exact" if own is reference else "damped"
         slicer = Slicer(own, 0.4, norm_gradient=gradient)
         results.append(observe(own, x, slicer.mode(mode)))
@@ -217,8 +226,7 @@ def test_separate_norms():
     results = []
     for mode in ("mask", "skip"):
         own = copy.deepcopy(encoder)
-        options = {"batch_norm": "separate", "norm_gradient": "damped"}
-        slicer = Slicer(own, 0.4, **options).double()
+        slicer = Slicer(own, 0.4, batch_norm="separate", norm_gradient="damped").double()
         seen = observe(own, x, slicer.mode(mode))
         seen |= {f"grad.{n}": p.grad for n, p in slicer.named_parameters()}
         seen |= {n: b.double() for n, b in slicer.named_buffers()}
@@ -277,14 +285,15 @@ def test_autocast():
 def test_the_compiled_operators(std):
     """In float32, as near to float64 as the masked encoder is."""
     torch.manual_seed(0)
-    encoder = with_bias(Reparameterised(24), std).to(memory_format=torch.channels_last)
+    encoder = channels_last(with_bias(Reparameterised(24), std))
     x = torch.randn(8, 3, 24, 24).contiguous(memory_format=torch.channels_last)
     seen = {}
-    for name, mode, backend, dtype in (
+    ways: list[tuple[str, Mode, str, torch.dtype]] = [
         ("exact", "mask", "torch", torch.float64),
         ("masked", "mask", "torch", torch.float32),
         ("skipped", "skip", "auto", torch.float32),  # maps are not all channels-last
-    ):
+    ]
+    for name, mode, backend, dtype in ways:
         own = copy.deepcopy(encoder).to(dtype)
         slicer = Slicer(own, norm_gradient="damped")
         slicer.backend = backend
@@ -298,25 +307,28 @@ def test_the_compiled_operators(std):
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 def test_recorded_passes(backend):
     torch.manual_seed(0)
-    encoder = with_bias(Reparameterised(), 1e-3).to(memory_format=torch.channels_last)
+    encoder = channels_last(with_bias(Reparameterised(), 1e-3))
     twin = copy.deepcopy(encoder)
     slicer, twins = (Slicer(e, 0.4, norm_gradient="damped") for e in (encoder, twin))
     slicer.backend = twins.backend = backend
     recorded = RecordedEncoder(slicer)
-    for step in range(3):
-        x = torch.randn(4, 3, 12, 12).contiguous(memory_format=torch.channels_last)
+    batches = torch.randn(3, 4, 3, 12, 12).unbind()
+    batches = [x.contiguous(memory_format=torch.channels_last) for x in batches]
+    for step, x in enumerate(batches):
         for run, around in ((recorded, torch.enable_grad()), (twin, twins.mode("skip"))):
             with around:
                 run(x).square().sum().backward()
         for (name, p), q in zip(encoder.named_parameters(), twin.parameters(), strict=True):
+            assert p.grad is not None and q.grad is not None, (step, name)
             assert torch.equal(p.grad, q.grad), (step, name)
     own = next(iter(recorded._kinds.values()))
     assert own.confirmed is not None
     slicer.norm_gradient = twins.norm_gradient = "exact"  # is another kind of pass
     for run, around in ((recorded, torch.enable_grad()), (twin, twins.mode("skip"))):
         with around:
-            run(x).square().sum().backward()
+            run(batches[-1]).square().sum().backward()
     for (name, p), q in zip(encoder.named_parameters(), twin.parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None, name
         assert torch.equal(p.grad, q.grad), name
 
 
@@ -333,11 +345,10 @@ def test_where_norms_vary_damped_is_exact_to_the_bit(name):
         assert torch.equal(value, results[1][key]), key
 
 
-def test_unknown_choices():
+@pytest.mark.parametrize("unknown", ["dampened", "auto"])
+def test_unknown_choices(unknown: Any):
     with pytest.raises(UserError, match="damped"):
-        Slicer(nn.Sequential(nn.Conv2d(3, 4, 1)), norm_gradient="dampened")
-    with pytest.raises(UserError, match="damped"):
-        Slicer(nn.Sequential(nn.Conv2d(3, 4, 1)), norm_gradient="auto")
+        Slicer(nn.Sequential(nn.Conv2d(3, 4, 1)), norm_gradient=unknown)
 
 
 # --- what auto takes ------------------------------------------------------------------------------

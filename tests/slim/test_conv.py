@@ -43,7 +43,9 @@ def test_inside_a_slim_encoder():
     encoder = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), SlimConv2d(8, 8, 3), nn.BatchNorm2d(8)
     ).double()
-    encoder[3].keep(0.5)
+    slim = encoder[3]
+    assert isinstance(slim, SlimConv2d)
+    slim.keep(0.5)
     x, outputs = torch.randn(2, 3, 9, 9, dtype=torch.float64), []
     for mode in ("mask", "skip"):
         with Slicer(encoder, 0.5, exclude=(r"^3$",)).mode(mode):

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import Function
+from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.utils.checkpoint import checkpoint
 
 from sacl_fast.slim import Slicer
+from sacl_fast.slim.slicer import Mode
 from tests.slim.test_skip import assert_equal, observe
 
 
@@ -91,8 +93,8 @@ class Convolution(Function):
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensors
         return (
-            torch.nn.grad.conv2d_input(x.shape, weight * 1, gradient, padding=1),
-            torch.nn.grad.conv2d_weight(x * 1, weight.shape, gradient, padding=1),
+            conv2d_input(x.shape, weight * 1, gradient, padding=1),
+            conv2d_weight(x * 1, weight.shape, gradient, padding=1),
         )
 
 
@@ -191,7 +193,8 @@ def test_what_is_recomputed_in_backward():
 
     model, twin, x = made(middle)
     results = []
-    for each, mode in ((model, "skip"), (twin, "mask")):
+    ways: list[tuple[Given, Mode]] = [(model, "skip"), (twin, "mask")]
+    for each, mode in ways:
         with Slicer(each, 0.5).mode(mode):
             each(x).square().sum().backward()
         # The masked weights that are in the place of the second's own have no way back to them.

@@ -10,13 +10,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sacl_fast.encoders import build_encoder
 from sacl_fast.ops import batch_norm_act, depthwise_conv
 from sacl_fast.slim import Slicer
+from sacl_fast.slim.slicer import Mode
+from tests.modules import channels_last
 
 pytestmark = pytest.mark.skipif(
     not depthwise_conv.is_compiled(), reason="the compiled module is not built"
 )
 
 
-def observe(encoder: nn.Module, mode: str, backend: str, x: torch.Tensor) -> list[torch.Tensor]:
+def observe(encoder: nn.Module, mode: Mode, backend: str, x: torch.Tensor) -> list[torch.Tensor]:
     """Output, gradients and running statistics, in float64."""
     encoder = copy.deepcopy(encoder).to(x.dtype)
     slicer = Slicer(encoder, 0.5)
@@ -39,7 +41,7 @@ def test_compiled_operators_are_as_exact_as_the_masked_encoder(name, monkeypatch
         if isinstance(norm, _BatchNorm):
             nn.init.uniform_(norm.weight, 0.5, 1.5)
             nn.init.normal_(norm.bias, std=0.5)
-    encoder = encoder.to(memory_format=torch.channels_last)
+    encoder = channels_last(encoder)
     x = torch.randn(6, 3, 64, 64)
     calls = {"norm": 0, "depthwise": 0}
 

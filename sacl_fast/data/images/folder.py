@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -101,7 +100,7 @@ def _require_images(manifest: Manifest) -> None:
 def _labelled(manifest: Manifest, config: DataConfig) -> FolderSource:
     """The training images, with the labels that ``data.labels`` gives them."""
     _require_images(manifest)
-    rule: Literal["auto", "folder", "none"] = config.labels
+    rule = config.labels
     top = _top_folders(manifest)
     classes = tuple(dict.fromkeys(top[manifest.counts > 0].tolist()))  # sorted, as folders are
     if rule == "folder" and "" in classes:

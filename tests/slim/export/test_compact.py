@@ -4,6 +4,7 @@ import copy
 import io
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -99,7 +100,7 @@ def test_in_place_gates_padded_averages_and_per_sample_constants():
 
     torch.manual_seed(0)
     encoder = Odd().double().eval()
-    nn.init.normal_(encoder.stem[1].bias)
+    nn.init.normal_(encoder.get_parameter("stem.1.bias"))
     compacted(encoder, Slicer(encoder, 0.4, exclude=(r"gate",)))
 
 
@@ -159,8 +160,9 @@ def test_where_nothing_stays_nothing_is_said(caplog):
     for ratio in (0.5, 1.0):
         compact(encoder, Slicer(encoder, ratio).masks, statistics="encoder", strict=True)
     assert not warnings(caplog)
+    wrong: Any = "yes"
     with pytest.raises(UserError, match="strict"):
-        compact(encoder, Slicer(encoder, 0.5).masks, statistics="encoder", strict="yes")
+        compact(encoder, Slicer(encoder, 0.5).masks, statistics="encoder", strict=wrong)
 
 
 def test_a_file_whose_encoder_stays_at_full_size(tmp_path, caplog):
@@ -212,7 +214,7 @@ def test_what_has_a_rule_keeps_constants_constant(name):
     """One list of operations is for training and export."""
     torch.manual_seed(0)
     encoder = Between(FUNCTIONS[name]).double().eval()
-    nn.init.normal_(encoder[1].bias)
+    nn.init.normal_(encoder.get_parameter("1.bias"))
     module = compacted(encoder, Slicer(encoder, 0.5))
     convolutions = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
     assert {m.in_channels for m in convolutions} == {3, 4, 1}  # 1: of the border
@@ -222,7 +224,7 @@ def test_separate_batch_norm():
     encoder = encoder_of("resnet20").eval()
     slicer = Slicer(encoder, 0.5, batch_norm="separate").double()
     for norm in slicer.slim_norms.values():
-        nn.init.normal_(norm.bias)
+        nn.init.normal_(norm.get_parameter("bias"))
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     with slicer.mode("mask"):
         expected = encoder(x)
@@ -303,7 +305,7 @@ def test_a_slim_encoder_from_its_file(tmp_path, batch_norm):
     config = EncoderConfig(name="mobilenetv3_small_050")
     slicer = Slicer(encoder, 0.5, batch_norm=batch_norm)
     for norm in slicer.slim_norms.values():
-        nn.init.uniform_(norm.weight)
+        nn.init.uniform_(norm.get_parameter("weight"))
     slicer.recalibrate([torch.randn(8, 3, 64, 64) for _ in range(3)])
     metadata = encoder_metadata(
         Config(encoder=config, views=ViewsConfig(size=64)),
