@@ -291,3 +291,14 @@ def test_the_command_line_answers_without_torch(module: str):
     """Held at run time too, since a package's __init__ can bring torch in by a side door."""
     code = f"import sys, sacl_fast.{module}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_files_stay_short_or_say_why():
+    """A file of more than 400 lines holds two subjects, or its first lines say why it does not."""
+    kinds = ("*.py", "*.cpp", "*.cu", "*.h", "*.inl")
+    folders = ("sacl_fast", "kernels", "csrc", "benchmarks", "examples", "tests")
+    files = [f for folder in folders for kind in kinds for f in (ROOT / folder).rglob(kind)]
+    assert len(files) > 200
+    long = [f for f in files if f.read_text().count("\n") > 400]
+    unexplained = [f for f in long if "400 lines" not in "\n".join(f.read_text().split("\n")[:20])]
+    assert not unexplained, [str(f.relative_to(ROOT)) for f in unexplained]

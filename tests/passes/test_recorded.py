@@ -1,101 +1,17 @@
 """The recorded slim encoder against mode ``skip``, to the bit, and what makes it record anew."""
 
 import copy
-import logging
 import pickle
-import random
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from sacl_fast.encoders import build_encoder
-from sacl_fast.encoders.resnet20 import ResNet20
 from sacl_fast.passes import RecordedEncoder
 from sacl_fast.slim import Slicer
 from tests.modules import channels_last
-
-SIZE = 64
-RECORDED = 2
-"""Passes of a kind that run as ever and are recorded."""
-
-
-class Pair:
-    """An encoder that is recorded and its twin that is not, in step with one another."""
-
-    def __init__(self, encoder: nn.Module, ratio: float = 0.4, **options) -> None:
-        self.encoder, self.twin = encoder, copy.deepcopy(encoder)
-        self.slicer, self.twins = (Slicer(e, ratio, **options) for e in (self.encoder, self.twin))
-        self.recorded = RecordedEncoder(self.slicer)
-        self.skipped = 0
-        mode = self.slicer.mode
-
-        def counted(name):
-            self.skipped += 1
-            return mode(name)
-
-        self.slicer.mode = counted  # type: ignore[method-assign]
-
-    def modules(self):
-        return (self.encoder, self.slicer), (self.twin, self.twins)
-
-    def skip(self, x):
-        with self.twins.mode("skip"):
-            return self.twin(x)
-
-    def step(self, x, seed=0) -> bool:
-        """Both forward, backward and update, which must be equal; whether it was a replay."""
-        before = self.skipped
-        ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-        results = []
-        for run, own in ((self.recorded, ours), (self.skip, theirs)):
-            torch.manual_seed(seed)
-            out = run(own)
-            assert type(out) is torch.Tensor
-            weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
-            (out.square() + weights * out).sum().backward()
-            torch.manual_seed(seed)  # where it stands after each does not count
-            with torch.no_grad():
-                results.append((out, run(own)))
-        assert all(map(torch.equal, *results))
-        self.compare()
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0)
-        with torch.no_grad():
-            for parts in self.modules():
-                for p in (p for part in parts for p in part.parameters()):
-                    if p.grad is not None:
-                        p -= 0.01 * p.grad / (p.grad.norm() + 1e-3)
-                        p.grad = None
-        return self.skipped == before
-
-    def compare(self) -> None:
-        for part, other in zip(*self.modules(), strict=True):
-            for (name, p), q in zip(part.named_parameters(), other.parameters(), strict=True):
-                assert (p.grad is None) == (q.grad is None), name
-                if p.grad is not None and q.grad is not None:
-                    assert torch.equal(p.grad, q.grad), name
-            for (name, p), q in zip(part.named_buffers(), other.buffers(), strict=True):
-                assert torch.equal(p, q), name
-
-    def replays(self, x, **options) -> bool:
-        """Whether passes of this kind are replayed, once they have been seen."""
-        seen = [self.step(x, **options) for _ in range(RECORDED + 2)]  # or one more
-        assert not any(seen[:RECORDED])
-        return seen[-1]
-
-
-def images(n=4, size=SIZE, dtype=torch.float32):
-    torch.manual_seed(1)
-    return torch.randn(n, 3, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
-
-
-def encoder_of(name="mobilenetv3_small_100", dtype=torch.float32, **options) -> nn.Module:
-    torch.manual_seed(0)
-    encoder = build_encoder(name, image_size=SIZE, **{"width": 0.5, **options}).train()
-    return channels_last(encoder.to(dtype))
+from tests.passes.pairs import RECORDED, Odd, Pair, encoder_of, images
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # compiled operators, PyTorch's
@@ -280,115 +196,6 @@ def test_copies_record_for_themselves():
                 p.zero_()
             assert not made(x).any()
             assert pair.recorded(x).any()
-
-
-class Odd(ResNet20):
-    """A ResNet-20 that does something more to the output of its stem."""
-
-    def __init__(self, what) -> None:
-        super().__init__(0.5)
-        self.what, self.calls, self.seen = what, 0, torch.ones(1)
-
-    def forward(self, x):
-        self.calls += 1
-        return super().forward(self.what(self, x))
-
-
-def _reads(module, x):
-    return x * 2 if x.mean() > 0 else x * 3
-
-
-def _selects(module, x):
-    return x + x[x > 0].sum()
-
-
-def _counts(module, x):
-    return x * module.calls
-
-
-def _rebinds(module, x):
-    module.seen = module.seen * 0.5 + x.detach().mean() * 0.5
-    return x * module.seen
-
-
-def _draws(module, x):
-    return x * random.random()
-
-
-def _draws_with_numpy(module, x):
-    return x * np.random.rand()
-
-
-def _draws_in_backward(module, x):
-    return checkpoint(lambda x: nn.functional.dropout(x, 0.5), x, use_reentrant=False)
-
-
-def _reshapes(module, x):
-    x = x * 2
-    other = x.detach()
-    return x + other.unsqueeze_(0).squeeze(0)
-
-
-@pytest.mark.parametrize(
-    ("what", "reason"),
-    [
-        (_reads, "depends on values"),
-        (_selects, "depends on values"),
-        (_counts, "each pass"),
-        (_rebinds, "each pass"),
-        (_draws, "random numbers that are not PyTorch's"),
-        (_draws_with_numpy, "random numbers that are not PyTorch's"),
-        (_draws_in_backward, "random numbers in backward"),
-        (_reshapes, "in place"),
-    ],
-)
-def test_what_cannot_be_recorded_stays_right(what, reason, caplog):
-    torch.manual_seed(0)
-    pair, results = Pair(channels_last(Odd(what))), []
-    with caplog.at_level(logging.INFO, logger="sacl_fast.passes.recorded"):
-        for seed in range(6):
-            for run, encoder in ((pair.recorded, pair.encoder), (pair.skip, pair.twin)):
-                torch.manual_seed(seed)
-                random.seed(seed)
-                np.random.seed(seed)
-                encoder.zero_grad()
-                x = images() * (1 if seed % 2 else -1)
-                x = x.requires_grad_()
-                out = run(x)
-                out.square().sum().backward()
-                results.append(out)
-            assert torch.equal(*results[-2:])
-            pair.compare()
-    (message,) = {r.message for r in caplog.records}
-    assert reason in message, message
-    assert len(caplog.records) == 1
-
-
-def test_passes_that_are_never_alike_are_not_recorded_for_ever(caplog):
-    encoder = Odd(lambda module, x: x)
-    recorded = RecordedEncoder(Slicer(encoder, 0.5))
-    with caplog.at_level(logging.INFO, logger="sacl_fast.passes.recorded"), torch.no_grad():
-        for size in range(20, 40):
-            recorded(images(size=size))
-    (record,) = caplog.records
-    assert "too often" in record.message
-
-
-def test_passes_that_nobody_differentiates_are_not_recorded_for_ever(monkeypatch):
-    from sacl_fast.passes import recorded as module
-
-    recorded, calls, record = (
-        RecordedEncoder(Slicer(Odd(lambda module, x: x), 0.5)),
-        [],
-        module.record,
-    )
-    monkeypatch.setattr(module, "record", lambda *given: calls.append(1) or record(*given))
-    results = [recorded(images()) for _ in range(6)]
-    assert len(calls) == 3
-    for result in results:  # all at once, later
-        result.sum().backward()
-    recorded(images()).sum().backward()
-    assert len(calls) == 3
 
 
 def test_a_mask_that_keeps_the_shape_is_recorded():
