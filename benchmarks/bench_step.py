@@ -41,6 +41,7 @@ from torch import Tensor
 from sacl_fast.cli import parse_config
 from sacl_fast.config import Backend, Config
 from sacl_fast.config.choices import SlimMode
+from sacl_fast.engine.convolutions import tried_algorithms
 from sacl_fast.engine.distributed import Ranks, pick_device
 from sacl_fast.engine.memory import keep_freed_memory
 from sacl_fast.engine.method import build_method
@@ -71,10 +72,11 @@ def main() -> None:
         if own.plot:
             plot(result, own.plot)
         return
-    result = measure(config, steps=own.steps, warmup=own.warmup)
-    print_table(result)
-    if own.trace:
-        trace(config, own.trace)
+    with tried_algorithms(pick_device(config.device)):  # as training does
+        result = measure(config, steps=own.steps, warmup=own.warmup)
+        print_table(result)
+        if own.trace:
+            trace(config, own.trace)
     if own.json:
         write_json(own.json, result)
 

@@ -18,12 +18,6 @@ from tests.modules import channels_last
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture
-def full_precision(monkeypatch):
-    """cuDNN's convolutions in float32, not TF32."""
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
-
-
 def first_step(config, device: str) -> tuple[float, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     ranks = Ranks(0, 1, torch.device(device))
