@@ -12,7 +12,7 @@ import torch
 @pytest.fixture
 def full_precision() -> Iterator[None]:
     """cuDNN's convolutions in float32, not TF32."""
-    convolutions: Any = torch.backends.cudnn.conv
+    convolutions: Any = torch.backends.cudnn.conv  # pyright: ignore[reportAttributeAccessIssue]
     before = convolutions.fp32_precision
     convolutions.fp32_precision = "ieee"
     yield

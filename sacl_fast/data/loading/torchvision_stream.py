@@ -1,4 +1,5 @@
-"""Views by torchvision: worker processes decode and augment.
+"""Views by worker processes, which decode by Pillow and augment by torchvision or by the compiled
+operator.
 
 They send 8-bit pixels, which the device converts and normalises: a quarter of the bytes are moved.
 """
@@ -13,7 +14,7 @@ from sacl_fast.config import Config
 from sacl_fast.data.images.source import Source
 from sacl_fast.data.loading.bad_images import BadImages
 from sacl_fast.data.loading.batch import Normalise, Plan
-from sacl_fast.data.loading.readers import ViewReader, Views
+from sacl_fast.data.loading.readers import CompiledViewReader, ViewReader, Views
 from sacl_fast.data.loading.view_loader import NormalisedViews
 from sacl_fast.data.loading.waiting import Patience, no_stop
 from sacl_fast.data.loading.workers import Prefetcher, by_data_workers
@@ -22,6 +23,8 @@ from sacl_fast.data.loading.workers import Prefetcher, by_data_workers
 class TorchvisionStream:
     """A ``Stream`` (``view_loader.py``). While a batch is waited for, ``check`` is called, and what
     it raises ends the wait."""
+
+    reads: type[ViewReader] = ViewReader
 
     def __init__(
         self,
@@ -33,7 +36,7 @@ class TorchvisionStream:
         device: torch.device,
         check: Callable[[], None] = no_stop,
     ) -> None:
-        self._reader = ViewReader(source, config)
+        self._reader = self.reads(source, config)
         self._normalise = Normalise(config.views, device, config.channels_last)
         self._config, self._plan, self._bad = config, plan, bad
         self._device, self._check = device, check
@@ -57,3 +60,9 @@ class TorchvisionStream:
         if self._batches is not None:
             self._batches.close()
             self._batches = None
+
+
+class PillowStream(TorchvisionStream):
+    """The same by the compiled operator, on a machine without DALI."""
+
+    reads = CompiledViewReader
