@@ -18,6 +18,7 @@ from sacl_fast.data.loading.readers import CompiledViewReader, ViewReader, Views
 from sacl_fast.data.loading.view_loader import NormalisedViews
 from sacl_fast.data.loading.waiting import Patience, no_stop
 from sacl_fast.data.loading.workers import Prefetcher, by_data_workers
+from sacl_fast.precision import autocast_dtype
 
 
 class TorchvisionStream:
@@ -37,7 +38,8 @@ class TorchvisionStream:
         check: Callable[[], None] = no_stop,
     ) -> None:
         self._reader = self.reads(source, config)
-        self._normalise = Normalise(config.views, device, config.channels_last)
+        dtype = input_dtype(config, device)
+        self._normalise = Normalise(config.views, device, config.channels_last, dtype)
         self._config, self._plan, self._bad = config, plan, bad
         self._device, self._check = device, check
         self._batches: Prefetcher | None = None
@@ -60,6 +62,12 @@ class TorchvisionStream:
         if self._batches is not None:
             self._batches.close()
             self._batches = None
+
+
+def input_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """The type of the views: on a GPU that to which the encoder would cast them."""
+    half = autocast_dtype(config.precision, device) if device.type == "cuda" else None
+    return half or torch.float32
 
 
 class PillowStream(TorchvisionStream):
