@@ -35,6 +35,7 @@ from sacl_fast.data.images.source import Source
 from sacl_fast.data.loading.open import dali_obstacle, open_view_loader
 from sacl_fast.data.loading.view_loader import ViewLoader
 from sacl_fast.data.loading.workers import worker_count
+from sacl_fast.data.views.operator import are_compiled
 from sacl_fast.engine.clock import Clock
 from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.method import build_method
@@ -78,6 +79,8 @@ def contenders(config: Config) -> dict[str, tuple[Config, torch.device]]:
 
     device = torch.device("cuda", 0) if gpu and config.device != "cpu" else torch.device("cpu")
     found = {f"torchvision, {workers} workers": (by("torchvision"), device)}
+    if are_compiled(config, torch.device("cpu")):
+        found[f"Pillow and the operator, {workers} workers"] = (by("pillow"), device)
     if (obstacle := dali_obstacle()) is not None:
         print(obstacle)
         return found

@@ -35,12 +35,13 @@ from typing import Any
 
 import torch
 from pseudocode import pseudocode_step
-from timing import device_name, percentiles, write_json
+from timing import device_name, kernel_launches, percentiles, write_json
 from torch import Tensor
 
 from sacl_fast.cli import parse_config
 from sacl_fast.config import Backend, Config
 from sacl_fast.config.choices import SlimMode
+from sacl_fast.engine.convolutions import tried_algorithms
 from sacl_fast.engine.distributed import Ranks, pick_device
 from sacl_fast.engine.memory import keep_freed_memory
 from sacl_fast.engine.method import build_method
@@ -71,10 +72,11 @@ def main() -> None:
         if own.plot:
             plot(result, own.plot)
         return
-    result = measure(config, steps=own.steps, warmup=own.warmup)
-    print_table(result)
-    if own.trace:
-        trace(config, own.trace)
+    with tried_algorithms(pick_device(config.device)):  # as training does
+        result = measure(config, steps=own.steps, warmup=own.warmup)
+        print_table(result)
+        if own.trace:
+            trace(config, own.trace)
     if own.json:
         write_json(own.json, result)
 
@@ -262,19 +264,14 @@ def timed_steps(
     return {
         "step_ms": ms,
         "images_per_second": batch / ms["p50"] * 1e3,
-        "launches": launches(lambda: run(view_a, view_b, steps)) if view_a.is_cuda else None,
+        "launches": launches(lambda: run(view_a, view_b, steps), device),
         "peak_memory_bytes": peak_memory(device),
     }
 
 
-def launches(function: Callable[[], Any]) -> int:
-    """Kernels that a call launches on the GPU."""
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
-        function()
-        torch.cuda.synchronize()
-    kinds = torch.autograd.DeviceType
-    return sum(e.device_type == kinds.CUDA for e in profiler.events() or ())
+def launches(function: Callable[[], Any], device: torch.device) -> int | None:
+    """How many kernels a call launches; None on the CPU."""
+    return len(kernel_launches(function)) if device.type == "cuda" else None
 
 
 def print_row(row: dict[str, Any], first: dict[str, Any]) -> None:

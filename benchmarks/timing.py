@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -189,6 +190,24 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
             held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
             peak = max(peak, held)
     return peak
+
+
+def kernel_launches(function: Callable[[], Any]) -> list[str]:
+    """The names of the kernels that a call launches on the GPU: no copies, no annotations."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        function()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        return kernels_of(json.loads(trace.read_text()))
+
+
+def kernels_of(trace: dict[str, Any]) -> list[str]:
+    """The names of the kernels in a trace as the profiler exports it."""
+    return [event["name"] for event in trace["traceEvents"] if event.get("cat") == "kernel"]
 
 
 def device_name(device: torch.device) -> str:

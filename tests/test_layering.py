@@ -37,7 +37,7 @@ OURS: dict[str, tuple[str, ...]] = {
     "data": (),
     "data.images": (),
     "data.views": (),
-    "data.loading": ("data.images", "data.views"),
+    "data.loading": ("data.images", "data.views", "precision"),
     "engine": RUN,
     "evaluation": RUN,
     "cli": ("presets",),

@@ -13,7 +13,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 SourceName = Literal["demo", "folder", "webdataset", "cifar10", "cifar100"]
 Labels = Literal["auto", "folder", "none"]
-LoaderName = Literal["auto", "dali", "torchvision"]
+LoaderName = Literal["auto", "dali", "pillow", "torchvision"]
 
 Stem = Literal["imagenet", "stride1", "cifar"]
 

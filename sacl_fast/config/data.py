@@ -71,10 +71,11 @@ class DataConfig(Settings, path="data"):
     """Use only this many training images, the same ones for the same seed (0: all)."""
     loader: LoaderName = "auto"
     """What decodes the training images and makes their views. 'auto': NVIDIA DALI where it is
-    installed and faster, else torchvision; 'sacl-fast doctor' says which, and why."""
+    installed and faster; else 'pillow', Pillow and the compiled operator, where that is built; else
+    'torchvision'. 'sacl-fast doctor' says which, and why."""
     dali: DaliConfig = field(default_factory=DaliConfig)
     workers: Annotated[int, _PROCESSES] = -1
-    """Worker processes that decode and augment with torchvision, per rank (-1: the cores this rank
+    """Worker processes that decode and augment without DALI, per rank (-1: the cores this rank
     can have; 0: in the main process)."""
     prefetch: Annotated[int, Range(1, 256)] = 4
     """Batches each worker prepares ahead."""

@@ -23,6 +23,7 @@ from sacl_fast.engine.agreement import check_same_settings
 from sacl_fast.engine.checkpoint import checkpoint_path, mark_best, random_state, save_checkpoint
 from sacl_fast.engine.clock import Clock
 from sacl_fast.engine.console import RunConsole
+from sacl_fast.engine.convolutions import tried_algorithms
 from sacl_fast.engine.description import describe
 from sacl_fast.engine.distributed import Ranks, process_group
 from sacl_fast.engine.environment import environment
@@ -71,7 +72,7 @@ def train(config: Config) -> RunResult:
         Stopped: by a signal, but not at a step that all processes could stop at.
     """
     check_run(config)
-    with process_group(config.device) as ranks:
+    with process_group(config.device) as ranks, tried_algorithms(ranks.device):
         check_same_settings(config, ranks)
         with files.claimed_run_folder(config, ranks) as claim:
             run = Run(config, ranks, claim)

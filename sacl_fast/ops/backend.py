@@ -71,7 +71,7 @@ def _compiled_for_cpu(device: torch.device) -> str | None:
 
 def _compiled_views(device: torch.device) -> str | None:
     if device.type != "cpu":
-        return "on a GPU, DALI augments"
+        return "on a GPU, DALI augments; without DALI, this operator does on the CPU"
     return _compiled_for_cpu(device)
 
 

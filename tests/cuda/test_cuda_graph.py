@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cuda_devices import get_device, images
+from cuda_graphs import captured
 
 pytestmark = pytest.mark.gpu
 
@@ -47,17 +48,11 @@ def test_replayed_on_new_values():
         sum_grads = ops.slim_add_backward(ds, 32, 16, source, 32, 16, source)
         return [dx, dfilters, *norm_grads, z, *grads, *gate_grads, total, *sum_grads]
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, outputs = captured(step)
     x.copy_(channels_last(40, 9))
     dy.copy_(channels_last(24, 10))
     graph.replay()
-    replayed = [t.clone() for t in captured]
+    replayed = [t.clone() for t in outputs]
     again = step()
     assert all(map(torch.equal, replayed[:5], again))  # our own sums are in a fixed order
     for got, expected in zip(replayed, again, strict=True):

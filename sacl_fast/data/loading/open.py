@@ -20,10 +20,11 @@ from sacl_fast.config import Config
 from sacl_fast.data.images.source import Source
 from sacl_fast.data.loading.bad_images import BadImages
 from sacl_fast.data.loading.batch import Plan
-from sacl_fast.data.loading.readers import ViewReader, Views
-from sacl_fast.data.loading.torchvision_stream import TorchvisionStream
+from sacl_fast.data.loading.readers import CompiledViewReader, ViewReader, Views
+from sacl_fast.data.loading.torchvision_stream import PillowStream, TorchvisionStream
 from sacl_fast.data.loading.view_loader import ViewLoader
 from sacl_fast.data.loading.waiting import no_stop
+from sacl_fast.data.views.operator import are_compiled, why_not_compiled
 from sacl_fast.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -32,10 +33,11 @@ logger = logging.getLogger(__name__)
 # operator augments, by DALI alone, by torchvision: at 32 px from memory 0.10, 0.42, 0.35; at 64 px
 # 0.09, 0.80, 1.17; at 224 px from JPEGs 1.8, 7.9, 10.9.
 _SMALL = 32
+_CPU = torch.device("cpu")
 
 
 class LoaderResolution(NamedTuple):
-    """The loader that makes the views, ``dali`` or ``torchvision``, and why that one."""
+    """What makes the views, ``dali``, ``pillow`` or ``torchvision``, and why that one."""
 
     loader: str
     reason: str
@@ -55,10 +57,11 @@ def open_view_loader(
     loader, reason = resolve_loader(config, device)
     if loader == "dali":
         from sacl_fast.data.loading.dali_stream import DaliStream
-        from sacl_fast.data.views.compiled import are_compiled
 
         kind = DaliStream
         operator = " and the compiled operator" if are_compiled(config, device) else ""
+    elif loader == "pillow":
+        kind, operator = PillowStream, " and the compiled operator"
     else:
         kind, operator = TorchvisionStream, ""
     logger.info("views by %s%s (%s)", loader, operator, reason)
@@ -70,22 +73,32 @@ def open_view_loader(
 
 def read_views(source: Source, config: Config, epoch: int, indices: np.ndarray) -> Views:
     """Both views of some images, 8-bit pixels, by the loader that would train on the CPU."""
-    if resolve_loader(config, torch.device("cpu")).loader == "dali":
+    loader = resolve_loader(config, _CPU).loader
+    if loader == "dali":
         from sacl_fast.data.loading.dali_stream import dali_views
 
         return dali_views(source, config, epoch, indices)
-    return ViewReader(source, config)[epoch, indices]
+    reader = CompiledViewReader if loader == "pillow" else ViewReader
+    return reader(source, config)[epoch, indices]
 
 
 def resolve_loader(config: Config, device: torch.device) -> LoaderResolution:
     """The loader of the views on ``device``.
 
-    ``auto`` takes DALI where it is installed and faster. ``dali`` where it cannot run is a
-    UserError that names the package.
+    ``auto`` takes DALI where it is installed and faster, ``pillow`` where it is not installed.
+    ``dali`` where it cannot run is a UserError that names the package, as is ``pillow`` without the
+    compiled operator.
     """
     requested = config.data.loader
     if requested == "torchvision":
         return LoaderResolution("torchvision", "as requested")
+    if requested == "pillow":
+        if (why_not := why_not_compiled(config, _CPU)) is not None:
+            raise UserError(
+                f"data.loader is pillow, which needs the compiled operator augment ({why_not}); "
+                "data.loader torchvision works without"
+            )
+        return LoaderResolution("pillow", "as requested")
     obstacle = dali_obstacle()
     if requested == "dali":
         if obstacle is not None:
@@ -94,11 +107,9 @@ def resolve_loader(config: Config, device: torch.device) -> LoaderResolution:
     if config.backend == "torch":
         return LoaderResolution("torchvision", "backend torch")
     if obstacle is not None:
-        return LoaderResolution("torchvision", obstacle)
+        return LoaderResolution("pillow" if are_compiled(config, _CPU) else "torchvision", obstacle)
     if device.type == "cuda":
         return LoaderResolution("dali", "decodes and augments on the GPU")
-    from sacl_fast.data.views.compiled import are_compiled
-
     if are_compiled(config, device):
         return LoaderResolution("dali", "the fastest on the CPU")
     if config.views.size <= _SMALL:

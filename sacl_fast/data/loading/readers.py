@@ -16,7 +16,8 @@ from torch import Tensor
 from sacl_fast.config import Config
 from sacl_fast.data.images.decode import BadImage
 from sacl_fast.data.images.source import Source
-from sacl_fast.data.views.draw import apply_view, draw_view, sample_rng
+from sacl_fast.data.views.draw import ViewDraw, apply_view, draw_view, sample_rng
+from sacl_fast.data.views.operator import compiled_pixels
 
 _T = TypeVar("_T")
 
@@ -52,12 +53,26 @@ class ViewReader:
             )
             if image is None:  # more are bad than may be: the loader will say so
                 return Views(torch.empty(0), torch.empty(0), torch.empty(0), list(bad.items()))
-            for which, view in enumerate((views.a, views.b)):
-                draw = draw_view(view, sample_rng(self.seed, epoch, i, which), *image.size)
-                pixels[which, slot] = np.asarray(apply_view(image, draw, views, view))
+            a, b = (
+                draw_view(view, sample_rng(self.seed, epoch, i, which), *image.size)
+                for which, view in enumerate((views.a, views.b))
+            )
+            pixels[:, slot] = self.make(image, (a, b))
         a, b = torch.from_numpy(pixels)
         missed = int((index != wanted).sum())
         return Views(a, b, torch.from_numpy(index), list(bad.items()), missed)
+
+    def make(self, image: Image.Image, draws: tuple[ViewDraw, ViewDraw]) -> np.ndarray:
+        """Both views of an image, (2, S, S, 3) uint8: by torchvision."""
+        both = zip(draws, (self.views.a, self.views.b), strict=True)
+        return np.stack([np.asarray(apply_view(image, d, self.views, view)) for d, view in both])
+
+
+class CompiledViewReader(ViewReader):
+    """A ``ViewReader`` whose views are made by the compiled operator, several times as fast."""
+
+    def make(self, image: Image.Image, draws: tuple[ViewDraw, ViewDraw]) -> np.ndarray:
+        return compiled_pixels(image, draws, self.views)
 
 
 def first_readable(

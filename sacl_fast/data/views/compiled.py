@@ -7,51 +7,19 @@ in memory for every step of its arithmetic, and it gives torchvision's pixels.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sacl_fast.config import Config, ViewConfig, ViewsConfig
+from sacl_fast.config import ViewsConfig
 from sacl_fast.data.views.dali import ImagePipeline
-from sacl_fast.data.views.draw import ViewDraw
 
 # A batch of images, encoded (1-D uint8 each) or as pixels (n, H, W, 3), and the draws of both
-# views as ``pack_rows`` gives them.
+# views as ``pack_rows`` (``operator.py``) gives them.
 Fed = tuple[np.ndarray | Sequence[np.ndarray], np.ndarray, np.ndarray]
-
-_NEVER = 256  # no value is solarised
-
-
-def are_compiled(config: Config, device: torch.device) -> bool:
-    """Whether views on ``device`` are made here, rather than by DALI from beginning to end."""
-    from sacl_fast.ops.backend import asked_of, resolve
-
-    if device.type != "cpu":
-        return False
-    return resolve(asked_of("augment", config.backend), "augment", device).backend == "cpu"
-
-
-def pack_rows(
-    draws: Iterable[ViewDraw], count: int, _: ViewsConfig, view: ViewConfig
-) -> np.ndarray:
-    """The draws of one view of ``count`` images, a row each: (count, 16) float64."""
-    from sacl_fast.ops.augment import COLUMNS, OPERATIONS
-
-    rows = np.zeros((count, len(COLUMNS)))
-    for row, draw in zip(rows, draws, strict=True):
-        names, factors = zip(*draw.jitter, strict=True) if draw.jitter else ((), ())
-        idle = [0] * (len(OPERATIONS) - len(names))
-        row[:] = (
-            *(*draw.crop, draw.flip),
-            *(*(OPERATIONS[name] for name in names), *idle),
-            *(*factors, *idle),
-            *(draw.grayscale, draw.sigma or 0),
-            view.solarize_threshold if draw.solarize else _NEVER,
-        )
-    return rows
 
 
 class CompiledViews:

@@ -25,6 +25,42 @@ def test_normalise() -> None:
         assert found.is_contiguous(memory_format=layout)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_one_pass_is_the_same_up_to_a_rounding(
+    dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    """All values of all channels, on the CPU; the streams are for the test on a GPU."""
+    views = ViewsConfig()
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(2, 16, 16, 3)
+    normalise = Normalise(views, CPU, layout == torch.channels_last, dtype)
+    found = normalise.in_one_pass(pixels.contiguous().permute(0, 3, 1, 2))
+    assert found.dtype == dtype and found.is_contiguous(memory_format=layout)
+    mean, std = (torch.tensor(v).double().view(1, 3, 1, 1) for v in (views.mean, views.std))
+    exact = (pixels.permute(0, 3, 1, 2) / 255.0 - mean) / std
+    unit = torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), exact, rtol=unit, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_batches_follow_one_another_on_a_gpu(dtype: torch.dtype) -> None:
+    """Each is read late by the step's stream, while the next ones are copied."""
+    device, views = torch.device("cuda", torch.cuda.current_device()), ViewsConfig()
+    normalise = Normalise(views, device, True, dtype)
+    batches = [torch.full((4, 32, 32, 3), 50 * i, dtype=torch.uint8) for i in range(5)]
+    sums = []
+    for pixels in batches:
+        images = normalise(pixels.pin_memory())
+        assert images.dtype == dtype
+        torch.cuda._sleep(10**7)
+        sums.append(images.float())
+        del images
+    for found, pixels in zip(sums, batches, strict=True):
+        expected = Normalise(views, CPU, True)(pixels)
+        torch.testing.assert_close(found.cpu(), expected, rtol=2e-2, atol=2e-2)
+
+
 def tasks(start: int, count: int, **ranks: int) -> list[tuple[int, list[int]]]:
     plan = Plan(config_of(), 37, **ranks)
     return [(epoch, found.tolist()) for epoch, found in islice(plan.tasks(start), count)]

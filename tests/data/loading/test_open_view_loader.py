@@ -14,7 +14,7 @@ from sacl_fast.config.choices import LoaderName
 from sacl_fast.data.images.source import ArraySource
 from sacl_fast.data.loading import open as module
 from sacl_fast.data.loading.open import dali_obstacle, open_view_loader, resolve_loader
-from sacl_fast.data.loading.torchvision_stream import TorchvisionStream
+from sacl_fast.data.loading.torchvision_stream import PillowStream, TorchvisionStream
 from sacl_fast.errors import UserError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -37,10 +37,9 @@ def settings(loader: LoaderName = "auto", size: int = 224, backend: Backend = "a
 
 def test_auto_takes_dali_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "dali_obstacle", lambda: None)
-    compiled_views = pytest.importorskip("sacl_fast.data.views.compiled", exc_type=ImportError)
     assert resolve_loader(settings(size=32), GPU).loader == "dali"
     for compiled, small in ((True, "dali"), (False, "torchvision")):
-        monkeypatch.setattr(compiled_views, "are_compiled", lambda *_, now=compiled: now)
+        monkeypatch.setattr(module, "are_compiled", lambda *_, now=compiled: now)
         assert resolve_loader(settings(), CPU).loader == "dali"
         assert resolve_loader(settings(size=64), CPU).loader == "dali"
         assert resolve_loader(settings(size=32), CPU).loader == small
@@ -58,8 +57,13 @@ def test_auto_takes_dali_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> 
         (None, "nvidia-dali-cuda130"),
     ],
 )
+@pytest.mark.parametrize("built", [True, False])
 def test_without_dali_the_package_is_named(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, cuda: str, package: str
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    cuda: str,
+    package: str,
+    built: bool,
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
@@ -68,9 +72,10 @@ def test_without_dali_the_package_is_named(
         resolve_loader(settings("dali"), CPU)
     source = ArraySource("x", np.zeros((4, 8, 8, 3), np.uint8), [0] * 4, ())
     config = Config(batch_size=2, data=DataConfig(workers=0))
+    monkeypatch.setattr(module, "are_compiled", lambda *_: built)
     with caplog.at_level(logging.INFO):
         loader = open_view_loader(source, config, device=CPU)
-    assert type(loader._stream) is TorchvisionStream
+    assert type(loader._stream) is (PillowStream if built else TorchvisionStream)
     assert f"pip install {package}" in caplog.text
 
 
@@ -81,8 +86,26 @@ def test_a_dali_that_does_not_import_is_passed_over(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(module.importlib, "import_module", broken)
     loader, reason = resolve_loader(settings(), CPU)
-    assert loader == "torchvision"
+    assert loader in ("pillow", "torchvision")
     assert "libdali.so" in reason
+
+
+def test_pillow_decodes_where_dali_is_missing_and_the_operator_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "dali_obstacle", lambda: "no DALI")
+    for built, loader in ((None, "pillow"), ("not built", "torchvision")):
+        monkeypatch.setattr(module, "are_compiled", lambda *_, now=built: now is None)
+        monkeypatch.setattr(module, "why_not_compiled", lambda *_, now=built: now)
+        for device in (CPU, GPU):
+            assert resolve_loader(settings(), device) == (loader, "no DALI")
+    with pytest.raises(UserError, match=r"loader is pillow, .*\(not built\); .*torchvision works"):
+        resolve_loader(settings("pillow"), GPU)
+
+
+def test_pillow_is_not_for_the_backend_torch() -> None:
+    with pytest.raises(UserError, match=r"loader is pillow, .*\(backend torch\)"):
+        resolve_loader(settings("pillow", backend="torch"), CPU)
 
 
 @pytest.mark.parametrize(
