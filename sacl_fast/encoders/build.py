@@ -35,7 +35,7 @@ _RESNET_CHANNELS = (64, 128, 256, 512)
 
 # Activations (``ReLU6`` is a ``Hardtanh``) whose gradient is computed from their input. Where they
 # are to change that in place, autograd copies it first: a whole activation read and written.
-_COPIED_IN_PLACE = (*(nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.SiLU, nn.Mish, nn.Threshold),)
+_COPIED_IN_PLACE = (nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.SiLU, nn.Mish, nn.Threshold)
 
 # What timm's models raise, while they are built or run, where sizes or options do not fit.
 _REFUSALS = (
