@@ -10,7 +10,7 @@ With ``norm`` standardising each feature over the batch and :math:`C(p, q) = nor
 Gradients flow through ``z1`` and ``z2`` only. The published way forms three D x D matrices and
 runs over a hundred operations on them; the operator here stores none. How: see
 ``xcorr_loss_reference`` (plain PyTorch, any device) and ``sacl_kernels.xcorr_loss`` (Triton). What
-differs from the supplement, and why, is in the README ("The method").
+differs from the supplement, and why, is in docs/method.md.
 """
 
 from __future__ import annotations
@@ -275,6 +275,7 @@ def sacl_xd_loss(
             if distillation == "log":
                 xd = scale * gamma / 2 * _cross_entropy(zs, ranks)
             else:
+                assert (distillation, off_diagonal) == ("correlation", "literal")
                 xd = (1 - alpha) / 2 * scale * lambda_ * _literal(zs, ranks, terms)
         loss, xd = loss + xd, xd.detach()
     return loss, LossParts(on, off, xd)

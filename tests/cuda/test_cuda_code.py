@@ -28,6 +28,9 @@ def test_no_kernel_has_a_stack_or_local_memory():
     architectures = _C.build_info()["architectures"]
     if not architectures:
         pytest.skip("sacl_fast._C has no CUDA part")
+    built = Path(str(_C.__file__)).stat().st_mtime
+    newer = [f.name for f in (ROOT / "csrc").rglob("*.[chi]*") if f.stat().st_mtime > built]
+    assert not newer, f"{newer} changed since sacl_fast._C was built: build it again"
     if not (tool := cuobjdump()):
         pytest.skip("no cuobjdump here")
     command = [tool, "--dump-resource-usage", str(_C.__file__)]
