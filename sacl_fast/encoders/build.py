@@ -33,6 +33,9 @@ _EFFICIENTNET = [
 ]  # fmt: skip
 _RESNET_CHANNELS = (64, 128, 256, 512)
 
+# Activations (``ReLU6`` is a ``Hardtanh``) whose gradient is computed from their input. Where they
+# are to change that in place, autograd copies it first: a whole activation read and written.
+_COPIED_IN_PLACE = (nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.SiLU, nn.Mish, nn.Threshold)
 
 # What timm's models raise, while they are built or run, where sizes or options do not fit.
 _REFUSALS = (
@@ -82,6 +85,9 @@ def build_encoder(
         raise UserError(f"encoder {name!r} cannot be built {like}: {why}") from error
     if stem != "imagenet" and "patch_size" not in options:
         _adapt_stem(name, encoder, stem)
+    for module in encoder.modules():
+        if isinstance(module, _COPIED_IN_PLACE):
+            module.inplace = False
     output_dim(encoder, image_size, in_chans=in_chans)  # refuses what cannot run
     return encoder
 

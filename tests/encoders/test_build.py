@@ -7,6 +7,8 @@ from torch import nn
 
 from sacl_fast.encoders import Projector, build_encoder, output_dim
 from sacl_fast.errors import UserError
+from sacl_fast.slim import Slicer
+from tests.operators import Operators
 
 
 @pytest.mark.parametrize(
@@ -36,6 +38,25 @@ def test_features_and_gradients(name, options, features):
     assert encoder.training
     out.sum().backward()
     assert all(p.grad is not None for p in encoder.parameters())  # DDP waits for every one
+
+
+@pytest.mark.parametrize("mode", ["dense", "mask"])
+@pytest.mark.parametrize("name", ["mobilenetv1_100", "mobilenetv3_small_100", "efficientnet_b0"])
+def test_no_activation_copies_its_input(name, mode):
+    """As timm builds them they do, in place; values and gradients are the same to the bit."""
+    theirs, x = timm.create_model(name, num_classes=0), torch.randn(2, 3, 64, 64)
+    encoder = build_encoder(name, image_size=64)
+    encoder.load_state_dict(theirs.state_dict())
+    results, copies = [], []
+    for own in (theirs, encoder):
+        torch.manual_seed(0)
+        with Operators() as seen, Slicer(own.train(), 0.5).mode(mode):
+            out = own(x)
+        out.square().sum().backward()
+        copies.append(seen.count["clone"])
+        results.append([out, *(p.grad for p in own.parameters()), *own.buffers()])
+    assert copies[0] > 15 and copies[1] == 0
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_width_one_is_timms_own():

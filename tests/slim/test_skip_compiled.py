@@ -1,6 +1,7 @@
 """Mode ``skip`` on the compiled operators, which take float32: as exact as ``mask`` in float32."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sacl_fast.encoders import build_encoder
 from sacl_fast.ops import batch_norm_act, depthwise_conv
+from sacl_fast.ops.batch_norm_act import ACTIVATIONS
 from sacl_fast.slim import Slicer
 from sacl_fast.slim.slicer import Mode
 from tests.modules import channels_last
+from tests.operators import Operators
 
 pytestmark = pytest.mark.skipif(
     not depthwise_conv.is_compiled(), reason="the compiled module is not built"
@@ -65,3 +68,23 @@ def test_compiled_operators_are_as_exact_as_the_masked_encoder(name, monkeypatch
     for truth, *others in zip(exact, masked, plain, skipped, strict=True):
         errors = [((other - truth).norm() / truth.norm()).item() for other in others]
         assert errors[2] < 3 * max(errors[0], 1e-6), errors
+
+
+@pytest.mark.parametrize(
+    ("name", "without_norm"),  # of squeeze-excite blocks and of the head
+    [
+        ("mobilenetv1_100", {}),
+        ("mobilenetv2_100", {}),
+        ("mobilenetv3_large_100", {"relu": 8, "hardswish": 1}),
+        ("efficientnet_b0", {"silu": 16}),
+    ],
+)
+def test_activations_run_along_with_their_norms(name, without_norm):
+    encoder = channels_last(build_encoder(name, width=0.5, image_size=64)).train()
+    x = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    with Operators() as seen, Slicer(encoder, 0.5).mode("skip"):
+        encoder(x)
+    ran = Counter({op.rstrip("_"): n for op, n in seen.count.items()})
+    assert ran["batch_norm_act"] >= sum(isinstance(m, _BatchNorm) for m in encoder.modules())
+    activations = {*ACTIVATIONS, "hardtanh"}
+    assert {op: n for op, n in ran.items() if op in activations} == without_norm

@@ -40,6 +40,18 @@ def activation(func: Any, x: Any, *inplace: bool, **named: bool) -> Any:
     return x.activated(cast(Activation, name.removesuffix("_")), in_place=in_place)
 
 
+@rule_for("hardtanh", "hardtanh_")
+def hardtanh(func: Any, x: Any, *args: Any, **named: Any) -> Any:
+    """Between 0 and 6 it is ``relu6``, and what ``nn.ReLU6`` calls. (``clamp`` between them is
+    not: its gradient at 0 and at 6 is 1, where that of ``relu6`` is 0.)"""
+    given = dict(zip(("min_val", "max_val", "inplace"), args, strict=False)) | named
+    bounds = given.get("min_val"), given.get("max_val")
+    if not isinstance(x, SlimTensor) or not x.waits_for_activation or bounds != (0, 6):
+        return elementwise(func, x, *args, **named)
+    in_place = func.__name__.endswith("_") or given.get("inplace", False)
+    return x.activated("relu6", in_place=in_place)
+
+
 @rule_for("prelu")
 def prelu(func: Any, x: Any, weight: Tensor) -> Any:
     if not isinstance(x, SlimTensor) or weight.numel() not in (1, x.shape[1]):
