@@ -32,11 +32,15 @@ def has_channels(argument: Any) -> bool:
 
 @rule_for(*_AFTER_NORM, *(f"{name}_" for name in _AFTER_NORM))
 def activation(func: Any, x: Any, *inplace: bool, **named: bool) -> Any:
-    """One that a batch norm may wait for; its only other argument is ``inplace``."""
+    """One that a batch norm may wait for. Its only other argument is ``inplace``; with a slope,
+    say, it is another function."""
+    given = (*inplace, *named.values())
     if not isinstance(x, SlimTensor) or not x.waits_for_activation:
         return elementwise(func, x, *inplace, **named)
+    if not all(isinstance(value, bool) for value in given):
+        return elementwise(func, x, *inplace, **named)
     name = func.__name__
-    in_place = name.endswith("_") or any(inplace) or any(named.values())
+    in_place = name.endswith("_") or any(given)
     return x.activated(cast(Activation, name.removesuffix("_")), in_place=in_place)
 
 

@@ -10,6 +10,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from sacl_fast.ops.batch_norm_act import Activation, batch_norm_act
+from sacl_fast.slim.rules.elementwise import activation
 from sacl_fast.slim.tensor import SlimTensor
 from tests.slim.activations import FORMS, C, agree
 
@@ -59,6 +60,15 @@ WAITED_FOR = {  # by each name under which a model calls them
     "nn.Hardswish": nn.Hardswish(),
     "nn.Hardswish in place": nn.Hardswish(inplace=True),
 }
+
+
+def _leaky(x: torch.Tensor, slope: float) -> torch.Tensor:
+    """As if ``leaky_relu`` were one that norms wait for."""
+    if isinstance(x, SlimTensor):
+        return activation(F.leaky_relu, x, slope)  # pyright: ignore[reportArgumentType]
+    return F.leaky_relu(x, slope)
+
+
 BY_ITSELF = {
     "nn.Hardtanh": nn.Hardtanh(),
     "nn.Hardtanh in place": nn.Hardtanh(0, 1, inplace=True),
@@ -66,6 +76,7 @@ BY_ITSELF = {
     "clamp_": lambda x: torch.clamp_(x, 0, 6),
     "nn.Hardsigmoid": nn.Hardsigmoid(),
     "nn.LeakyReLU": nn.LeakyReLU(inplace=True),
+    "one with a parameter": lambda x: _leaky(x, 0.3),
 }
 ALL = {**{f"{n}, waited for": f for n, f in WAITED_FOR.items()}, **BY_ITSELF}
 
