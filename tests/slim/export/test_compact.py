@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import ScaledStdConv2d
 from torch import nn
 
@@ -326,3 +327,32 @@ def test_a_slim_encoder_from_its_file(tmp_path, batch_norm):
     with torch.no_grad():
         for other in (full(x), ours(x), plain(x)):
             torch.testing.assert_close(small(x), other, rtol=1e-4, atol=1e-4)
+
+
+class ReadsTwice(nn.Module):
+    """Changes an activation in place, and reads it again under its old name."""
+
+    def __init__(self, change) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.change = change
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        return (self.change(y) + y).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda y: F.relu(y, True),
+        lambda y: F.relu(y, inplace=True),
+        lambda y: F.leaky_relu(y, 0.3, True),
+        lambda y: F.hardtanh(y, 0.0, 1.0, True),
+        lambda y: F.leaky_relu(y, 0.3),
+    ],
+)
+def test_what_is_changed_in_place_is_so_under_every_name(change):
+    encoder = ReadsTwice(change).double().eval()
+    nn.init.normal_(encoder.norm.bias)
+    compacted(encoder, Slicer(encoder, 0.5))
