@@ -70,6 +70,58 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sacl_fast, m) {
   m.def("slim_gate_backward(Tensor dy, Tensor x, Tensor? map, Tensor gate, Tensor? x_index, "
         "Tensor? map_index) -> (Tensor, Tensor, Tensor)");
 
+  // What follows fuses a batch norm into its neighbours, on CUDA devices; sacl_fast/ops has what it
+  // is equal to, in plain PyTorch, as its implementation on CPUs.
+  //
+  // An operand that is not normalised yet is given raw, with affine (4, K), the rows scale, bias,
+  // mean and 1 / deviation, and an activation: act((x - mean) * scale + bias); affine null: x
+  // itself. The gradient of what a norm is given is given as g, that of the norm's output before
+  // the activation, y, the norm's raw input, and coefficients (4, K): c0 * g + c1 * (y - c3) + c2;
+  // both null: g itself. sums (T, 3, K): of T sets of values, their count, mean, and sum of squared
+  // differences from it. gsums (T, 2, K): of T sets, sums of g and of g * (x - mean) / deviation.
+  // All of these are float32.
+
+  // sums of x (N, K, H, W)
+  m.def("norm_act_moments(Tensor x) -> Tensor");
+  // The affine of a norm in training whose input has these sums, and rest (R) in float32, the
+  // constants that the zeroed channels become. Running statistics are updated, where mean_shift (K)
+  // is added to the mean; count: as in batch_norm_act.
+  m.def("norm_act_affine(Tensor sums, Tensor weight, Tensor bias, Tensor? kept_index, "
+        "Tensor? zeroed_index, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+        "Tensor? mean_shift, int count, float momentum, float eps, int act) -> (Tensor, Tensor)");
+  // act_after(operand + other), other (N, K, H, W) an operand without activation, or null
+  m.def("norm_act_apply(Tensor x, Tensor affine, int act, Tensor? other, Tensor? other_affine, "
+        "int act_after) -> Tensor");
+  // The operand's mean over the image (N, K, 1, 1)
+  m.def("norm_act_mean(Tensor x, Tensor affine, int act) -> Tensor");
+  // g of dy * gate + dmean / (H W), the operand's gradient, and its gsums; gate, dmean (N, K) or
+  // null. g is empty (0) where it is dy itself.
+  m.def("norm_act_gradient(Tensor dy, Tensor x, Tensor affine, int act, Tensor? gate, "
+        "Tensor? dmean) -> (Tensor, Tensor)");
+  // Sums over the image of dy times the operand (N, K)
+  m.def("norm_act_gate_gradient(Tensor dy, Tensor x, Tensor affine, int act) -> Tensor");
+  // -> coefficients, dweight (C), dbias (C). drest (R), of rest. count: values of a live channel.
+  m.def("norm_act_coefficients(Tensor gsums, Tensor? drest, Tensor weight, Tensor bias, "
+        "Tensor? kept_index, Tensor? zeroed_index, Tensor affine, int count, int act) -> "
+        "(Tensor, Tensor, Tensor)");
+  // The gradient of what a norm is given, as such
+  m.def("norm_act_input_gradient(Tensor g, Tensor y, Tensor coefficients) -> Tensor");
+  // It, summed to shape (1 or N, K, 1 or H, 1 or W). border: rows at the top and the bottom,
+  // columns at the left and the right; if not empty, shape is (1, K, H, W), the gradient is of a
+  // map that is constant elsewhere, and its sum over samples and pixels is 0: so pixels off the
+  // border are not read, and are given the mean of what is missing to 0.
+  m.def("norm_act_offset_gradient(Tensor g, Tensor? y, Tensor? coefficients, int[] shape, "
+        "int[] border) -> Tensor");
+
+  // depthwise_conv of an operand -> (N, K, OH, OW) and its sums
+  m.def("norm_depthwise(Tensor x, Tensor? affine, int act, Tensor weight, Tensor? in_index, "
+        "int[] stride, int[] padding, int[] dilation) -> (Tensor, Tensor)");
+  // -> dx, gsums, dweight (K, kh, kw). to_norm: dx is the gradient before the operand's activation,
+  // with its gsums; else that of the operand, and gsums is empty (0).
+  m.def("norm_depthwise_backward(Tensor g, Tensor? y, Tensor? coefficients, Tensor x, "
+        "Tensor? affine, int act, Tensor weight, Tensor? in_index, int[] stride, int[] padding, "
+        "int[] dilation, bool to_norm) -> (Tensor, Tensor, Tensor)");
+
   // Views of images (H, W, 3) uint8, normalised: (x - mean) / std in 0..255. draws (V, n, 16)
   // float64, a row for each view and image: top, left, height and width of the crop; whether it is
   // flipped; four operations (0 none, 1 brightness, 2 contrast, 3 saturation, 4 hue), their
