@@ -78,7 +78,7 @@ def forward(
         forward_kernel[(programs * blocks,)](
             *(x, _contiguous(affine), _contiguous(gate), weight, out_index, in_index, offset),
             *(y, sums, M, K, O, H * W, weight.stride(0)),
-            ACT=act,
+            ACT=act if affine is not None else 0,
             BY_SAMPLE=offset is not None and offset.shape[0] > 1,
             BY_PIXEL=by_pixel,
             RESIDENT=launch.whole,
@@ -126,16 +126,16 @@ def backward(
     affine, gate = _contiguous(affine), _contiguous(gate)
     dx, gsums, dweight = x.new_empty(0), _fp32(x, 0), torch.empty_like(weight)
     fill = dweight.numel() if dweight.numel() > K * O else 0
-    common = {"ACT": act, "ALIGN_K": _alignment(K), "ALIGN_O": _alignment(O)}
+    common = {"ACT": act if affine is not None else 0, "ALIGN_K": _alignment(K), "ALIGN_O": _alignment(O)}
     with torch.cuda.device_of(x):
         if input:
             dx = _empty_images(x, N, K, H, W)
         if input and launch.fused is not None:
-            tile = launch.fused
-            programs = _programs(triton.cdiv(M, tile.rows), 1, tile, launch)
+            tile, blocks = launch.fused, triton.cdiv(K, launch.fused.ins)
+            programs = _programs(triton.cdiv(M, tile.rows), blocks, tile, launch)
             gsums = _fp32(x, programs, 2, K) if to_norm else gsums
             partial = _fp32(x, programs, O, K)
-            fused_kernel[(programs,)](
+            fused_kernel[(programs * blocks,)](
                 *(*of_dy, x, affine, gate, weight, out_index, in_index, dx, gsums, partial),
                 *(dweight, M, K, O, H * W, weight.stride(0), fill),
                 TO_NORM=to_norm,

@@ -9,42 +9,42 @@ import triton
 import triton.language as tl
 
 from sacl_kernels.norm_pointwise_kernels import (
+    activated,
     aligned,
-    folded,
     gated,
     load_rows,
-    load_vectors,
+    load_vector,
     load_weight,
-    operand,
+    normalised,
     store_rows,
+    sum_all,
+    sum_classes,
     through_activation,
 )
 
 
 @triton.jit
-def load_gradient(g, y, c0, c1, c2, c3, first, rows, row_mask, cols, col_mask, width):
+def load_gradient(g, y, coefficients, first, rows, row_mask, cols, col_mask, width):
     """A block of dy in the type of g, 0 outside of the masks."""
     dy = load_rows(g, first, rows, row_mask, cols, col_mask, width)
     if y is not None:
         raw = load_rows(y, first, rows, row_mask, cols, col_mask, width).to(tl.float32)
-        value = c0[None, :] * dy.to(tl.float32) + c1[None, :] * (raw - c3[None, :]) + c2[None, :]
+        value = (raw - load_vector(coefficients, 3, width, cols, col_mask)) * load_vector(
+            coefficients, 1, width, cols, col_mask
+        )
+        value += dy.to(tl.float32) * load_vector(coefficients, 0, width, cols, col_mask)
+        value += load_vector(coefficients, 2, width, cols, col_mask)
         dy = tl.where(row_mask[:, None], value, 0.0).to(dy.dtype)
     return dy
 
 
 @triton.jit
-def normalised(x, affine, width, cols, col_mask):
-    """What is activated, and (x - mean) / deviation, of a raw block."""
-    scale, bias, mean, rstd = load_vectors(affine, width, cols, col_mask)
-    centred = x.to(tl.float32) - mean[None, :]
-    return centred * scale[None, :] + bias[None, :], centred * rstd[None, :]
-
-
-@triton.jit
-def store_gsums(gsums, program, total, products, cols, col_mask, width):
+def store_gsums(gsums, program, total, products, affine, cols, col_mask, width):
+    """``products``: of the gradient and x - mean."""
     own = gsums + program.to(tl.int64) * 2 * width + cols
-    tl.store(own, tl.sum(total, 0), mask=col_mask)
-    tl.store(own + width, tl.sum(products, 0), mask=col_mask)
+    rstd = tl.load(affine + 3 * width + cols, mask=col_mask, other=0.0)
+    tl.store(own, sum_all(total), mask=col_mask)
+    tl.store(own + width, sum_all(products) * rstd, mask=col_mask)
 
 
 @triton.jit
@@ -67,8 +67,8 @@ def fused_kernel(
     out_index,  # (O,) int64 or None
     in_index,  # (K,) int64 or None
     dx,  # (M, K)
-    gsums,  # (programs, 2, K) fp32
-    partial,  # (programs, O, K) fp32: of dweight
+    gsums,  # (T, 2, K) fp32
+    partial,  # (T, O, K) fp32: of dweight
     dweight,  # (Cout, Cin), filled with 0
     M,
     K,
@@ -86,36 +86,36 @@ def fused_kernel(
     BLOCK_K: tl.constexpr,
     WARPS: tl.constexpr,
 ):
-    """One program: dx of every n-th tile of rows, and the sum of what they give dweight."""
+    """One program: BLOCK_K channels of dx of every T-th tile of rows, and what these rows give
+    dweight. O are one block. Programs next to each other read the same rows of g and y."""
     K, O = aligned(K, ALIGN_K), aligned(O, ALIGN_O)
-    program = tl.program_id(0)
+    blocks = tl.cdiv(K, BLOCK_K)
+    program, programs = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
     fill_zero(dweight, fill, 1024)
-    rows, outs, ins = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_O), tl.arange(0, BLOCK_K)
+    rows, outs = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_O)
+    ins = tl.program_id(0) % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
     out_mask, in_mask = outs < O, ins < K
     dtype: tl.constexpr = x.dtype.element_ty
     w = load_weight(weight, out_index, in_index, outs, out_mask, ins, in_mask, stride).to(dtype)
-    c0, c1, c2, c3 = load_vectors(coefficients, O, outs, out_mask)
-    scale, bias, mean, _ = load_vectors(affine, K, ins, in_mask)
     acc = tl.zeros((BLOCK_O, BLOCK_K), tl.float32)
-    total = folded(tl.zeros((BLOCK_M, BLOCK_K), tl.float32), WARPS)
-    products = folded(tl.zeros((BLOCK_M, BLOCK_K), tl.float32), WARPS)
-    for tile in range(program, tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
+    total = tl.zeros((WARPS, 8, BLOCK_K), tl.float32)
+    products = tl.zeros((WARPS, 8, BLOCK_K), tl.float32)
+    for tile in tl.range(program, tl.cdiv(M, BLOCK_M), programs, disable_licm=True):
         first = tile * BLOCK_M
         row_mask = rows < M - first
-        dy = load_gradient(g, y, c0, c1, c2, c3, first, rows, row_mask, outs, out_mask, O)
+        dy = load_gradient(g, y, coefficients, first, rows, row_mask, outs, out_mask, O)
         raw = load_rows(x, first, rows, row_mask, ins, in_mask, K)
+        z, centred = normalised(raw, affine, ins, in_mask, K)
+        value = gated(activated(z, ACT), gate, first, rows, row_mask, ins, in_mask, K, pixels)
         d = tl.dot(dy, w, input_precision=PRECISION)
         if TO_NORM:
-            z, xhat = normalised(raw, affine, K, ins, in_mask)
             d = through_activation(d, z, ACT)
-            total += folded(d, WARPS)
-            products += folded(d * xhat, WARPS)
+            total += sum_classes(d, WARPS)
+            products += sum_classes(d * centred, WARPS)
         store_rows(dx, d.to(dtype), first, rows, row_mask, ins, in_mask, K)
-        value = operand(raw, affine, scale, bias, mean, ACT)
-        value = gated(value, gate, first, rows, row_mask, ins, in_mask, K, pixels)
         acc = tl.dot(tl.trans(dy), value.to(dtype), acc, input_precision=PRECISION)
     if TO_NORM:
-        store_gsums(gsums, program, total, products, ins, in_mask, K)
+        store_gsums(gsums, program, total, products, affine, ins, in_mask, K)
     own = partial + program.to(tl.int64) * O * K
     mask = out_mask[:, None] & in_mask[None, :]
     tl.store(own + outs[:, None] * K + ins[None, :], acc, mask=mask)
@@ -152,27 +152,26 @@ def input_kernel(
     ins = tl.program_id(0) % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
     rows, os = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_O)
     in_mask = ins < K
-    total = folded(tl.zeros((BLOCK_M, BLOCK_K), tl.float32), WARPS)
-    products = folded(tl.zeros((BLOCK_M, BLOCK_K), tl.float32), WARPS)
-    for tile in range(program, tl.cdiv(M, BLOCK_M), programs):
+    total = tl.zeros((WARPS, 8, BLOCK_K), tl.float32)
+    products = tl.zeros((WARPS, 8, BLOCK_K), tl.float32)
+    for tile in tl.range(program, tl.cdiv(M, BLOCK_M), programs, disable_licm=True):
         first = tile * BLOCK_M
         row_mask = rows < M - first
         d = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
         for o in range(0, O, BLOCK_O):
             outs = o + os
-            c0, c1, c2, c3 = load_vectors(coefficients, O, outs, outs < O)
-            dy = load_gradient(g, y, c0, c1, c2, c3, first, rows, row_mask, outs, outs < O, O)
+            dy = load_gradient(g, y, coefficients, first, rows, row_mask, outs, outs < O, O)
             w = load_weight(part, None, None, outs, outs < O, ins, in_mask, K)
             d = tl.dot(dy, w, d, input_precision=PRECISION)
         if TO_NORM:
             raw = load_rows(x, first, rows, row_mask, ins, in_mask, K)
-            z, xhat = normalised(raw, affine, K, ins, in_mask)
+            z, centred = normalised(raw, affine, ins, in_mask, K)
             d = through_activation(d, z, ACT)
-            total += folded(d, WARPS)
-            products += folded(d * xhat, WARPS)
+            total += sum_classes(d, WARPS)
+            products += sum_classes(d * centred, WARPS)
         store_rows(dx, d.to(x.dtype.element_ty), first, rows, row_mask, ins, in_mask, K)
     if TO_NORM:
-        store_gsums(gsums, program, total, products, ins, in_mask, K)
+        store_gsums(gsums, program, total, products, affine, ins, in_mask, K)
 
 
 @triton.jit
@@ -211,16 +210,14 @@ def weight_kernel(
     rows = tl.arange(0, BLOCK_M)
     out_mask, in_mask = outs < O, ins < K
     dtype: tl.constexpr = x.dtype.element_ty
-    c0, c1, c2, c3 = load_vectors(coefficients, O, outs, out_mask)
-    scale, bias, mean, _ = load_vectors(affine, K, ins, in_mask)
     acc = tl.zeros((BLOCK_O, BLOCK_K), tl.float32)
-    for tile in range(split, tl.cdiv(M, BLOCK_M), splits):
+    for tile in tl.range(split, tl.cdiv(M, BLOCK_M), splits, disable_licm=True):
         first = tile * BLOCK_M
         row_mask = rows < M - first
-        dy = load_gradient(g, y, c0, c1, c2, c3, first, rows, row_mask, outs, out_mask, O)
+        dy = load_gradient(g, y, coefficients, first, rows, row_mask, outs, out_mask, O)
         raw = load_rows(x, first, rows, row_mask, ins, in_mask, K)
-        value = operand(raw, affine, scale, bias, mean, ACT)
-        value = gated(value, gate, first, rows, row_mask, ins, in_mask, K, pixels)
+        z, _ = normalised(raw, affine, ins, in_mask, K)
+        value = gated(activated(z, ACT), gate, first, rows, row_mask, ins, in_mask, K, pixels)
         acc = tl.dot(tl.trans(dy), value.to(dtype), acc, input_precision=PRECISION)
     own = partial + split.to(tl.int64) * O * K
     mask = out_mask[:, None] & in_mask[None, :]

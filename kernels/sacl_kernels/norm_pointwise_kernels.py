@@ -82,26 +82,21 @@ def load_weight(weight, out_index, in_index, outs, out_mask, ins, in_mask, strid
 
 
 @triton.jit
-def load_vectors(vectors, width, cols, col_mask):
-    """The rows of affine or coefficients (4, width); anything if there are none."""
-    v0 = tl.zeros(cols.shape, tl.float32)
-    v1, v2, v3 = v0, v0, v0
-    if vectors is not None:
-        v0 = tl.load(vectors + cols, mask=col_mask, other=0.0)
-        v1 = tl.load(vectors + width + cols, mask=col_mask, other=0.0)
-        v2 = tl.load(vectors + 2 * width + cols, mask=col_mask, other=0.0)
-        v3 = tl.load(vectors + 3 * width + cols, mask=col_mask, other=0.0)
-    return v0, v1, v2, v3
+def load_vector(vectors, row: tl.constexpr, width, cols, col_mask):
+    """A row of affine or coefficients (4, width), for a block of rows. To be called where it is
+    used: it is in the cache, and all of them would take a third of the registers."""
+    return tl.load(vectors + row * width + cols, mask=col_mask, other=0.0)[None, :]
 
 
 @triton.jit
-def operand(x, affine, scale, bias, mean, ACT: tl.constexpr):
-    """The value that a raw block x stands for, in its own type without affine, else in fp32."""
-    value = x
+def normalised(x, affine, cols, col_mask, width):
+    """What is activated, and x - mean, of a raw block; x itself without affine."""
+    z, centred = x, x
     if affine is not None:
-        z = (x.to(tl.float32) - mean[None, :]) * scale[None, :] + bias[None, :]
-        value = activated(z, ACT)
-    return value
+        centred = x.to(tl.float32) - load_vector(affine, 2, width, cols, col_mask)
+        z = centred * load_vector(affine, 0, width, cols, col_mask)
+        z += load_vector(affine, 1, width, cols, col_mask)
+    return z, centred
 
 
 @triton.jit
@@ -115,16 +110,42 @@ def gated(value, gate, first, rows, row_mask, cols, col_mask, width, pixels):
 
 
 @triton.jit
-def folded(block, WARPS: tl.constexpr):
-    """Sums over the rows of a block (R, C) that one thread holds, (8 WARPS, C), if WARPS warps
-    share them as tensor cores lay out a product: 16 rows a warp, 8 apart in a thread. Adding these
-    up over tiles and reducing them once spares a reduction across threads for every tile."""
-    R: tl.constexpr = block.shape[0]
-    C: tl.constexpr = block.shape[1]
-    if R >= 16 * WARPS:
-        parts = tl.reshape(block, (R // (16 * WARPS), WARPS, 2, 8, C))
-        block = tl.reshape(tl.sum(tl.sum(parts, 2), 0), (8 * WARPS, C))
-    return block
+def by_class(block, WARPS: tl.constexpr):
+    """A block (R, C) as (R / (16 WARPS), WARPS, 2, 8, C), where what differs in the first and the
+    third dimension is in one thread, if WARPS warps share the rows as tensor cores lay out a
+    product. Sums over those two cost nothing, and what they give, 8 WARPS classes of rows, can be
+    added up over tiles and reduced across threads once."""
+    return tl.reshape(block, (block.shape[0] // (16 * WARPS), WARPS, 2, 8, block.shape[1]))
+
+
+@triton.jit
+def sum_classes(block, WARPS: tl.constexpr):  # (WARPS, 8, C)
+    return tl.sum(tl.sum(by_class(block, WARPS), 2), 0)
+
+
+@triton.jit
+def sum_all(classes):
+    return tl.sum(tl.sum(classes, 1), 0)
+
+
+@triton.jit
+def count_classes(row_mask, WARPS: tl.constexpr):  # (WARPS, 8, 1)
+    return sum_classes(tl.where(row_mask[:, None], 1.0, 0.0), WARPS)
+
+
+@triton.jit
+def add_moments(mean, squares, count, block, row_mask, WARPS: tl.constexpr):
+    """Mean and squared differences from it (WARPS, 8, C) of each class of rows, which had ``count``
+    values so far, with those of a block (Chan's formula)."""
+    new = count_classes(row_mask, WARPS)
+    masked = by_class(tl.where(row_mask[:, None], block, 0.0), WARPS)
+    new_mean = tl.sum(tl.sum(masked, 2), 0) * (1 / tl.maximum(new, 1.0))
+    away = by_class(block, WARPS) - new_mean[None, :, None]
+    away = tl.where(by_class(row_mask[:, None], WARPS), away, 0.0)
+    share = new / tl.maximum(count + new, 1.0)
+    step = new_mean - mean
+    squares += tl.sum(tl.sum(away * away, 2), 0) + step * step * (count * share)
+    return mean + step * share, squares
 
 
 # --- kernels -------------------------------------------------------------------------------------
@@ -179,8 +200,8 @@ def forward_kernel(
     BLOCK_K: tl.constexpr,
     WARPS: tl.constexpr,
 ):
-    """One program: BLOCK_O channels of every T-th tile of rows, and their moments, as sums of
-    differences from the mean of its first tile. Programs next to each other read the same rows."""
+    """One program: BLOCK_O channels of every T-th tile of rows, and their moments. Programs next to
+    each other read the same rows."""
     K, O = aligned(K, ALIGN_K), aligned(O, ALIGN_O)
     blocks = tl.cdiv(O, BLOCK_O)
     program, programs = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
@@ -191,18 +212,17 @@ def forward_kernel(
     if RESIDENT:
         w = load_weight(weight, out_index, in_index, outs, out_mask, ks, ks < K, stride)
         w = tl.trans(w.to(dtype))
-        scale, bias, mean, _ = load_vectors(affine, K, ks, ks < K)
-
-    shift = tl.zeros((BLOCK_O,), tl.float32)
-    total = folded(tl.zeros((BLOCK_M, BLOCK_O), tl.float32), WARPS)
-    squares = folded(tl.zeros((BLOCK_M, BLOCK_O), tl.float32), WARPS)
-    for tile in range(program, tl.cdiv(M, BLOCK_M), programs):
+    count = 0.0  # values of a class so far; only the last tile may have fewer for some
+    mean = tl.zeros((WARPS, 8, BLOCK_O), tl.float32)
+    squares = tl.zeros((WARPS, 8, BLOCK_O), tl.float32)
+    tiles = tl.cdiv(M, BLOCK_M)
+    for tile in tl.range(program, tiles, programs, disable_licm=True):
         first = tile * BLOCK_M
         row_mask = rows < M - first
         if RESIDENT:
             raw = load_rows(x, first, rows, row_mask, ks, ks < K, K)
-            value = operand(raw, affine, scale, bias, mean, ACT)
-            value = gated(value, gate, first, rows, row_mask, ks, ks < K, K, pixels)
+            z, _ = normalised(raw, affine, ks, ks < K, K)
+            value = gated(activated(z, ACT), gate, first, rows, row_mask, ks, ks < K, K, pixels)
             acc = tl.dot(value.to(dtype), w, input_precision=PRECISION)
         else:
             acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
@@ -210,9 +230,8 @@ def forward_kernel(
                 cols = k + ks
                 raw = load_rows(x, first, rows, row_mask, cols, cols < K, K)
                 w = load_weight(weight, None, None, outs, out_mask, cols, cols < K, K)
-                scale, bias, mean, _ = load_vectors(affine, K, cols, cols < K)
-                value = operand(raw, affine, scale, bias, mean, ACT)
-                value = gated(value, gate, first, rows, row_mask, cols, cols < K, K, pixels)
+                z, _ = normalised(raw, affine, cols, cols < K, K)
+                value = gated(activated(z, ACT), gate, first, rows, row_mask, cols, cols < K, K, pixels)
                 acc = tl.dot(value.to(dtype), tl.trans(w), acc, input_precision=PRECISION)
         if offset is not None:
             at = tl.zeros((BLOCK_M,), tl.int32)
@@ -225,22 +244,16 @@ def forward_kernel(
             mask = row_mask[:, None] & out_mask[None, :]
             at = at[:, None].to(tl.int64) * O + outs[None, :]
             acc += tl.load(offset + at, mask=mask, other=0.0).to(tl.float32)
-        if tile == program:
-            shift = tl.sum(tl.where(row_mask[:, None], acc, 0.0), 0) / tl.minimum(M - first, BLOCK_M)
-        difference = tl.where(row_mask[:, None], acc - shift[None, :], 0.0)
-        total += folded(difference, WARPS)
-        squares += folded(difference * difference, WARPS)
+        mean, squares = add_moments(mean, squares, count, acc, row_mask, WARPS)
+        count += BLOCK_M // (8 * WARPS)
         store_rows(y, acc.to(dtype), first, rows, row_mask, outs, out_mask, O)
 
-    strip = programs * BLOCK_M  # rows of one tile of each program
-    count = M // strip * BLOCK_M + tl.minimum(
-        tl.maximum(M % strip - program * BLOCK_M, 0), BLOCK_M
-    )
-    count = count.to(tl.float32)
-    total_ = tl.sum(total, 0)
+    last = (program + (tiles - 1 - program) // programs * programs) * BLOCK_M
+    counts = count - BLOCK_M // (8 * WARPS) + count_classes(rows < M - last, WARPS)
+    whole_count = sum_all(counts)  # (1,)
+    whole_mean = sum_all(mean * counts) / tl.maximum(whole_count, 1.0)
+    step = mean - whole_mean[None, None, :]
     own = sums + program.to(tl.int64) * 3 * O + outs
-    tl.store(own, tl.zeros((BLOCK_O,), tl.float32) + count, mask=out_mask)
-    mean_difference = total_ / tl.maximum(count, 1.0)
-    tl.store(own + O, shift + mean_difference, mask=out_mask)
-    m2 = tl.maximum(tl.sum(squares, 0) - total_ * mean_difference, 0.0)
-    tl.store(own + 2 * O, m2, mask=out_mask)
+    tl.store(own, whole_count + tl.zeros((BLOCK_O,), tl.float32), mask=out_mask)
+    tl.store(own + O, whole_mean, mask=out_mask)
+    tl.store(own + 2 * O, sum_all(squares + step * step * counts), mask=out_mask)
