@@ -81,7 +81,7 @@ def forward(
             ACT=act if affine is not None else 0,
             BY_SAMPLE=offset is not None and offset.shape[0] > 1,
             BY_PIXEL=by_pixel,
-            RESIDENT=launch.whole,
+            CHUNKS=triton.cdiv(K, tile.ins) if launch.whole else 0,
             ALIGN_K=_alignment(K),
             ALIGN_O=_alignment(O),
             PRECISION=_precision(x),

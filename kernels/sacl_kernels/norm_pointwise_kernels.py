@@ -148,6 +148,17 @@ def add_moments(mean, squares, count, block, row_mask, WARPS: tl.constexpr):
     return mean + step * share, squares
 
 
+@triton.jit
+def load_operand(
+    x, affine, gate, first, rows, row_mask, cols, col_mask, width, pixels, ACT: tl.constexpr
+):
+    """What a product reads of a block of rows, in the type of x."""
+    raw = load_rows(x, first, rows, row_mask, cols, col_mask, width)
+    z, _ = normalised(raw, affine, cols, col_mask, width)
+    value = gated(activated(z, ACT), gate, first, rows, row_mask, cols, col_mask, width, pixels)
+    return value.to(raw.dtype)
+
+
 # --- kernels -------------------------------------------------------------------------------------
 
 
@@ -191,7 +202,7 @@ def forward_kernel(
     ACT: tl.constexpr,
     BY_SAMPLE: tl.constexpr,  # the offset
     BY_PIXEL: tl.constexpr,
-    RESIDENT: tl.constexpr,  # all K are one block, whose weights a program loads once
+    CHUNKS: tl.constexpr,  # of K, whose weights a program loads once; 0: for every tile of rows
     ALIGN_K: tl.constexpr,
     ALIGN_O: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -209,9 +220,11 @@ def forward_kernel(
     rows, ks = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     out_mask = outs < O
     dtype: tl.constexpr = x.dtype.element_ty
-    if RESIDENT:
-        w = load_weight(weight, out_index, in_index, outs, out_mask, ks, ks < K, stride)
-        w = tl.trans(w.to(dtype))
+    ws = ()
+    for chunk in tl.static_range(CHUNKS):
+        ins = chunk * BLOCK_K + ks
+        w = load_weight(weight, out_index, in_index, outs, out_mask, ins, ins < K, stride)
+        ws = ws + (tl.trans(w.to(dtype)),)
     count = 0.0  # values of a class so far; only the last tile may have fewer for some
     mean = tl.zeros((WARPS, 8, BLOCK_O), tl.float32)
     squares = tl.zeros((WARPS, 8, BLOCK_O), tl.float32)
@@ -219,31 +232,33 @@ def forward_kernel(
     for tile in tl.range(program, tiles, programs, disable_licm=True):
         first = tile * BLOCK_M
         row_mask = rows < M - first
-        if RESIDENT:
-            raw = load_rows(x, first, rows, row_mask, ks, ks < K, K)
-            z, _ = normalised(raw, affine, ks, ks < K, K)
-            value = gated(activated(z, ACT), gate, first, rows, row_mask, ks, ks < K, K, pixels)
-            acc = tl.dot(value.to(dtype), w, input_precision=PRECISION)
-        else:
-            acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
-            for k in range(0, K, BLOCK_K):
-                cols = k + ks
-                raw = load_rows(x, first, rows, row_mask, cols, cols < K, K)
-                w = load_weight(weight, None, None, outs, out_mask, cols, cols < K, K)
-                z, _ = normalised(raw, affine, cols, cols < K, K)
-                value = gated(activated(z, ACT), gate, first, rows, row_mask, cols, cols < K, K, pixels)
-                acc = tl.dot(value.to(dtype), tl.trans(w), acc, input_precision=PRECISION)
+        acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
         if offset is not None:
-            at = tl.zeros((BLOCK_M,), tl.int32)
-            if BY_SAMPLE:
-                at += (first + rows) // pixels
+            if BY_SAMPLE and BY_PIXEL:
+                acc = load_rows(offset, first, rows, row_mask, outs, out_mask, O).to(tl.float32)
+            else:
+                at = tl.zeros((BLOCK_M,), tl.int32)
+                if BY_SAMPLE:
+                    at = (first + rows) // pixels
                 if BY_PIXEL:
-                    at *= pixels
-            if BY_PIXEL:
-                at += (first + rows) % pixels
-            mask = row_mask[:, None] & out_mask[None, :]
-            at = at[:, None].to(tl.int64) * O + outs[None, :]
-            acc += tl.load(offset + at, mask=mask, other=0.0).to(tl.float32)
+                    at = (first + rows) % pixels
+                at = at[:, None] * O + outs[None, :]
+                mask = row_mask[:, None] & out_mask[None, :]
+                acc = tl.load(offset + at, mask=mask, other=0.0).to(tl.float32)
+        for chunk in tl.static_range(CHUNKS):
+            ins = chunk * BLOCK_K + ks
+            value = load_operand(
+                x, affine, gate, first, rows, row_mask, ins, ins < K, K, pixels, ACT
+            )
+            acc = tl.dot(value, ws[chunk], acc, input_precision=PRECISION)
+        if CHUNKS == 0:
+            for k in range(0, K, BLOCK_K):
+                ins = k + ks
+                w = load_weight(weight, None, None, outs, out_mask, ins, ins < K, K)
+                value = load_operand(
+                    x, affine, gate, first, rows, row_mask, ins, ins < K, K, pixels, ACT
+                )
+                acc = tl.dot(value, tl.trans(w), acc, input_precision=PRECISION)
         mean, squares = add_moments(mean, squares, count, acc, row_mask, WARPS)
         count += BLOCK_M // (8 * WARPS)
         store_rows(y, acc.to(dtype), first, rows, row_mask, outs, out_mask, O)
