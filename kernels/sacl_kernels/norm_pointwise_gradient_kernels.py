@@ -105,14 +105,15 @@ def fused_kernel(
         row_mask = rows < M - first
         dy = load_gradient(g, y, coefficients, first, rows, row_mask, outs, out_mask, O)
         raw = load_rows(x, first, rows, row_mask, ins, in_mask, K)
-        z, centred = normalised(raw, affine, ins, in_mask, K)
-        value = gated(activated(z, ACT), gate, first, rows, row_mask, ins, in_mask, K, pixels)
         d = tl.dot(dy, w, input_precision=PRECISION)
         if TO_NORM:
+            z, centred = normalised(raw, affine, ins, in_mask, K)
             d = through_activation(d, z, ACT)
             total += sum_classes(d, WARPS)
             products += sum_classes(d * centred, WARPS)
         store_rows(dx, d.to(dtype), first, rows, row_mask, ins, in_mask, K)
+        z, _ = normalised(raw, affine, ins, in_mask, K)  # again: it would fill the registers
+        value = gated(activated(z, ACT), gate, first, rows, row_mask, ins, in_mask, K, pixels)
         acc = tl.dot(tl.trans(dy), value.to(dtype), acc, input_precision=PRECISION)
     if TO_NORM:
         store_gsums(gsums, program, total, products, affine, ins, in_mask, K)
