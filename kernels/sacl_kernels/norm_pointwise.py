@@ -84,13 +84,8 @@ def forward(
             CHUNKS=triton.cdiv(K, tile.ins) if launch.whole else 0,
             ALIGN_K=_alignment(K),
             ALIGN_O=_alignment(O),
-            PRECISION=_precision(x),
-            BLOCK_M=tile.rows,
-            BLOCK_O=tile.outs,
-            BLOCK_K=tile.ins,
             WARPS=tile.sharing,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **_options(tile, x),
         )
     return y, sums
 
@@ -194,14 +189,15 @@ def _programs(tiles: int, blocks: int, tile: Tile, launch: Launch) -> int:
     return triton.cdiv(max(tiles, 1), triton.cdiv(max(tiles, 1), most))
 
 
-def _options(tile: Tile, x: Tensor) -> dict[str, int | str]:
+def _options(tile: Tile, x: Tensor) -> dict[str, int | str | None]:
     return {
-        "PRECISION": _precision(x),
+        "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
         "BLOCK_M": tile.rows,
         "BLOCK_O": tile.outs,
         "BLOCK_K": tile.ins,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
+        "maxnreg": tile.registers,
     }
 
 
@@ -233,10 +229,6 @@ def _count(index: Tensor | None, whole: int) -> int:
 def _alignment(channels: int) -> int:
     """Of a row of so many values: a multiple of 8 makes 16-byte accesses."""
     return 8 if channels % 8 == 0 else 1
-
-
-def _precision(x: Tensor) -> str:
-    return "tf32x3" if x.dtype == torch.float32 else "tf32"
 
 
 def _fp32(x: Tensor, *shape: int) -> Tensor:

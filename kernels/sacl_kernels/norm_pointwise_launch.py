@@ -1,6 +1,7 @@
-"""Launch settings of the 1x1 convolution of a normalised operand, by shape, type, architecture.
+"""Launch settings of the 1x1 convolution of a normalised operand, by channels, type, architecture.
 
-Nothing is tuned at run time.
+Nothing is tuned at run time. Blocks are the largest that spill no registers, with the programs a
+multiprocessor that leave them enough: estimated from occupancy, not yet measured on a GPU.
 """
 
 from __future__ import annotations
@@ -12,14 +13,20 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """A kernel's block sizes, warps and stages, and its programs a multiprocessor."""
+    """A kernel's block sizes, and how many programs of how many warps share a multiprocessor."""
 
     rows: int
     outs: int
     ins: int
     warps: int
     stages: int
-    resident: int = 2
+    resident: int
+
+    @property
+    def registers(self) -> int | None:
+        """of a thread at most, so that ``resident`` programs fit; None: as many as there are"""
+        most = 65536 // (32 * self.warps * self.resident) // 8 * 8
+        return most if most < 255 else None
 
     @property
     def sharing(self) -> int:
@@ -34,9 +41,9 @@ class Launch:
     processors: int
     forward: Tile
     whole: bool
-    """whether all K are one block of ``forward``, so that a program loads its weights once"""
+    """whether a program of ``forward`` loads its weights once, for all K"""
     fused: Tile | None
-    """of both gradients in one kernel; None: too many channels for that"""
+    """of both gradients in one kernel; None: too many output channels for that"""
     input: Tile
     weight: Tile
 
@@ -45,54 +52,66 @@ _PROCESSORS = {8: 108, 9: 132}  # of an A100, of an H100 or H200
 
 
 def launch_for(K: int, O: int, dtype: torch.dtype, capability: tuple[int, int]) -> Launch:
-    """The settings for K to O channels. Estimated from occupancy, not yet measured on a GPU."""
-    half, hopper = dtype != torch.float32, capability[0] >= 9
-    whole = _block(K) <= (128 if half else 64)
-    columns = _columns(O, K, 128 if half else 64)
-    forward = Tile(
-        rows=128,
-        outs=columns,
-        ins=_block(K) if whole else 64 if half else 32,
-        warps=8 if columns > 64 else 4,
-        stages=3,
-    )
-    fused = None
-    if _block(K) <= 128 and _block(O) <= 128 and half:
-        large = _block(K) * _block(O) > 64 * 64
-        fused = Tile(
-            rows=64,
-            outs=_block(O),
-            ins=_block(K),
-            warps=8 if large else 4,
-            stages=3 if hopper else 2,
-            resident=1 if large else 2,
-        )
-    columns = _columns(K, 2 * O, 128 if half else 64)
-    input = Tile(
-        rows=128, outs=32, ins=columns, warps=8 if columns > 64 else 4, stages=3
-    )
-    side = 128 if half else 64
-    outs, ins = _columns(O, 2 * K, side), _columns(K, 2 * O, side)
-    weight = Tile(
-        rows=64 if half else 32, outs=outs, ins=ins, warps=8 if outs * ins > 64 * 64 else 4, stages=3
-    )
+    """The settings for K to O channels."""
+    hopper, half = capability[0] >= 9, dtype != torch.float32
+    processors = _PROCESSORS.get(capability[0], 132)
+    if half and K % 8 == 0 and O % 8 == 0:
+        return _aligned(K, O, hopper, processors)
+    # Odd rows take an address for every number, and tf32x3 holds three products in flight.
+    large = half or hopper
+    outs, ins, weight = (64, 64, 64) if large else (32, 32, 32)
     return Launch(
-        processors=_PROCESSORS.get(capability[0], 132),
+        processors=processors,
+        forward=_tile(K, O, 64, outs, 32, 8 if large else 4, 2, 1),
+        whole=K <= 64,
+        fused=_tile(K, O, 64, 64, 32, 8, 2, 1) if O <= 64 and large else None,
+        input=_tile(K, O, 64, 32, ins, 8, 2, 1),
+        weight=_tile(K, O, 32, weight, weight, 8 if large else 4, 2, 1),
+    )
+
+
+def _aligned(K: int, O: int, hopper: bool, processors: int) -> Launch:
+    """For half types in rows that are multiples of 16 bytes."""
+    whole = K <= 128
+    if whole:
+        forward = _tile(K, O, 64, 64, 32, 4, 3, 3 if hopper else 2)
+    elif O <= 64 and hopper:
+        forward = _tile(K, O, 128, 64, 32, 8, 4, 2)
+    else:
+        forward = _tile(K, O, 128 if hopper else 64, 128, 32, 8, 4 if hopper else 3, 1)
+    fused = None
+    if not hopper:
+        fused = _tile(K, O, 64, 128, 32, 8, 2, 1) if O <= 128 else None
+    elif O <= 64 and K <= 32:
+        fused = _tile(K, O, 64, 64, 32, 8 if O > 32 else 4, 3, 2)
+    elif O <= 128:
+        fused = _tile(K, O, 64, 128, 64, 8, 3, 1)
+    elif O <= 256 and K <= 64:  # g and y are read again for every 32 of K
+        fused = _tile(K, O, 64, 256, 32, 8, 3, 1)
+    return Launch(
+        processors=processors,
         forward=forward,
         whole=whole,
         fused=fused,
-        input=input,
-        weight=weight,
+        input=_tile(K, O, 64, 32, 128, 8, 3, 1),
+        weight=_tile(K, O, 64 if hopper else 32, 128, 128, 8, 3, 1),
+    )
+
+
+def _tile(
+    K: int, O: int, rows: int, outs: int, ins: int, warps: int, stages: int, resident: int
+) -> Tile:
+    """With blocks of channels that are at most these, and no larger than K and O need."""
+    return Tile(
+        rows=rows,
+        outs=min(outs, _block(O)),
+        ins=min(ins, _block(K)),
+        warps=warps,
+        stages=stages,
+        resident=resident,
     )
 
 
 def _block(channels: int) -> int:
     """The smallest block that holds the channels."""
     return max(16, 1 << (channels - 1).bit_length())
-
-
-def _columns(channels: int, depth: int, most: int) -> int:
-    """The block into which channels are cut, if every block reads ``depth`` others again: the
-    fewest numbers read or padded."""
-    sizes = [s for s in (16, 32, 64, 128) if s <= min(most, _block(channels))]
-    return min(reversed(sizes), key=lambda s: -(-channels // s) * (depth + s))
