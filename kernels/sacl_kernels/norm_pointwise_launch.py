@@ -81,11 +81,12 @@ def _aligned(K: int, O: int, hopper: bool, processors: int) -> Launch:
         forward = _tile(K, O, 128 if hopper else 64, 128, 32, 8, 4 if hopper else 3, 1)
     fused = None
     if not hopper:
-        fused = _tile(K, O, 64, 128, 32, 8, 2, 1) if O <= 128 else None
+        small = _block(K) * _block(O) <= 1024
+        fused = _tile(K, O, 64, 128, 32, 4 if small else 8, 2, 1) if O <= 128 else None
     elif O <= 64 and K <= 32:
         fused = _tile(K, O, 64, 64, 32, 8 if O > 32 else 4, 3, 2)
     elif O <= 128:
-        fused = _tile(K, O, 64, 128, 64, 8, 3, 1)
+        fused = _tile(K, O, 64, 128, 64, 8, 2 if O > 64 else 3, 1)
     elif O <= 256 and K <= 64:  # g and y are read again for every 32 of K
         fused = _tile(K, O, 64, 256, 32, 8, 3, 1)
     return Launch(

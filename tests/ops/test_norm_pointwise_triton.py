@@ -8,10 +8,12 @@ its bf16 products are wrong, so bf16 is for the GPU alone.
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cuda_graphs import captured
 from torch import Tensor
 
 from sacl_kernels import norm_pointwise
@@ -28,7 +30,7 @@ ACTIVATIONS = [lambda z: z, F.relu, F.relu6, F.hardswish, F.silu]
 SHAPES = [
     (3, 1, 5, 3, 3),
     (5, 13, 1, 1, 16),
-    (3, 24, 9, 11, 40),
+    (2, 40, 9, 11, 24),
     (2, 17, 7, 7, 150),
     (2, 136, 8, 7, 8),
     (1, 152, 11, 13, 144),
@@ -44,35 +46,33 @@ def device_test(test):
 class Case:
     """Random arguments of both launchers."""
 
-    def __init__(self, shape, dtype, act, *, full=True, indexed=True, weight_dtype=torch.float32):
+    def __init__(self, shape, dtype, act, *, plain=False, offset=None, weight_dtype=torch.float32):
         N, K, H, W, O = shape
         generator = torch.Generator().manual_seed(sum(shape) + act)
 
-        def random(*size, scale=1.0, shift=0.0, like=torch.float32):
+        def random(*size, scale=1.0, shift=0.0, dtype=torch.float32):
             values = torch.randn(size, generator=generator) * scale + shift
-            return values.to(DEVICE, like)
+            return values.to(DEVICE, dtype)
 
         def images(*size, shift=0.0):
-            return random(*size, shift=shift, like=dtype).contiguous(
-                memory_format=torch.channels_last
-            )
+            values = random(*size, shift=shift, dtype=dtype)
+            return values.contiguous(memory_format=torch.channels_last)
 
         self.act = act
         self.x, self.g = images(N, K, H, W, shift=0.5), images(N, O, H, W)
         self.affine = self.gate = self.y = self.coefficients = self.offset = None
         self.in_index = self.out_index = None
-        if full:
+        inputs, outputs = K, O
+        if not plain:
             self.affine = torch.stack([random(K, scale=0.5, shift=2), *random(3, K)])
             self.gate = random(N, K).sigmoid()
             self.y = images(N, O, H, W, shift=-1.0)
             self.coefficients = random(4, O)
-            self.offset = random(1, O, H, W)
-        inputs, outputs = K, O
-        if indexed:
+            self.offset = images(*(offset or (1, O, H, W)))
             inputs, outputs = K + 5, O + 2
             self.in_index = torch.randperm(inputs, generator=generator)[:K].to(DEVICE)
             self.out_index = torch.randperm(outputs, generator=generator)[:O].to(DEVICE)
-        self.weight = random(outputs, inputs, scale=K**-0.5, like=weight_dtype)
+        self.weight = random(outputs, inputs, scale=K**-0.5, dtype=weight_dtype)
 
     def forward(self, **options):
         return norm_pointwise.forward(
@@ -142,23 +142,109 @@ def check_moments(sums: Tensor, y: Tensor, tolerance: float) -> None:
     assert ((squares - expected).abs() <= tolerance * expected + 1e-9).all()
 
 
+def check(case, dtype, to_norm=True, **options):
+    """Both launchers against float64."""
+    y, dx, dx_to_norm, gsums, dweight = case.expected()
+    tolerance = TOLERANCES[dtype]
+    ours, sums = case.forward(**options)
+    assert ours.is_contiguous(memory_format=torch.channels_last) and ours.dtype == dtype
+    close(ours, y, tolerance)
+    check_moments(sums, ours, 10 * tolerance)
+    our_dx, our_gsums, our_dweight = case.backward(to_norm, **options)
+    assert our_dx.is_contiguous(memory_format=torch.channels_last) and our_dx.dtype == dtype
+    close(our_dx, dx_to_norm if to_norm else dx, tolerance)
+    if to_norm:
+        close(our_gsums.double().sum(0), gsums, tolerance)
+    else:
+        assert not our_gsums.numel()
+    assert our_dweight.dtype == case.weight.dtype
+    close(our_dweight, dweight, tolerance)
+    assert (our_dweight[dweight == 0] == 0).all()
+    return ours, sums, our_dx, our_gsums, our_dweight
+
+
 @device_test
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_all_at_once(dtype, shape):
     """An activation, gate, offset and index lists; gradients to a norm."""
     case = Case(shape, dtype, act=sum(shape) % 5)
-    y, _, dx, gsums, dweight = case.expected()
-    tolerance = TOLERANCES[dtype]
-    ours, sums = case.forward()
-    assert ours.is_contiguous(memory_format=torch.channels_last) and ours.dtype == dtype
-    close(ours, y, tolerance)
-    check_moments(sums, ours, 10 * tolerance)
-    our_dx, our_gsums, our_dweight = case.backward()
-    assert our_dx.is_contiguous(memory_format=torch.channels_last) and our_dx.dtype == dtype
-    close(our_dx, dx, tolerance)
-    close(our_gsums.double().sum(0), gsums, tolerance)
-    close(our_dweight, dweight, tolerance)
-    assert (our_dweight != 0).sum() <= case.x.shape[1] * case.g.shape[1]
-    for again, first in zip(case.backward(), (our_dx, our_gsums, our_dweight), strict=True):
+    results = check(case, dtype)
+    for again, first in zip((*case.forward(), *case.backward()), results, strict=True):
         assert torch.equal(again, first)  # same input, same bits
+
+
+@device_test
+@pytest.mark.parametrize("act", range(5))
+def test_activations_and_kinds_of_offsets(act):
+    N, K, H, W, O = shape = (3, 8, 4, 5, 16)
+    offset = [(1, O, 1, 1), (N, O, 1, 1), (N, O, H, W), (N, O, H, 1), (1, O, 1, W)][act]
+    case = Case(shape, torch.float32, act, offset=offset)
+    check(case, torch.float32, to_norm=act % 2 == 0)
+
+
+@device_test
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_but_a_convolution(dtype):
+    case = Case((2, 16, 5, 7, 24), dtype, act=4, plain=True, weight_dtype=dtype)
+    check(case, dtype, to_norm=False)
+
+
+@device_test
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "apart"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_programs_for_many_tiles(dtype, fused):
+    """A multiprocessor's programs take all rows; gradients in one kernel and in two."""
+    case = Case((1, 16, 21, 20, 32), dtype, act=3)
+    launch = launch_for(16, 32, dtype, (9, 0))
+    launch = replace(launch, processors=1, fused=launch.fused if fused else None)
+    results = check(case, dtype, launch=launch)
+    assert len(results[1]) <= 3 and len(results[3]) <= 3
+    dx, gsums, dweight = case.backward(input=False, launch=launch)
+    assert not dx.numel() and not gsums.numel()
+    close(dweight, results[4].double(), TOLERANCES[dtype])
+
+
+@device_test
+def test_an_offset_in_the_data_costs_no_digits():
+    case = Case((2, 8, 12, 12, 16), torch.float32, act=1)
+    case.offset = case.offset + 1000
+    y, sums = case.forward()
+    check_moments(sums, y, 1e-4)
+
+
+@device_test
+def test_nan_stays():
+    for act in range(5):
+        case = Case((1, 8, 3, 3, 16), torch.float32, act)
+        case.x[0, 3, 1, 1] = float("nan")
+        y, sums = case.forward()
+        assert y[0, :, 1, 1].isnan().all() and y.isnan().sum() == 16
+        assert sums[:, 1].isnan().any()
+
+
+@pytest.mark.gpu
+def test_in_a_cuda_graph():
+    case = Case((16, 64, 28, 28, 128), torch.bfloat16, act=2)
+    graph, results = captured(lambda: (*case.forward(), *case.backward()))
+    graph.replay()
+    for again, first in zip(results, (*case.forward(), *case.backward()), strict=True):
+        assert torch.equal(again, first)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is it")
+def test_all_of_this_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="of the interpreter")
+def test_the_interpreter_refuses_bf16():
+    with pytest.raises(ValueError, match="bf16"):
+        Case((1, 8, 3, 3, 16), torch.bfloat16, act=0).forward()
