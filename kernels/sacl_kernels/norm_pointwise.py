@@ -7,15 +7,18 @@ dy = c0 g + c1 (y - c3) + c2 is the gradient of what the norm behind is given.
 ``sacl_fast/ops/norm_pointwise.py`` is the same in plain PyTorch. Images are in channels-last
 memory, weights full and in the type of x or float32, affine (4, K) and coefficients (4, O) float32.
 
-What a call reads and writes, with X = N K H W values, Y = N O H W:
+What a call reads and writes, in X = N K H W and Y = N O H W values, and its launches:
 
-==========  =====================  ========  ==================================================
-pass        kernels                memory    launches
-==========  =====================  ========  ==================================================
-forward     forward                X + Y     1, and part where K is not one block
-backward    fused | scatter        2 X + 2 Y 2, where K and O are each one block
-            input | weight         3 X + 4 Y 3, and part (X + 4 Y, X less, if not to_norm)
-==========  =====================  ========  ==================================================
+========================  ==========  ===============================================
+forward                   X + Y       1 (K at most 128), or part and 1
+backward, fused           2 X + 2 Y   fused, scatter
+backward, apart           3 X + 4 Y   part, input, weight, scatter; 2 X if not to_norm
+backward, without dx      X + 2 Y     weight, scatter
+========================  ==========  ===============================================
+
+Fused is what has few output channels (`launch_for`): a program holds its part of dweight in
+registers. Blocks of channels that several programs share are read from memory once, and from the
+L2 cache by the others. Weights and partial sums are small beside these.
 
 No atomics: every partial sum has memory of its own, and they are added up in a fixed order. fp32
 images use tf32x3 throughout.
@@ -59,7 +62,7 @@ def forward(
         weight: (Cout, Cin), of which ``weight[out_index][:, in_index]`` is used.
         offset: (1 or N, O, 1 or H, 1 or W), added.
     """
-    x = _images(x)
+    x, weight = _images(x), weight.contiguous()
     (N, K, H, W), O = x.shape, _count(out_index, weight.shape[0])
     launch = launch or _launch_for(x, K, O)
     tile, M = launch.forward, N * H * W
@@ -114,6 +117,7 @@ def backward(
         input: if not, dx and gsums are empty (0).
     """
     x, g, y = _images(x), _images(g), None if y is None else _images(y)
+    weight = weight.contiguous()
     (N, K, H, W), O = x.shape, g.shape[1]
     launch = launch or _launch_for(x, K, O)
     M, to_norm = N * H * W, to_norm and input and affine is not None
@@ -189,7 +193,7 @@ def _programs(tiles: int, blocks: int, tile: Tile, launch: Launch) -> int:
     return triton.cdiv(max(tiles, 1), triton.cdiv(max(tiles, 1), most))
 
 
-def _options(tile: Tile, x: Tensor) -> dict[str, int | str | None]:
+def _options(tile: Tile, x: Tensor) -> dict[str, int | str]:
     return {
         "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
         "BLOCK_M": tile.rows,

@@ -23,10 +23,10 @@ class Tile:
     resident: int
 
     @property
-    def registers(self) -> int | None:
-        """of a thread at most, so that ``resident`` programs fit; None: as many as there are"""
-        most = 65536 // (32 * self.warps * self.resident) // 8 * 8
-        return most if most < 255 else None
+    def registers(self) -> int:
+        """of a thread, so that ``resident`` programs fit. Always given: left alone, the assembler
+        spills a few to get under the next bound."""
+        return min(65536 // (32 * self.warps * self.resident) // 8 * 8, 255)
 
     @property
     def sharing(self) -> int:
@@ -72,7 +72,7 @@ def launch_for(K: int, O: int, dtype: torch.dtype, capability: tuple[int, int]) 
 
 def _aligned(K: int, O: int, hopper: bool, processors: int) -> Launch:
     """For half types in rows that are multiples of 16 bytes."""
-    whole = K <= 128
+    whole = K <= (128 if hopper else 96)
     if whole:
         forward = _tile(K, O, 64, 64, 32, 4, 3, 3 if hopper else 2)
     elif O <= 64 and hopper:
@@ -82,7 +82,8 @@ def _aligned(K: int, O: int, hopper: bool, processors: int) -> Launch:
     fused = None
     if not hopper:
         small = _block(K) * _block(O) <= 1024
-        fused = _tile(K, O, 64, 128, 32, 4 if small else 8, 2, 1) if O <= 128 else None
+        warps, resident = (4, 3) if small else (8, 1)
+        fused = _tile(K, O, 64, 128, 32, warps, 2, resident) if O <= 128 else None
     elif O <= 64 and K <= 32:
         fused = _tile(K, O, 64, 64, 32, 8 if O > 32 else 4, 3, 2)
     elif O <= 128:
@@ -94,8 +95,8 @@ def _aligned(K: int, O: int, hopper: bool, processors: int) -> Launch:
         forward=forward,
         whole=whole,
         fused=fused,
-        input=_tile(K, O, 64, 32, 128, 8, 3, 1),
-        weight=_tile(K, O, 64 if hopper else 32, 128, 128, 8, 3, 1),
+        input=_tile(K, O, 64, 32, 128 if hopper else 64, 8, 3, 1),
+        weight=_tile(K, O, 64 if hopper else 32, 128, 128 if hopper else 64, 8, 3, 1),
     )
 
 
