@@ -26,7 +26,7 @@ def check(device, name, *given, dtypes, slack=3.0):
     own = getattr(device.ops, f"norm_act_{name}")(*put)
     exact_given = [double(t) for t in given]
     exact = EXACT[name](*exact_given)
-    own, exact = (r if isinstance(r, tuple) else (r,) for r in (own, exact))
+    own, exact = (list(r) if isinstance(r, tuple) else [r] for r in (own, exact))
     for got, expected, dtype in zip(own, exact, dtypes, strict=True):
         assert got.dtype == dtype
         assert_near(got, expected, dtype, slack)
@@ -222,8 +222,9 @@ def test_pixels_within_the_border_are_not_read(device):
     assert_near(clean.sum((2, 3)).cpu() + 1, torch.ones(1, 16).double(), torch.float32, 10)
 
 
-def composed(device, act, x, dy, weight, bias, kept, zeroed, mean, var, drest, count):
+def composed(device, act, given, count):
     """What batch_norm_act and its backward give, from the parts."""
+    x, dy, weight, bias, kept, zeroed, mean, var, drest = given
     ops, parameters = device.ops, (weight, bias, kept, zeroed)
     numbers = (MOMENTUM, EPS, act)
     sums = ops.norm_act_moments(x)
@@ -231,13 +232,15 @@ def composed(device, act, x, dy, weight, bias, kept, zeroed, mean, var, drest, c
     y = ops.norm_act_apply(x, affine, act, None, None, 0)
     g, gsums = ops.norm_act_gradient(dy, x, affine, act, None, None)
     values = x.numel() // x.shape[1]
-    given = gsums, drest, *parameters, affine, values, act
-    coefficients, dweight, dbias = ops.norm_act_coefficients(*given)
+    coefficients, dweight, dbias = ops.norm_act_coefficients(
+        gsums, drest, *parameters, affine, values, act
+    )
     dx = ops.norm_act_input_gradient(g if g.numel() else dy, x, coefficients)
     return y, rest, affine[2], affine[3], mean, var, dx, dweight, dbias
 
 
-def in_one(device, act, x, dy, weight, bias, kept, zeroed, mean, var, drest, count):
+def in_one(device, act, given, count):
+    x, dy, weight, bias, kept, zeroed, mean, var, drest = given
     parameters, numbers = (weight, bias, kept, zeroed), (count, MOMENTUM, EPS, act)
     y, rest, *own = device.ops.batch_norm_act(x, *parameters, mean, var, *numbers)
     drest = None if drest is None else drest.view(1, -1, 1, 1).to(x.dtype)
@@ -260,7 +263,7 @@ def test_the_parts_are_batch_norm_act(device, K, act):
         live = [t[:K].clone() for t in full]
         for given, count in ((slim, 140), ((x, dy, *live[:2], None, None, *live[2:], None), 105)):
             own, exact = (
-                function(device, act, *(device.put(clone(t)) for t in given), count)
+                function(device, act, [device.put(clone(t)) for t in given], count)
                 for function in (composed, in_one)
             )
             for got, expected in zip(own, exact, strict=True):
