@@ -133,8 +133,10 @@ def fuse(
     writer = Writer((forward, backward), {out, *gradients}, batch)
     writer.run(forward)
     result = writer.source(out)
+    writer.add_up()
     writer.graph = writer.graphs[1]
     writer.run(backward)
+    writer.add_up()
     found = [None if g is None else writer.source(g) for g in gradients]
     return Fused(*writer.graphs, result, found, writer.norms)
 
@@ -156,6 +158,9 @@ class Writer:
         """By the mean that it gives."""
         self.done: dict[fx.Node, Any] = {}
         """Old nodes whose value another's rule has given."""
+        self.counters: list[fx.Node] = []
+        """What 1 is added to, and ``sums`` what something is, in one operator for all."""
+        self.sums: dict[fx.Node, fx.Node] = {}
         self.norms = 0
 
     def run(self, old: Graph) -> None:
@@ -198,6 +203,14 @@ class Writer:
         made = self.emit(target, *arguments)
         items = (self.graph.fx.call_function(operator.getitem, (made, i)) for i in range(count))
         return tuple(items)
+
+    def add_up(self) -> None:
+        """Write the additions that were put off: counters of norms, sums of gradients."""
+        if self.counters:
+            self.emit(_aten._foreach_add_.Scalar, self.counters, 1)
+        if self.sums:
+            self.emit(_aten._foreach_add_.List, list(self.sums), list(self.sums.values()))
+        self.counters, self.sums = [], {}
 
     def view(self, x: fx.Node, *shape: int) -> fx.Node:
         return self.emit(_aten.view, x, list(shape))

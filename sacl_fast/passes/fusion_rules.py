@@ -234,6 +234,9 @@ def _add(w: Writer, node: fx.Node, a: Any, b: Any) -> Any:
             return Gated(one.dy, one.gate, one.pixels, other.dmean)
     if node.kwargs or not isinstance(b, fx.Node) or w.form(a) != w.form(b):
         return NotImplemented
+    if _is_own(w, a) and _may_wait(w, node) and w.only_user(b) is node:
+        w.sums[w.read(a)] = w.read(b)
+        return w.read(a)
     return _sum(w, node, a, b)
 
 
@@ -427,3 +430,44 @@ def _mean_backward(w: Writer, node: fx.Node, x: fx.Node, divisor: float) -> Any:
 def _view(w: Writer, node: fx.Node, x: fx.Node, shape: list[int]) -> Any:
     value = w.value(x)
     return Zeros(w.form(node)) if isinstance(value, Zeros) else NotImplemented
+
+
+# --- additions that may wait until the end of the pass ----------------------------------------
+
+
+@_rule_for(_aten.add_.Tensor)
+def _add_in_place(w: Writer, node: fx.Node, a: fx.Node, b: Any) -> Any:
+    form = w.form(a)
+    if node.kwargs or node.users or a in w.done:
+        return NotImplemented
+    if b == 1 and form.dtype == torch.int64 and not form.shape and isinstance(w.value(a), int):
+        w.counters.append(w.read(a))
+    elif isinstance(b, fx.Node) and w.only_user(b) is node and _may_wait(w, a):
+        w.sums[w.read(a)] = w.read(b)
+    else:
+        return NotImplemented
+    w.done[a] = None  # added to once more, it is not put off
+    return None
+
+
+_VIEWS = {_aten.view.default, _aten.unsqueeze.default, _aten.squeeze.dim, _aten.permute.default}
+
+
+def _may_wait(w: Writer, x: fx.Node) -> bool:
+    """Whether a tensor of backward is added to and given back, and nothing else."""
+    if w.graph is not w.graphs[1] or x.op == "placeholder":
+        return False
+    return all(
+        (user.target is _aten.add_.Tensor and user.args[0] is x)
+        or (user.target in _VIEWS and _may_wait(w, user))
+        for user in x.users
+    )
+
+
+def _is_own(w: Writer, x: fx.Node) -> bool:
+    """Whether nothing but one addition reads a tensor's memory."""
+    base: Any = x
+    while base.target in _VIEWS and w.only_user(base):
+        base = base.args[0]
+    read = [user for user in base.users if user.target is not _aten.index_copy_.default]
+    return base.target is _aten.new_zeros.default and len(read) == 1 and w.only_user(x) is not None
