@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sacl_fast.ops import norm_act, norm_depthwise, norm_pointwise
 from sacl_fast.passes.fusion import (
     BeforeActivation,
     Convolution,
@@ -26,6 +27,8 @@ from sacl_fast.passes.fusion import (
 
 _ops, _aten = torch.ops.sacl_fast, torch.ops.aten
 _RELU = 1
+norm_pointwise.register()
+assert norm_act.is_compiled() and norm_depthwise.is_compiled()  # and PyTorch is told of them
 
 RULES: dict[Any, Rule] = {}
 """Operator -> rule."""
