@@ -25,6 +25,15 @@ struct Vec<T, 2> {
     return {*reinterpret_cast<const Word*>(from)};
   }
   __device__ static Vec zero() { return {0}; }
+  // From two places.
+  __device__ static Vec gather(const T* low, const T* high) {
+    return {bits(load_one(low)) | bits(load_one(high)) << 8 * sizeof(T)};
+  }
+  // 0 in place of the numbers that are not to be kept.
+  __device__ Vec kept(bool low, bool high) const {
+    constexpr Word kLow = ~Word{0} >> 8 * sizeof(T);
+    return {word & ((low ? kLow : 0) | (high ? ~kLow : 0))};
+  }
 
   __device__ void unpack(float (&out)[2]) const {
     Words<T>::unpack(static_cast<uint32_t>(word), out);
@@ -35,6 +44,30 @@ struct Vec<T, 2> {
     if constexpr (sizeof(T) == 4) word |= static_cast<Word>(Words<T>::pack(in + 1)) << 32;
     *reinterpret_cast<Word*>(to) = word;
   }
+
+ private:
+  __device__ static Word bits(T number) {
+    if constexpr (sizeof(T) == 4) {
+      return __float_as_uint(number);
+    } else {
+      return number.bits;
+    }
+  }
+};
+
+// The channels of one tensor that are V channels' own in another: `source` of them, or the same.
+template <int V>
+struct Channels {
+  int of[V];  // -1: none
+
+  __device__ Channels(const int64_t* source, int channel, int count, bool inside) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) of[v] = inside ? source_of(source, channel + v, count) : -1;
+  }
+  __device__ bool has(int v) const { return of[v] >= 0; }
+  __device__ bool any() const { return has(0) || has(V - 1); }
+  // One that is there, in place of none.
+  __device__ int at(int v) const { return max(of[v], 0); }
 };
 
 // Walks: a strip of columns through a segment of an image's rows each. They are numbered through,
@@ -88,17 +121,26 @@ __device__ unsigned columns_inside(int left, int width) {
   return inside;
 }
 
-// The columns beside one another from `first` on that have a bit; 0 for the others.
-template <class T, int V, int N>
-__device__ void load_row(Vec<T, V> (&row)[N], const T* first, int step, unsigned inside) {
+// The columns beside one another from `first` on that have a bit; 0 for the others. `apart`: how
+// far a second channel is from the first, if they are GATHERED.
+template <bool GATHERED, class T, int V, int N>
+__device__ void load_row(Vec<T, V> (&row)[N], const T* first, int step, int apart,
+                         unsigned inside) {
 #ifndef SACL_EMULATED
   // Else the compiler does not step from row to row, but multiplies anew for each column.
   asm("" : "+l"(first));
 #endif
 #pragma unroll
-  for (int i = 0; i < N; ++i)
-    row[i] = inside >> i & 1 ? Vec<T, V>::load(first + static_cast<int64_t>(i) * step)
-                             : Vec<T, V>::zero();
+  for (int i = 0; i < N; ++i) {
+    const T* at = first + static_cast<int64_t>(i) * step;
+    row[i] = Vec<T, V>::zero();
+    if (!(inside >> i & 1)) continue;
+    if constexpr (GATHERED) {
+      row[i] = Vec<T, V>::gather(at, at + apart);
+    } else {
+      row[i] = Vec<T, V>::load(at);
+    }
+  }
 }
 
 // What makes an operand of raw values, for V channels; nothing where `affine` (4, K) is null.
@@ -106,12 +148,12 @@ template <int V>
 struct Normalisation {
   float scale[V], bias[V], mean[V];
 
-  __device__ Normalisation(const float* affine, int channel, int K) {
+  __device__ Normalisation(const float* affine, const Channels<V>& channels, int K) {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      scale[v] = affine ? affine[channel + v] : 1.0f;
-      bias[v] = affine ? affine[K + channel + v] : 0.0f;
-      mean[v] = affine ? affine[2 * K + channel + v] : 0.0f;
+      scale[v] = affine ? affine[channels.at(v)] : 1.0f;
+      bias[v] = affine ? affine[K + channels.at(v)] : 0.0f;
+      mean[v] = affine ? affine[2 * K + channels.at(v)] : 0.0f;
     }
   }
   __device__ float before_activation(int v, float x) const {
@@ -135,21 +177,24 @@ __device__ void normalise(const Normalisation<V>& norm, const Vec<T, V> (&row)[N
 }
 
 // What makes the gradient of a norm's input, for V channels; g itself where `coefficients` (4, K)
-// is null.
+// is null, 0 for none.
 template <int V>
 struct Gradient {
   float c[4][V];
 
-  __device__ Gradient(const float* coefficients, int channel, int K) {
+  __device__ Gradient(const float* coefficients, const Channels<V>& channels, int K) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
-      for (int v = 0; v < V; ++v)
-        c[i][v] = coefficients ? coefficients[i * K + channel + v] : (i == 0 ? 1.0f : 0.0f);
+      for (int v = 0; v < V; ++v) {
+        c[i][v] = i == 0 ? 1.0f : 0.0f;
+        if (coefficients) c[i][v] = coefficients[i * K + channels.at(v)];
+        if (!channels.has(v)) c[i][v] = 0;
+      }
     }
   }
   __device__ float at(int v, float g, float y) const {
-    return c[0][v] * g + c[1][v] * (y - c[3][v]) + c[2][v];
+    return c[0][v] * g + (c[1][v] * (y - c[3][v]) + c[2][v]);
   }
 };
 
@@ -227,17 +272,24 @@ __device__ void with_the_activation(int act, const Use& use) {
 }
 
 template <class T>
-bool pairs_fit(int channels, const int64_t* in_index, std::initializer_list<const void*> images) {
-  bool fit = !in_index && channels % 2 == 0;
+bool pairs_fit(int channels, std::initializer_list<const void*> images) {
+  bool fit = channels % 2 == 0;
   for (const void* image : images)
     fit = fit && reinterpret_cast<uintptr_t>(image) % (2 * sizeof(T)) == 0;
   return fit;
 }
 
-// `f` with the number of channels that a thread takes.
+template <int N, bool GATHERED>
+struct Taken {
+  static constexpr int kCount = N;
+  static constexpr bool kGathered = GATHERED;
+};
+
+// `f` with how many channels a thread takes, and whether it gathers them.
 template <class F>
-const char* with_pairs(bool pairs, const F& f) {
-  return pairs ? f(Lanes<2>()) : f(Lanes<1>());
+const char* with_taken(bool pairs, bool gathered, const F& f) {
+  if (!pairs) return f(Taken<1, false>());
+  return gathered ? f(Taken<2, true>()) : f(Taken<2, false>());
 }
 
 }  // namespace sacl::cuda

@@ -16,10 +16,17 @@ namespace sacl::cuda {
 namespace {
 
 // Columns of dy that a strip begins with: as many as leave registers for the sums of all taps.
-template <int K, int S>
-constexpr int kStrip = K == 3 ? (S == 1 ? 7 : 4) : (S == 1 ? 4 : 2);
+template <class T, int K, int S>
+constexpr int kStrip = K == 3 ? (S == 1 ? 7 : 4) : (S == 1 ? (sizeof(T) == 4 ? 3 : 4) : 2);
 
-constexpr int kPerProcessor = 3;  // blocks on a multiprocessor, all of which run at a time
+// Blocks on a multiprocessor, all of which run at a time.
+template <int V, int K>
+constexpr int kPerProcessor = V == 1 && K != 7 ? 4 : 3;
+
+// Activations whose slope is that at their own value.
+template <class A>
+constexpr bool kSlopeOfValue =
+    std::is_same_v<A, None> || std::is_same_v<A, Relu> || std::is_same_v<A, Relu6>;
 
 // Where dy and x meet: the rows of dy, and the columns, that have an x at their stride.
 struct Meeting {
@@ -31,13 +38,13 @@ struct Meeting {
 
 // dx (N, H, W, C) of g, y (N, OH, OW, K) and x (N, H, W, C), where filters[c] is that of channel c,
 // -1: none. gsums (blocks, 2, C) or null; partial (blocks, taps, K), the weight's gradient.
-template <class T, int V, int K, int S>
-__global__ void __launch_bounds__(kWalkThreads, kPerProcessor)
+template <class T, int V, bool GATHERED, int K, int S>
+__global__ void __launch_bounds__(kWalkThreads, kPerProcessor<V, K>)
     norm_gradients(Walks walks, int first_row, int first_column, const T* g, const T* y,
                    const float* coefficients, const T* x, const float* affine, int act,
                    int act_backward, const T* weight, const int64_t* filters, T* dx, float* gsums,
                    float* partial) {
-  constexpr int kWidth = kGroups * V, L = kStrip<K, S>, kColumns = L * S;
+  constexpr int kWidth = kGroups * V, L = kStrip<T, K, S>, kColumns = L * S;
   constexpr int kHeld = (K + S - 1) / S, kColumnsHeld = L + kHeld - 1;  // of dy
   constexpr int kRing = kHeld * kColumnsHeld * kWalkThreads * V;
   constexpr int kBuffer = kSumBuffer<K * K * V, kWalkThreads>;
@@ -49,9 +56,10 @@ __global__ void __launch_bounds__(kWalkThreads, kPerProcessor)
   stage_weight<K * K, kWidth>(taps, weight, first, width, s.C, s.K, filters, true, false);
   __syncthreads();
   const bool inside = channel < s.C;
-  const int filter = inside ? source_of(filters, channel, s.K) : -1;
-  const Normalisation<V> norm(inside ? affine : nullptr, channel, s.C);
-  const Gradient<V> gradient(filter < 0 ? nullptr : coefficients, filter, s.K);
+  const Channels<V> filter(filters, channel, s.K, inside);
+  const int apart = filter.at(V - 1) - filter.at(0);
+  const Normalisation<V> norm(affine, Channels<V>(nullptr, channel, s.C, inside), s.C);
+  const Gradient<V> gradient(coefficients, filter, s.K);
   float* const held = memory + (threadIdx.y * blockDim.x + threadIdx.x) * V;
   float tap_sums[K * K * V], sums[2 * V];  // sums: of dx, of dx (x - mean)
   clear(tap_sums), clear(sums);
@@ -62,17 +70,18 @@ __global__ void __launch_bounds__(kWalkThreads, kPerProcessor)
     top += first_row, bottom += first_row;
     const int begin = first_column + strip * L, left = begin - (kHeld - 1);
     const int x_left = begin * S - s.pad_w;
-    const unsigned dy_columns = filter < 0 ? 0 : columns_inside<kColumnsHeld>(left, s.OW);
+    const unsigned dy_columns = filter.any() ? columns_inside<kColumnsHeld>(left, s.OW) : 0;
     const unsigned x_columns = columns_inside<kColumns>(x_left, s.W);
     int row = top - (kHeld - 1), h = top * S - s.pad_h, head = 0;
-    const int64_t from = ((static_cast<int64_t>(n) * s.OH + row) * s.OW + left) * s.K + filter;
+    const int64_t from =
+        ((static_cast<int64_t>(n) * s.OH + row) * s.OW + left) * s.K + filter.at(0);
     const int64_t to = ((static_cast<int64_t>(n) * s.H + h) * s.W + x_left) * s.C + channel;
     const T *g_row = g + from, *y_row = y + from, *x_row = x + to;
     T* dx_row = dx + to;
     Vec<T, V> next_g[kColumnsHeld], next_y[kColumnsHeld];
     unsigned there = row >= 0 && row < s.OH ? dy_columns : 0;
-    load_row(next_g, g_row, s.K, there);
-    load_row(next_y, y_row, s.K, y ? there : 0);
+    load_row<GATHERED>(next_g, g_row, s.K, apart, there);
+    load_row<GATHERED>(next_y, y_row, s.K, apart, y ? there : 0);
     for (; row < bottom; ++row) {
 #pragma unroll
       for (int c = 0; c < kColumnsHeld; ++c) {
@@ -85,14 +94,18 @@ __global__ void __launch_bounds__(kWalkThreads, kPerProcessor)
       }
       g_row += static_cast<int64_t>(s.OW) * s.K, y_row += static_cast<int64_t>(s.OW) * s.K;
       there = row + 1 >= 0 && row + 1 < s.OH ? dy_columns : 0;
-      load_row(next_g, g_row, s.K, there);
-      load_row(next_y, y_row, s.K, y ? there : 0);
+      load_row<GATHERED>(next_g, g_row, s.K, apart, there);
+      load_row<GATHERED>(next_y, y_row, s.K, apart, y ? there : 0);
 #pragma unroll
       for (int r = 0; r < S; ++r) {
         if (row < top) break;
         const unsigned x_there = h >= 0 && h < s.H ? x_columns : 0;
         Vec<T, V> in[kColumns];
-        load_row(in, x_row, s.C, filter < 0 ? 0 : x_there);
+        load_row<false>(in, x_row, s.C, 0, filter.any() ? x_there : 0);
+        if constexpr (GATHERED) {  // what no filter reads may be NaN
+#pragma unroll
+          for (int i = 0; i < kColumns; ++i) in[i] = in[i].kept(filter.has(0), filter.has(1));
+        }
         float values[kColumns][V], out[kColumns][V];
         with_the_activation(act,
                             [&](auto a) { normalise<decltype(a)>(norm, in, x_there, values); });
@@ -125,13 +138,15 @@ __global__ void __launch_bounds__(kWalkThreads, kPerProcessor)
           }
         }
         with_the_activation(act_backward, [&](auto a) {
+          using A = decltype(a);
 #pragma unroll
           for (int i = 0; i < kColumns; ++i) {
             float of_x[V];
             in[i].unpack(of_x);
 #pragma unroll
             for (int v = 0; v < V; ++v)
-              out[i][v] = decltype(a)::through(out[i][v], norm.before_activation(v, of_x[v]));
+              out[i][v] = A::through(
+                  out[i][v], kSlopeOfValue<A> ? values[i][v] : norm.before_activation(v, of_x[v]));
           }
         });
 #pragma unroll
@@ -155,14 +170,13 @@ __global__ void __launch_bounds__(kWalkThreads, kPerProcessor)
   sum_rows_of_block<kWalkThreads>(memory, tap_sums);
   sum_rows_of_block<kWalkThreads>(memory, sums);
   if (threadIdx.y != 0 || !inside) return;
-  if (filter >= 0) {
-    float* of_taps = partial + static_cast<int64_t>(blockIdx.x) * K * K * s.K + filter;
 #pragma unroll
-    for (int tap = 0; tap < K * K; ++tap) {
+  for (int v = 0; v < V; ++v) {
+    if (!filter.has(v)) continue;
+    float* of_taps = partial + static_cast<int64_t>(blockIdx.x) * K * K * s.K + filter.of[v];
 #pragma unroll
-      for (int v = 0; v < V; ++v)
-        of_taps[static_cast<int64_t>(tap) * s.K + v] = tap_sums[tap * V + v];
-    }
+    for (int tap = 0; tap < K * K; ++tap)
+      of_taps[static_cast<int64_t>(tap) * s.K] = tap_sums[tap * V + v];
   }
   if (!gsums) return;
   float* of_norm = gsums + static_cast<int64_t>(blockIdx.x) * 2 * s.C + channel;
@@ -183,9 +197,9 @@ __global__ void norm_input_of_any(Problem p, const T* g, const T* y, const float
   const DepthwiseConvShape& s = p.s;
   const int channel = blockIdx.y * blockDim.x + threadIdx.x;
   const bool inside = channel < s.C;
-  const int filter = inside ? source_of(filters, channel, s.K) : -1;
-  const Normalisation<1> norm(inside ? affine : nullptr, channel, s.C);
-  const Gradient<1> gradient(filter < 0 ? nullptr : coefficients, filter, s.K);
+  const Channels<1> filter(filters, channel, s.K, inside);
+  const Normalisation<1> norm(affine, Channels<1>(nullptr, channel, s.C, inside), s.C);
+  const Gradient<1> gradient(coefficients, filter, s.K);
   float sums[2] = {0, 0};
   const int stop = inside ? min(p.count, static_cast<int>(blockIdx.x + 1) * p.chunk) : 0;
   for (int strip = blockIdx.x * p.chunk + threadIdx.y; strip < stop; strip += blockDim.y) {
@@ -193,18 +207,18 @@ __global__ void norm_input_of_any(Problem p, const T* g, const T* y, const float
     p.locate(strip, n, row, column);
     const int64_t at = ((static_cast<int64_t>(n) * s.H + row) * s.W + column) * s.C + channel;
     float sum = 0;
-    for (int kh = 0; kh < s.kh && filter >= 0; ++kh) {
+    for (int kh = 0; kh < s.kh && filter.has(0); ++kh) {
       const int high = row + s.pad_h - kh * s.dilation_h, h = high / s.stride_h;
       if (high < 0 || high % s.stride_h || h >= s.OH) continue;
       for (int kw = 0; kw < s.kw; ++kw) {
         const int wide = column + s.pad_w - kw * s.dilation_w, w = wide / s.stride_w;
         if (wide < 0 || wide % s.stride_w || w >= s.OW) continue;
-        const int64_t from = ((static_cast<int64_t>(n) * s.OH + h) * s.OW + w) * s.K + filter;
+        const int64_t from = ((static_cast<int64_t>(n) * s.OH + h) * s.OW + w) * s.K + filter.of[0];
         sum += gradient.at(0, to_float(g[from]), y ? to_float(y[from]) : 0.0f) *
-               to_float(weight[(static_cast<int64_t>(filter) * s.kh + kh) * s.kw + kw]);
+               to_float(weight[(static_cast<int64_t>(filter.of[0]) * s.kh + kh) * s.kw + kw]);
       }
     }
-    if (filter >= 0 && gsums) {
+    if (filter.has(0) && gsums) {
       const float raw = to_float(x[at]);
       sum = through_activation(act_backward, sum, norm.before_activation(0, raw));
       sums[0] += sum;
@@ -229,9 +243,9 @@ __global__ void norm_weight_sums_any(Problem p, const T* g, const T* y, const fl
   const int channel = blockIdx.y * blockDim.x + threadIdx.x;
   const int kh = blockIdx.z / s.kw, kw = blockIdx.z % s.kw;
   const bool inside = channel < s.K;
-  const int from = inside ? source_of(source, channel, s.C) : 0;
-  const Normalisation<1> norm(inside ? affine : nullptr, from, s.C);
-  const Gradient<1> gradient(inside ? coefficients : nullptr, channel, s.K);
+  const Channels<1> from(source, channel, s.C, inside);
+  const Normalisation<1> norm(affine, from, s.C);
+  const Gradient<1> gradient(coefficients, Channels<1>(nullptr, channel, s.K, inside), s.K);
   float sum[1] = {0};
   const int stop = inside ? min(p.count, static_cast<int>(blockIdx.x + 1) * p.chunk) : 0;
   for (int strip = blockIdx.x * p.chunk + threadIdx.y; strip < stop; strip += blockDim.y) {
@@ -240,7 +254,8 @@ __global__ void norm_weight_sums_any(Problem p, const T* g, const T* y, const fl
     const int h = row * s.stride_h - s.pad_h + kh * s.dilation_h;
     const int w = column * s.stride_w - s.pad_w + kw * s.dilation_w;
     if (h < 0 || h >= s.H || w < 0 || w >= s.W) continue;
-    const float raw = to_float(x[((static_cast<int64_t>(n) * s.H + h) * s.W + w) * s.C + from]);
+    const float raw =
+        to_float(x[((static_cast<int64_t>(n) * s.H + h) * s.W + w) * s.C + from.of[0]]);
     const int64_t at = ((static_cast<int64_t>(n) * s.OH + row) * s.OW + column) * s.K + channel;
     sum[0] += activate(act, norm.before_activation(0, raw)) *
               gradient.at(0, to_float(g[at]), y ? to_float(y[at]) : 0.0f);
@@ -262,10 +277,10 @@ struct WalkLaunch {
   Tile tile;
   Walks walks;
 
-  WalkLaunch(const DepthwiseConvShape& s, int V, int strip, int ahead)
+  WalkLaunch(const DepthwiseConvShape& s, int V, int strip, int ahead, int per_processor)
       : rows(s.H, s.pad_h, s.stride_h), columns(s.W, s.pad_w, s.stride_w),
         tile(s.C, V, 1, kWalkThreads),
-        walks(s, ceil_div(columns.count, strip), rows.count, ahead, tile, kPerProcessor) {}
+        walks(s, ceil_div(columns.count, strip), rows.count, ahead, tile, per_processor) {}
 };
 
 // Those of any window: over x and over dy.
@@ -274,26 +289,31 @@ struct AnyLaunch {
   Problem input, weight;
 
   explicit AnyLaunch(const DepthwiseConvShape& s)
-      : of_input(s.C, 1), of_weight(s.K, 1), input(s, s.W, s.H, 1, 0, of_input, kPerProcessor),
-        weight(s, s.OW, s.OH, 1, 0, of_weight, kPerProcessor) {}
+      : of_input(s.C, 1), of_weight(s.K, 1),
+        input(s, s.W, s.H, 1, 0, of_input, kPerProcessor<1, 3>),
+        weight(s, s.OW, s.OH, 1, 0, of_weight, kPerProcessor<1, 3>) {}
 };
 
-// `f` with the launch and, as types, the window and the lanes; `any` with that of any window.
+// `f` with the launch and, as types, the window and the channels taken; `any` with that of any
+// window.
 template <class T, class F, class Any>
 const char* with_launch(const DepthwiseConvShape& s, const Images& images, const int64_t* in_index,
                         const F& f, const Any& any) {
+  const bool pairs =
+      in_index ? pairs_fit<T>(s.C, {images.x}) : pairs_fit<T>(s.C, {images.g, images.y, images.x});
   return with_window(
       s,
       [&](auto window) {
         constexpr int K = window.kSize, S = window.kStride;
-        const auto with = [&](auto lanes) {
-          return f(WalkLaunch(s, decltype(lanes)::kCount, kStrip<K, S>, (K + S - 1) / S - 1),
-                   window, lanes);
+        const auto with = [&](auto taken) {
+          constexpr int V = taken.kCount;
+          return f(WalkLaunch(s, V, kStrip<T, K, S>, (K + S - 1) / S - 1, kPerProcessor<V, K>),
+                   window, taken);
         };
         if constexpr (K == 7) {  // there are no registers for the taps of two channels
-          return with(Lanes<1>());
+          return with(Taken<1, false>());
         } else {
-          return with_pairs(pairs_fit<T>(s.C, in_index, {images.g, images.y, images.x}), with);
+          return with_taken(pairs, in_index, with);
         }
       },
       [&] { return any(AnyLaunch(s)); });
@@ -349,12 +369,13 @@ const char* sacl_cuda_norm_depthwise_backward(DepthwiseConvShape shape, const vo
     int blocks = 0;
     const char* failure = with_launch<T>(
         shape, {g, y, x}, in_index,
-        [&](const WalkLaunch& one, auto window, auto lanes) {
+        [&](const WalkLaunch& one, auto window, auto taken) {
           blocks = one.walks.blocks();
-          return launch(&norm_gradients<T, decltype(lanes)::kCount, window.kSize, window.kStride>,
-                        dim3(blocks, one.tile.slices), dim3(one.tile.groups, one.tile.rows), stream,
-                        one.walks, one.rows.first, one.columns.first, of_g, of_y, coefficients,
-                        of_x, affine, act, act_backward, of_weight, filters, of_dx, gsums, partial);
+          return launch(
+              &norm_gradients<T, taken.kCount, taken.kGathered, window.kSize, window.kStride>,
+              dim3(blocks, one.tile.slices), dim3(one.tile.groups, one.tile.rows), stream,
+              one.walks, one.rows.first, one.columns.first, of_g, of_y, coefficients, of_x, affine,
+              act, act_backward, of_weight, filters, of_dx, gsums, partial);
         },
         [&](const AnyLaunch& two) {
           blocks = two.weight.blocks();

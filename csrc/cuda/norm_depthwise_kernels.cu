@@ -11,21 +11,22 @@
 namespace sacl::cuda {
 namespace {
 
-// Outputs of a strip. The images of most encoders are multiples of 7 wide.
-template <int K, int S>
-constexpr int kStrip = K == 3 && S == 1 ? 7 : 4;
+// Outputs of a strip: as many as leave registers for what is loaded ahead. The images of most
+// encoders are multiples of 7 wide.
+template <class T, int K, int S>
+constexpr int kStrip = K == 3 && S == 1 ? 7 : (K == 5 && sizeof(T) == 4 ? 3 : 4);
 
 // Blocks on a multiprocessor, all of which run at a time.
-template <int K>
-constexpr int kPerProcessor = K == 7 ? 3 : 4;
+template <int V, int K>
+constexpr int kPerProcessor = K == 7 ? 3 : (V == 1 ? 5 : 4);
 
 // y (N, OH, OW, K) = window over the operand of x (N, H, W, C), channel source[c] for channel c.
 // sums (blocks, 3, K).
-template <class T, int V, int K, int S>
-__global__ void __launch_bounds__(kWalkThreads, kPerProcessor<K>)
+template <class T, int V, bool GATHERED, int K, int S>
+__global__ void __launch_bounds__(kWalkThreads, kPerProcessor<V, K>)
     norm_convolve(Walks walks, const T* x, const float* affine, int act, const T* weight,
                   const int64_t* source, T* y, float* sums) {
-  constexpr int kWidth = kGroups * V, L = kStrip<K, S>, kColumnsRead = (L - 1) * S + K;
+  constexpr int kWidth = kGroups * V, L = kStrip<T, K, S>, kColumnsRead = (L - 1) * S + K;
   constexpr int kOpen = (K + S - 1) / S;  // output rows that rows still to come are part of
   __shared__ __align__(16) float taps[K * K * kWidth];
   const DepthwiseConvShape& s = walks.s;
@@ -34,8 +35,9 @@ __global__ void __launch_bounds__(kWalkThreads, kPerProcessor<K>)
   stage_weight<K * K, kWidth>(taps, weight, first, width, s.K, s.C, nullptr, false, false);
   __syncthreads();
   const bool inside = channel < s.K;
-  const int from = inside ? source_of(source, channel, s.C) : 0;
-  const Normalisation<V> norm(inside ? affine : nullptr, from, s.C);
+  const Channels<V> from(source, channel, s.C, inside);
+  const int apart = from.at(V - 1) - from.at(0);
+  const Normalisation<V> norm(affine, from, s.C);
   int count = 0;
   float origin[V], sum[V], sum_of_squares[V];
   clear(origin), clear(sum), clear(sum_of_squares);
@@ -48,11 +50,11 @@ __global__ void __launch_bounds__(kWalkThreads, kPerProcessor<K>)
     // The row that is loaded next, and the first one that is not.
     int h = top * S - s.pad_h;
     const int last = min(s.H, h + (bottom - top - 1) * S + K);
-    const T* in = x + ((static_cast<int64_t>(n) * s.H + h) * s.W + left) * s.C + from;
+    const T* in = x + ((static_cast<int64_t>(n) * s.H + h) * s.W + left) * s.C + from.at(0);
     T* out = y + ((static_cast<int64_t>(n) * s.OH + top) * s.OW + strip * L) * s.K + channel;
     Vec<T, V> next[kColumnsRead];
     unsigned next_there = h >= 0 && h < last ? columns_there : 0;
-    load_row(next, in, s.C, next_there);
+    load_row<GATHERED>(next, in, s.C, apart, next_there);
     float open[kOpen][L][V];  // the one that is complete next is last
 #pragma unroll
     for (int j = 0; j < kOpen; ++j) {
@@ -67,7 +69,7 @@ __global__ void __launch_bounds__(kWalkThreads, kPerProcessor<K>)
             act, [&](auto a) { normalise<decltype(a)>(norm, next, next_there, values); });
         ++h, in += static_cast<int64_t>(s.W) * s.C;
         next_there = h >= 0 && h < last ? columns_there : 0;
-        load_row(next, in, s.C, next_there);
+        load_row<GATHERED>(next, in, s.C, apart, next_there);
 #pragma unroll
         for (int j = kOpen - 1; j >= 0; --j) {
           if (r + S * j >= K) continue;
@@ -117,8 +119,8 @@ __global__ void norm_convolve_any(Problem p, const T* x, const float* affine, in
   const DepthwiseConvShape& s = p.s;
   const int channel = blockIdx.y * blockDim.x + threadIdx.x;
   const bool inside = channel < s.K;
-  const int from = inside ? source_of(source, channel, s.C) : 0;
-  const Normalisation<1> norm(inside ? affine : nullptr, from, s.C);
+  const Channels<1> from(source, channel, s.C, inside);
+  const Normalisation<1> norm(affine, from, s.C);
   int count = 0;
   float origin[1] = {0}, total[1] = {0}, total_of_squares[1] = {0};
   const int stop = inside ? min(p.count, static_cast<int>(blockIdx.x + 1) * p.chunk) : 0;
@@ -132,7 +134,8 @@ __global__ void norm_convolve_any(Problem p, const T* x, const float* affine, in
       for (int kw = 0; kw < s.kw; ++kw) {
         const int w = column * s.stride_w - s.pad_w + kw * s.dilation_w;
         if (w < 0 || w >= s.W) continue;
-        const float raw = to_float(x[((static_cast<int64_t>(n) * s.H + h) * s.W + w) * s.C + from]);
+        const float raw =
+            to_float(x[((static_cast<int64_t>(n) * s.H + h) * s.W + w) * s.C + from.at(0)]);
         sum += activate(act, norm.before_activation(0, raw)) *
                to_float(weight[(static_cast<int64_t>(channel) * s.kh + kh) * s.kw + kw]);
       }
@@ -148,30 +151,27 @@ __global__ void norm_convolve_any(Problem p, const T* x, const float* affine, in
   moments.template leave<kThreads>(channel, s.K, sums);
 }
 
-// `f` with the walks, their tile and, as types, the window and the lanes; `any` with strips of one
-// output and their tile.
-template <class F, class Any>
-const char* with_launch(const DepthwiseConvShape& s, bool pairs, const F& f, const Any& any) {
+// `f` with the walks, their tile and, as types, the window and the channels taken; `any` with
+// strips of one output and their tile.
+template <class T, class F, class Any>
+const char* with_launch(const DepthwiseConvShape& s, const void* x, const int64_t* in_index,
+                        const F& f, const Any& any) {
+  const bool pairs = in_index ? pairs_fit<T>(s.K, {}) : pairs_fit<T>(s.K, {x});
   return with_window(
       s,
       [&](auto window) {
-        return with_pairs(pairs, [&](auto lanes) {
-          constexpr int K = window.kSize, S = window.kStride;
-          const Tile tile(s.K, decltype(lanes)::kCount, 1, kWalkThreads);
-          const Walks walks(s, ceil_div(s.OW, kStrip<K, S>), s.OH, (K + S - 1) / S - 1, tile,
-                            kPerProcessor<K>);
-          return f(walks, tile, window, lanes);
+        return with_taken(pairs, in_index, [&](auto taken) {
+          constexpr int V = taken.kCount, K = window.kSize, S = window.kStride;
+          const Tile tile(s.K, V, 1, kWalkThreads);
+          const Walks walks(s, ceil_div(s.OW, kStrip<T, K, S>), s.OH, (K + S - 1) / S - 1, tile,
+                            kPerProcessor<V, K>);
+          return f(walks, tile, window, taken);
         });
       },
       [&] {
         const Tile tile(s.K, 1);
-        return any(Problem(s, s.OW, s.OH, 1, 0, tile, kPerProcessor<3>), tile);
+        return any(Problem(s, s.OW, s.OH, 1, 0, tile, kPerProcessor<1, 3>), tile);
       });
-}
-
-template <class T>
-bool pairs_taken(const DepthwiseConvShape& s, const void* x, const int64_t* in_index) {
-  return pairs_fit<T>(s.K, in_index, {x});
 }
 
 }  // namespace
@@ -186,8 +186,8 @@ int sacl_cuda_norm_depthwise_sets(DepthwiseConvShape shape, const void* x,
   int sets = 0;
   with_type(shape.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return with_launch(
-        shape, pairs_taken<T>(shape, x, in_index),
+    return with_launch<T>(
+        shape, x, in_index,
         [&](const Walks& walks, auto...) {
           sets = walks.blocks();
           return static_cast<const char*>(nullptr);
@@ -205,13 +205,14 @@ const char* sacl_cuda_norm_depthwise(DepthwiseConvShape shape, const void* x, co
                                      float* sums, void* stream) {
   return with_type(shape.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return with_launch(
-        shape, pairs_taken<T>(shape, x, in_index),
-        [&](const Walks& walks, const Tile& tile, auto window, auto lanes) {
-          return launch(&norm_convolve<T, decltype(lanes)::kCount, window.kSize, window.kStride>,
-                        dim3(walks.blocks(), tile.slices), dim3(tile.groups, tile.rows), stream,
-                        walks, static_cast<const T*>(x), affine, act, static_cast<const T*>(weight),
-                        in_index, static_cast<T*>(y), sums);
+    return with_launch<T>(
+        shape, x, in_index,
+        [&](const Walks& walks, const Tile& tile, auto window, auto taken) {
+          return launch(
+              &norm_convolve<T, taken.kCount, taken.kGathered, window.kSize, window.kStride>,
+              dim3(walks.blocks(), tile.slices), dim3(tile.groups, tile.rows), stream, walks,
+              static_cast<const T*>(x), affine, act, static_cast<const T*>(weight), in_index,
+              static_cast<T*>(y), sums);
         },
         [&](const Problem& p, const Tile& tile) {
           return launch(&norm_convolve_any<T>, p.grid(tile), dim3(tile.groups, tile.rows), stream,
