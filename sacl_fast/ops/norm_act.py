@@ -197,7 +197,7 @@ def _offset_gradient(
         if inner.numel():
             outer = found.sum((2, 3), keepdim=True) - inner.sum((2, 3), keepdim=True)
             inner.copy_((-outer / inner[0, 0].numel()).expand_as(inner))
-    return found.contiguous()
+    return images_like(found)
 
 
 def images_like(x: Tensor) -> Tensor:
