@@ -25,14 +25,13 @@ struct Vec<T, 2> {
     return {*reinterpret_cast<const Word*>(from)};
   }
   __device__ static Vec zero() { return {0}; }
-  // From two places.
+  // Of 16-bit types: two that are not beside one another.
   __device__ static Vec gather(const T* low, const T* high) {
-    return {bits(load_one(low)) | bits(load_one(high)) << 8 * sizeof(T)};
+    return {load_one(low).bits | static_cast<Word>(load_one(high).bits) << 16};
   }
-  // 0 in place of the numbers that are not to be kept.
+  // 0 for those that are not to be kept.
   __device__ Vec kept(bool low, bool high) const {
-    constexpr Word kLow = ~Word{0} >> 8 * sizeof(T);
-    return {word & ((low ? kLow : 0) | (high ? ~kLow : 0))};
+    return {word & ((low ? 0xffffu : 0u) | (high ? 0xffff0000u : 0u))};
   }
 
   __device__ void unpack(float (&out)[2]) const {
@@ -43,15 +42,6 @@ struct Vec<T, 2> {
     Word word = Words<T>::pack(in);
     if constexpr (sizeof(T) == 4) word |= static_cast<Word>(Words<T>::pack(in + 1)) << 32;
     *reinterpret_cast<Word*>(to) = word;
-  }
-
- private:
-  __device__ static Word bits(T number) {
-    if constexpr (sizeof(T) == 4) {
-      return __float_as_uint(number);
-    } else {
-      return number.bits;
-    }
   }
 };
 
@@ -285,11 +275,19 @@ struct Taken {
   static constexpr bool kGathered = GATHERED;
 };
 
-// `f` with how many channels a thread takes, and whether it gathers them.
-template <class F>
+// `f` with how many channels a thread takes, and whether it gathers them. Numbers of 32 bits make
+// full lines one by one, and for a window of 7x7 there are no registers for two.
+template <class T, int K, class F>
 const char* with_taken(bool pairs, bool gathered, const F& f) {
-  if (!pairs) return f(Taken<1, false>());
-  return gathered ? f(Taken<2, true>()) : f(Taken<2, false>());
+  if constexpr (K == 7) {
+    return f(Taken<1, false>());
+  } else {
+    if (pairs && !gathered) return f(Taken<2, false>());
+    if constexpr (sizeof(T) == 2) {
+      if (pairs) return f(Taken<2, true>());
+    }
+    return f(Taken<1, false>());
+  }
 }
 
 }  // namespace sacl::cuda

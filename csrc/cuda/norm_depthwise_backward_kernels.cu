@@ -305,16 +305,11 @@ const char* with_launch(const DepthwiseConvShape& s, const Images& images, const
       s,
       [&](auto window) {
         constexpr int K = window.kSize, S = window.kStride;
-        const auto with = [&](auto taken) {
+        return with_taken<T, K>(pairs, in_index, [&](auto taken) {
           constexpr int V = taken.kCount;
           return f(WalkLaunch(s, V, kStrip<T, K, S>, (K + S - 1) / S - 1, kPerProcessor<V, K>),
                    window, taken);
-        };
-        if constexpr (K == 7) {  // there are no registers for the taps of two channels
-          return with(Taken<1, false>());
-        } else {
-          return with_taken(pairs, in_index, with);
-        }
+        });
       },
       [&] { return any(AnyLaunch(s)); });
 }

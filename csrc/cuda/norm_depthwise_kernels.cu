@@ -18,7 +18,7 @@ constexpr int kStrip = K == 3 && S == 1 ? 7 : (K == 5 && sizeof(T) == 4 ? 3 : 4)
 
 // Blocks on a multiprocessor, all of which run at a time.
 template <int V, int K>
-constexpr int kPerProcessor = K == 7 ? 3 : (V == 1 ? 5 : 4);
+constexpr int kPerProcessor = V == 1 && K != 7 ? 5 : 4;
 
 // y (N, OH, OW, K) = window over the operand of x (N, H, W, C), channel source[c] for channel c.
 // sums (blocks, 3, K).
@@ -160,8 +160,9 @@ const char* with_launch(const DepthwiseConvShape& s, const void* x, const int64_
   return with_window(
       s,
       [&](auto window) {
-        return with_taken(pairs, in_index, [&](auto taken) {
-          constexpr int V = taken.kCount, K = window.kSize, S = window.kStride;
+        constexpr int K = window.kSize, S = window.kStride;
+        return with_taken<T, K>(pairs, in_index, [&](auto taken) {
+          constexpr int V = taken.kCount;
           const Tile tile(s.K, V, 1, kWalkThreads);
           const Walks walks(s, ceil_div(s.OW, kStrip<T, K, S>), s.OH, (K + S - 1) / S - 1, tile,
                             kPerProcessor<V, K>);
