@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sacl_fast.ops import compiled
 from sacl_fast.ops.backend import is_faster
-from sacl_fast.ops.slim_channels import take_channels
+from sacl_fast.ops.slim_channels import positions_in, take_channels
 
 
 def depthwise_conv(
@@ -93,7 +93,10 @@ class _DepthwiseConv(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             _, channels, high, wide = x.shape
             size = high, wide, channels
-            dx = op.depthwise_conv_backward_input(dy, weight, ctx.in_index, *size, *ctx.window)
+            given = {"positions": positions_in(ctx.in_index, channels)} if dy.is_cuda else {}
+            dx = op.depthwise_conv_backward_input(
+                dy, weight, ctx.in_index, *size, *ctx.window, **given
+            )
             if ctx.is_constant:
                 dx = dx.sum((2, 3), keepdim=True)
         if ctx.needs_input_grad[1]:
@@ -119,7 +122,9 @@ def _describe() -> None:
         return compiled.images(x, x.shape[0], weight.shape[0], high, wide)
 
     @torch.library.register_fake("sacl_fast::depthwise_conv_backward_input")
-    def _(dy: Tensor, weight: Tensor, in_index: Any, H: int, W: int, C: int, *_: Any) -> Any:
+    def _(
+        dy: Tensor, weight: Tensor, in_index: Any, H: int, W: int, C: int, *_: Any, **__: Any
+    ) -> Any:
         return compiled.images(dy, dy.shape[0], C, H, W)
 
     @torch.library.register_fake("sacl_fast::depthwise_conv_backward_weight")
