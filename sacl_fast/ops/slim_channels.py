@@ -8,6 +8,7 @@ against 0.2 ms as the columns of a matrix, 2.0 against 0.4 in the backward), hen
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -54,9 +55,10 @@ def positions_in(index: Tensor | None, count: int, after: Tensor | None = None) 
     return known[key][0]
 
 
-_POSITIONS: WeakTensorKeyDictionary[dict[tuple[int, int], tuple[Tensor, Tensor | None]]]
+_POSITIONS: MutableMapping[Tensor, dict[tuple[int, int], tuple[Tensor, Tensor | None]]]
 _POSITIONS = WeakTensorKeyDictionary()
-"""Index -> for each count and list after it, which it holds, the positions."""
+"""Index -> for each count and list after it, positions, and that list, so that its id stays its
+own."""
 
 
 def assemble(shape: torch.Size, values: list[Tensor], indices: list[Tensor]) -> Tensor:
