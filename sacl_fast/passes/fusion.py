@@ -146,6 +146,7 @@ class Writer:
 
     def __init__(self, old: tuple[Graph, Graph], results: set[Source | None], batch: int) -> None:
         self.old, self.results, self.batch = old, results, batch
+        self.needed = _needed(old, results)
         self.graphs = Graph(), Graph()
         self.graph = self.graphs[0]
         """The one that is being written."""
@@ -169,7 +170,7 @@ class Writer:
         for source, node in old.inputs.items():
             self.values[node] = source if isinstance(source, int) else self.values[source]
         for node in old.fx.nodes:
-            if node.op == "placeholder":
+            if node.op == "placeholder" or node not in self.needed:
                 continue
             if node.target is operator.getitem:
                 of, i = node.args
@@ -282,14 +283,30 @@ class Writer:
         return len(shape) == 4 and shape[0] == self.batch > 1 and shape[2:] != (1, 1)
 
     def users(self, old: fx.Node) -> list[fx.Node]:
-        """What reads a tensor, forward and backward."""
+        """What reads a tensor in its own direction."""
+        return [user for user in old.users if user in self.needed]
+
+    def is_read_later(self, old: fx.Node) -> bool:
+        """Whether backward reads a tensor of forward."""
         later = self.old[1].inputs.get(old)
-        return [*old.users, *(later.users if later else ())]
+        return later is not None and bool(self.users(later))
 
     def only_user(self, old: fx.Node) -> fx.Node | None:
         """What alone reads a tensor in its own direction."""
-        found = list(old.users)
+        found = self.users(old)
         return found[0] if len(found) == 1 and old not in self.results else None
+
+
+def _needed(graphs: tuple[Graph, Graph], results: set[Source | None]) -> set[fx.Node]:
+    """The nodes that the results depend on, or that change something."""
+    needed = {source for source in results if isinstance(source, fx.Node)}
+    for graph in reversed(graphs):
+        for node in reversed(graph.fx.nodes):
+            if node in needed or node.is_impure():
+                needed |= {node, *node.all_input_nodes}
+        sources = (source for source, node in graph.inputs.items() if node in needed)
+        needed |= {source for source in sources if isinstance(source, fx.Node)}
+    return needed
 
 
 Rule = Callable[..., Any]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sacl_fast.ops import norm_act, norm_depthwise, norm_pointwise
 from sacl_fast.passes.fusion import (
     BeforeActivation,
     Convolution,
@@ -26,6 +27,8 @@ from sacl_fast.passes.fusion import (
 
 _ops, _aten = torch.ops.sacl_fast, torch.ops.aten
 _RELU = 1
+norm_pointwise.register()
+assert norm_act.is_compiled() and norm_depthwise.is_compiled()  # and PyTorch is told of them
 
 RULES: dict[Any, Rule] = {}
 """Operator -> rule."""
@@ -72,9 +75,9 @@ def _is_fused(w: Writer, norm: fx.Node) -> bool:
         return False
     return _takes_norms(x) or any(
         _takes_norms(user) and user.args[0] is y and _feeds_norm(w, user)
-        for y in norm.users
+        for y in w.users(norm)
         if y.args[1] == 0
-        for user in y.users
+        for user in w.users(y)
     )
 
 
@@ -260,12 +263,13 @@ def _sum(w: Writer, node: fx.Node, a: fx.Node, b: fx.Node) -> Any:
 
 def _relu_of(w: Writer, node: fx.Node) -> fx.Node | None:
     """The ReLU after which a sum is not there any more, or alone reads it."""
-    first = next(iter(node.users), None)
+    first = next(iter(w.users(node)), None)
     if first is None or node in w.results:
         return None
     if first.target is _aten.relu_.default:
         return first
-    alone = first.target is _aten.relu.default and w.users(node) == [first]
+    alone = w.only_user(node) is first and not w.is_read_later(node)
+    alone &= first.target is _aten.relu.default
     return first if alone else None
 
 
@@ -321,7 +325,7 @@ def _pointwise_backward(
     if not isinstance(gradient, InputGradient) or gradient.y not in w.convolutions:
         return NotImplemented
     given, form = (gradient.g, gradient.y, gradient.coefficients), w.form(dy)
-    dx = _output(node, 0)
+    dx = _output(w, node, 0)
     to_norm = dx is not None and _goes_to_norm(w, dx, x)
     matrix, chosen = w.read(weight), w.read(out_index)
     own = *w.operand(x), matrix, w.read(in_index), chosen, to_norm, dx is not None
@@ -359,7 +363,7 @@ def _depthwise_backward(
     if not isinstance(gradient, InputGradient) or gradient.y not in w.convolutions:
         return NotImplemented
     of_weight = [
-        user for user in dy.users if user.target is _ops.depthwise_conv_backward_weight.default
+        user for user in w.users(dy) if user.target is _ops.depthwise_conv_backward_weight.default
     ]
     if len(of_weight) != 1:
         return NotImplemented
@@ -381,8 +385,8 @@ def _depthwise_backward_weight(w: Writer, node: fx.Node, *_: Any) -> Any:
     return w.done.get(node, NotImplemented)
 
 
-def _output(node: fx.Node, i: int) -> fx.Node | None:
-    return next((user for user in node.users if user.args[1] == i), None)
+def _output(w: Writer, node: fx.Node, i: int) -> fx.Node | None:
+    return next((user for user in w.users(node) if user.args[1] == i), None)
 
 
 def _goes_to_norm(w: Writer, dx: fx.Node, x: fx.Node) -> bool:
@@ -411,19 +415,19 @@ def _gate_backward(
     return Gated(own, w.read(gate), form.shape[2] * form.shape[3]), None, dgate
 
 
-@_rule_for(_aten.div.Scalar)
-def _mean_backward(w: Writer, node: fx.Node, x: fx.Node, divisor: float) -> Any:
-    """Of a mean over the image: its gradient, spread out and divided."""
-    if x.target is not _aten.expand.default:
+@_rule_for(_aten.expand.default)
+def _mean_backward(w: Writer, node: fx.Node, x: fx.Node, shape: list[int]) -> Any:
+    """Of a mean over the image: its gradient, divided and spread out."""
+    form, user = w.form(node), w.only_user(node)
+    if x.target is not _aten.div.Tensor or not w.is_activation(node):
         return NotImplemented
     of_mean: Any = x.args[0]
-    before, after = w.form(of_mean).shape, w.form(node).shape
-    if len(after) != 4 or before != (*after[:2], 1, 1) or divisor != after[2] * after[3]:
+    pixels = form.shape[2] * form.shape[3]
+    if w.form(of_mean).shape != (*form.shape[:2], 1, 1) or x.args[1] != pixels:
         return NotImplemented
-    user = w.only_user(node)
     if user is None or user.target is not _aten.add.Tensor:
         return NotImplemented
-    return OfMean(w.view(w.read(of_mean), *after[:2]), node)
+    return OfMean(w.view(w.read(of_mean), *form.shape[:2]), node)
 
 
 @_rule_for(_aten.view.default)
@@ -438,7 +442,7 @@ def _view(w: Writer, node: fx.Node, x: fx.Node, shape: list[int]) -> Any:
 @_rule_for(_aten.add_.Tensor)
 def _add_in_place(w: Writer, node: fx.Node, a: fx.Node, b: Any) -> Any:
     form = w.form(a)
-    if node.kwargs or node.users or a in w.done:
+    if node.kwargs or w.users(node) or a in w.done:
         return NotImplemented
     if b == 1 and form.dtype == torch.int64 and not form.shape and isinstance(w.value(a), int):
         w.counters.append(w.read(a))
@@ -460,7 +464,7 @@ def _may_wait(w: Writer, x: fx.Node) -> bool:
     return all(
         (user.target is _aten.add_.Tensor and user.args[0] is x)
         or (user.target in _VIEWS and _may_wait(w, user))
-        for user in x.users
+        for user in w.users(x)
     )
 
 
@@ -469,5 +473,5 @@ def _is_own(w: Writer, x: fx.Node) -> bool:
     base: Any = x
     while base.target in _VIEWS and w.only_user(base):
         base = base.args[0]
-    read = [user for user in base.users if user.target is not _aten.index_copy_.default]
+    read = [user for user in w.users(base) if user.target is not _aten.index_copy_.default]
     return base.target is _aten.new_zeros.default and len(read) == 1 and w.only_user(x) is not None

@@ -62,9 +62,12 @@ class RecordedEncoder:
     """
 
     @checked
-    def __init__(self, slicer: Slicer, mode: RecordedMode = "skip") -> None:
+    def __init__(self, slicer: Slicer, mode: RecordedMode = "skip", *, fused: bool = False) -> None:
+        """``fused``: with batch norms fused into their neighbours (``passes.fusion``), and so equal
+        up to rounding."""
         self.slicer = slicer
         self.mode: RecordedMode = mode
+        self.fused = fused
         self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
         self._in_vain = 0
         self._obstacle: Obstacle | None = None
@@ -85,7 +88,7 @@ class RecordedEncoder:
         if own.tried == _TRIES or self._obstacle:
             return self._run(x)
         own.tried += 1
-        return record(self._run, x, lambda found: self._note(own, found))
+        return record(self._run, x, lambda found: self._note(own, found), fused=self.fused)
 
     def forget(self) -> None:
         """Record anew."""

@@ -8,14 +8,14 @@ from torch import nn
 
 from sacl_fast.config import Config, SlimConfig
 from sacl_fast.ops.backend import of_slim_operators, resolve_all
-from sacl_fast.passes import RecordedEncoder, SlimPasses, choose_slim_passes
+from sacl_fast.passes import Passes, RecordedEncoder, choose_passes
 from sacl_fast.slim import Slicer
 
 CPU = torch.device("cpu")
 
 
-def chosen(steps_per_epoch=1, **changes) -> SlimPasses:
-    return choose_slim_passes(Config(**changes), CPU, steps_per_epoch=steps_per_epoch)
+def chosen(steps_per_epoch=1, **changes) -> Passes:
+    return choose_passes(Config(**changes), CPU, steps_per_epoch=steps_per_epoch)
 
 
 def test_slim_passes_are_recorded_where_that_pays():
@@ -55,8 +55,8 @@ def test_what_runs_is_what_was_chosen(mode, monkeypatch):
         expected = encoder(x)
     modes, enter = [], Slicer.mode
     monkeypatch.setattr(Slicer, "mode", lambda self, own: modes.append(own) or enter(self, own))
-    run = SlimPasses(mode, backend="torch").slim_encoder(slicer)
+    run = Passes(mode, backend="torch").slim_encoder(slicer)
     torch.testing.assert_close(run(x), expected)
     assert modes == [mode]
     assert slicer.backend == "torch"
-    assert isinstance(SlimPasses("skip", recorded=True).slim_encoder(slicer), RecordedEncoder)
+    assert isinstance(Passes("skip", recorded=True).slim_encoder(slicer), RecordedEncoder)
