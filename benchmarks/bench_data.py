@@ -40,7 +40,7 @@ from sacl_fast.engine.clock import Clock
 from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.step import TrainingStep
-from sacl_fast.passes import choose_slim_passes
+from sacl_fast.passes import choose_passes
 
 STAGES = ("decode", "crop", "jitter", "blur", "all")
 
@@ -183,7 +183,7 @@ def data_wait(source: Source, config: Config, device: torch.device, steps: int) 
     """Images per second of training and the share of its time spent waiting for batches."""
     torch.manual_seed(config.seed)
     with opened(source, config, device) as loader:
-        passes = choose_slim_passes(config, device, steps_per_epoch=steps)
+        passes = choose_passes(config, device, steps_per_epoch=steps)
         method = build_method(config, passes)
         step = TrainingStep(method, config, Ranks(0, 1, device), steps_per_epoch=steps)
         clock = Clock(config.batch_size)

@@ -46,7 +46,7 @@ from sacl_fast.engine.distributed import Ranks, pick_device
 from sacl_fast.engine.memory import keep_freed_memory
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.step import TrainingStep
-from sacl_fast.passes import choose_slim_passes
+from sacl_fast.passes import choose_passes
 
 PHASES = ("four_passes", "loss", "backward", "optimiser")
 
@@ -87,7 +87,7 @@ def prepared(config: Config) -> tuple[TrainingStep, Tensor, Tensor]:
     if device.type == "cpu":
         keep_freed_memory()  # as training does
     torch.manual_seed(config.seed)
-    passes = choose_slim_passes(config, device, steps_per_epoch=100)
+    passes = choose_passes(config, device, steps_per_epoch=100)
     method = build_method(config, passes)
     step = TrainingStep(method, config, Ranks(0, 1, device), steps_per_epoch=100)
     shape = (2, config.batch_size, 3, config.views.size, config.views.size)

@@ -30,12 +30,14 @@ from sacl_fast.cli import parse_config
 from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.step import TrainingStep
-from sacl_fast.passes import SlimPasses
+from sacl_fast.passes import Passes
 
 PLANS = {
-    "mask": SlimPasses("mask"),
-    "skip": SlimPasses("skip"),
-    "skip, recorded": SlimPasses("skip", recorded=True),
+    "eager+mask": Passes("mask"),
+    "eager+skip": Passes("skip", recorded=True),
+    "dense+mask": Passes("mask", dense="recorded"),
+    "dense+skip": Passes("skip", dense="recorded", recorded=True),
+    "fused": Passes("skip", dense="recorded", recorded=True, fused=True),
 }
 _SMALL = 2, 4  # samples
 _WARM_UP = 3  # steps, in which slim passes are recorded

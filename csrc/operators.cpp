@@ -32,8 +32,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sacl_fast, m) {
   m.def("depthwise_conv(Tensor x, Tensor weight, Tensor? in_index, int[] stride, int[] padding, "
         "int[] dilation) -> Tensor");
   // dy (N, K, OH, OW) -> dx (N, C, H, W)
+  // positions (C) int64: where in in_index each channel is, or -1; not given, it is worked out (as
+  // it is on CPUs, where it costs nothing).
   m.def("depthwise_conv_backward_input(Tensor dy, Tensor weight, Tensor? in_index, int H, int W, "
-        "int C, int[] stride, int[] padding, int[] dilation) -> Tensor");
+        "int C, int[] stride, int[] padding, int[] dilation, *, Tensor? positions=None) -> Tensor");
   // -> dweight (K, kh, kw)
   m.def("depthwise_conv_backward_weight(Tensor x, Tensor dy, Tensor? in_index, int kh, int kw, "
         "int[] stride, int[] padding, int[] dilation) -> Tensor");
@@ -44,10 +46,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sacl_fast, m) {
   // -> (N, O, H, W)
   m.def("slim_pointwise(Tensor x, Tensor weight, Tensor? in_index, Tensor? out_index, "
         "Tensor? rest, Tensor? rest_index, Tensor? offset) -> Tensor");
-  // offset_shape: of the forward pass, empty without one.
+  // offset_shape: of the forward pass, empty without one. out_positions (Cout) and in_positions
+  // (Cin): as positions above, of out_index, and of in_index with rest_index after it.
   // -> dx, dweight (Cout, Cin), drest, doffset; empty (0) tensors for what there was none of
   m.def("slim_pointwise_backward(Tensor dy, Tensor x, Tensor weight, Tensor? in_index, "
-        "Tensor? out_index, Tensor? rest, Tensor? rest_index, int[] offset_shape) -> "
+        "Tensor? out_index, Tensor? rest, Tensor? rest_index, int[] offset_shape, *, "
+        "Tensor? out_positions=None, Tensor? in_positions=None) -> "
         "(Tensor, Tensor, Tensor, Tensor)");
 
   // The sum of two activations of which each channel may be live or constant over samples and
@@ -95,7 +99,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sacl_fast, m) {
   // The operand's mean over the image (N, K, 1, 1)
   m.def("norm_act_mean(Tensor x, Tensor affine, int act) -> Tensor");
   // g of dy * gate + dmean / (H W), the operand's gradient, and its gsums; gate, dmean (N, K) or
-  // null. g is empty (0) where it is dy itself.
+  // null. dy (N, K or more, H, W): the first K channels count. g is empty (0) where it is dy
+  // itself.
   m.def("norm_act_gradient(Tensor dy, Tensor x, Tensor affine, int act, Tensor? gate, "
         "Tensor? dmean) -> (Tensor, Tensor)");
   // Sums over the image of dy times the operand (N, K)
@@ -112,6 +117,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sacl_fast, m) {
   // border are not read, and are given the mean of what is missing to 0.
   m.def("norm_act_offset_gradient(Tensor g, Tensor? y, Tensor? coefficients, int[] shape, "
         "int[] border) -> Tensor");
+
+  // slim_add of operands without activation: a_affine, b_affine null: a, b themselves.
+  m.def("norm_slim_add(Tensor a, Tensor? a_affine, Tensor? a_rest, Tensor? a_index, Tensor b, "
+        "Tensor? b_affine, Tensor? b_rest, Tensor? b_index) -> Tensor");
+  // slim_gate of an operand
+  m.def("norm_slim_gate(Tensor x, Tensor affine, int act, Tensor? map, Tensor gate, "
+        "Tensor? x_index, Tensor? map_index) -> Tensor");
+  // -> dmap (1, R, H, W) or empty (0), dgate (N, C) float32; dy (N, K + R, H, W), whose first K
+  // channels norm_act_gradient takes
+  m.def("norm_slim_gate_backward(Tensor dy, Tensor x, Tensor affine, int act, Tensor? map, "
+        "Tensor gate, Tensor? x_index, Tensor? map_index) -> (Tensor, Tensor)");
 
   // depthwise_conv of an operand -> (N, K, OH, OW) and its sums
   m.def("norm_depthwise(Tensor x, Tensor? affine, int act, Tensor weight, Tensor? in_index, "

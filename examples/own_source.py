@@ -22,7 +22,7 @@ from sacl_fast.data.loading.open import open_view_loader
 from sacl_fast.engine.distributed import process_group
 from sacl_fast.engine.method import SaclXd, build_method
 from sacl_fast.engine.step import TrainingStep
-from sacl_fast.passes import choose_slim_passes
+from sacl_fast.passes import choose_passes
 
 
 class NumpySource:
@@ -76,9 +76,7 @@ def train(source: NumpySource, config: Config) -> tuple[SaclXd, list[float]]:
         )
         steps = loader.steps_per_epoch
         torch.manual_seed(config.seed)
-        method = build_method(
-            config, choose_slim_passes(config, ranks.device, steps_per_epoch=steps)
-        )
+        method = build_method(config, choose_passes(config, ranks.device, steps_per_epoch=steps))
         step = TrainingStep(method, config, ranks, steps_per_epoch=steps)
         for epoch in range(config.epochs):
             for batch in loader.epoch(epoch):

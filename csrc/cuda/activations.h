@@ -53,25 +53,52 @@ const char* with_activation(int act, const F& f) {
   }
 }
 
-// The same on the device, for the few values where a kernel for each activation is not worth it.
-__device__ inline float activate(int act, float z) {
+// What is wrong with `act`, or null.
+inline const char* unknown_activation(int act) {
+  return with_activation(act, [](auto) { return static_cast<const char*>(nullptr); });
+}
+
+// The same on the device, for few values, or for vectors of them in kernels that wait for memory: a
+// kernel for each activation is not worth it.
+template <class F>
+__device__ void on_activation(int act, const F& f) {
   switch (act) {
 #define SACL_ROW(name) \
-  case k##name: return name::value(z);
+  case k##name: f(name()); break;
     SACL_ACTIVATIONS(SACL_ROW)
 #undef SACL_ROW
-    default: return z;
   }
 }
 
+// z becomes its activation.
+template <int V>
+__device__ void activate(int act, float (&z)[V]) {
+  on_activation(act, [&](auto activation) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) z[v] = decltype(activation)::value(z[v]);
+  });
+}
+
+// dy becomes the gradient of z.
+template <int V>
+__device__ void through_activation(int act, float (&dy)[V], const float (&z)[V]) {
+  on_activation(act, [&](auto activation) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) dy[v] = decltype(activation)::through(dy[v], z[v]);
+  });
+}
+
+__device__ inline float activate(int act, float z) {
+  float values[1] = {z};
+  activate(act, values);
+  return values[0];
+}
+
 __device__ inline float through_activation(int act, float dy, float z) {
-  switch (act) {
-#define SACL_ROW(name) \
-  case k##name: return name::through(dy, z);
-    SACL_ACTIVATIONS(SACL_ROW)
-#undef SACL_ROW
-    default: return dy;
-  }
+  float gradient[1] = {dy};
+  const float values[1] = {z};
+  through_activation(act, gradient, values);
+  return gradient[0];
 }
 
 }  // namespace sacl::cuda

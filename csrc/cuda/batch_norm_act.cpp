@@ -18,14 +18,8 @@ BatchNormActShape shape_of(const Tensor& x, const Tensor& weight,
   s.K = static_cast<int>(x.size(1));
   s.R = zeroed_index ? static_cast<int>(zeroed_index->numel()) : 0;
   s.C = static_cast<int>(weight.numel());
-  STD_TORCH_CHECK(kept_index ? s.K + s.R <= s.C : s.K == s.C && s.R == 0, s.K, " live and ", s.R,
-                  " zeroed channels are not of ", s.C,
-                  kept_index ? "" : " without a list of the live");
+  check_channels(s.K, s.R, s.C, kept_index);
   return s;
-}
-
-float* running(const std::optional<Tensor>& t, const BatchNormActShape& s) {
-  return t ? const_cast<float*>(floats(*t, {s.C}, "a running statistic")) : nullptr;
 }
 
 }  // namespace
@@ -36,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act(
     std::optional<Tensor> running_var, int64_t count, double momentum, double eps, int64_t act) {
   const void* in = images(x, "x");
   const BatchNormActShape s = shape_of(x, weight, kept_index, zeroed_index, act);
-  const BatchNormStatistics statistics{running(running_mean, s), running(running_var, s),
+  const BatchNormStatistics statistics{running(running_mean, s.C), running(running_var, s.C),
                                        static_cast<double>(count), static_cast<float>(momentum),
                                        static_cast<float>(eps)};
   const OnDevice device(x);

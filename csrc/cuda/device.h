@@ -151,6 +151,10 @@ __device__ void clear(float (&values)[V]) {
   for (int v = 0; v < V; ++v) values[v] = 0;
 }
 
+// Rows whose vectors a thread has under way at a time.
+template <int V>
+constexpr int kLoads = V == 1 ? 8 : 4;
+
 // Launches.
 
 inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -267,26 +271,40 @@ __device__ void sum_rows_of_block(float* buffer, float (&own)[N]) {
   }
 }
 
+// The N sums of each column of (COLUMNS, ROWS) threads, in all of them: half of the rows is added
+// to the other until one is left. Called by all threads of the block; ROWS is a power of two.
+template <int COLUMNS, int ROWS, int N>
+__device__ void sum_columns_of_block(double (&own)[N]) {
+  __shared__ double sums[N][ROWS][COLUMNS];
+  const int x = threadIdx.x, y = threadIdx.y;
+#pragma unroll
+  for (int i = 0; i < N; ++i) sums[i][y][x] = own[i];
+  for (int rows = ROWS / 2; rows > 0; rows /= 2) {
+    __syncthreads();
+    if (y >= rows) continue;
+#pragma unroll
+    for (int i = 0; i < N; ++i) sums[i][y][x] += sums[i][y + rows][x];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < N; ++i) own[i] = sums[i][0][x];
+  __syncthreads();
+}
+
 constexpr int kColumns = 32, kColumnRows = 16;  // threads of a block that sums up columns
 
 // The sum of column blockIdx.x * kColumns + threadIdx.x of `partial` (count, columns), whose rows
-// are `stride` apart; valid where threadIdx.y is 0. Called by all threads of the block.
+// are `stride` apart. Called by all threads of the block.
 __device__ inline double sum_of_column(const float* partial, int count, int64_t stride, int column,
                                        bool inside) {
-  __shared__ double sums[kColumnRows][kColumns];
-  double sum = 0;
+  double sum[1] = {0};
   if (inside) {
 #pragma unroll 4
     for (int row = threadIdx.y; row < count; row += kColumnRows)
-      sum += partial[row * stride + column];
+      sum[0] += partial[row * stride + column];
   }
-  sums[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y == 0) {
-    for (int row = 1; row < kColumnRows; ++row) sum += sums[row][threadIdx.x];
-  }
-  __syncthreads();
-  return sum;
+  sum_columns_of_block<kColumns, kColumnRows>(sum);
+  return sum[0];
 }
 
 }  // namespace sacl::cuda

@@ -94,6 +94,19 @@ inline const int64_t* indices(const std::optional<Tensor>& t, int64_t count, con
   return t ? static_cast<const int64_t*>(plain(*t, {count}, ScalarType::Long, name)) : nullptr;
 }
 
+// A running statistic of C channels, which is updated, or null.
+inline float* running(const std::optional<Tensor>& t, int64_t C) {
+  return t ? const_cast<float*>(floats(*t, {C}, "a running statistic")) : nullptr;
+}
+
+// Of a norm's C channels, K are live and R zeroed.
+inline void check_channels(int64_t K, int64_t R, int64_t C,
+                           const std::optional<Tensor>& kept_index) {
+  STD_TORCH_CHECK(kept_index ? K + R <= C : K == C && R == 0, K, " live and ", R,
+                  " zeroed channels are not of ", C,
+                  kept_index ? "" : " without a list of the live");
+}
+
 // Images (N, C, H, W) that lie in memory as (N, H, W, C), of pixels that an int counts.
 inline const void* images(const Tensor& t, const char* name) {
   bool last = on_device(t) && t.dim() == 4;

@@ -24,6 +24,12 @@ struct DepthwiseConvShape {
   int kh, kw, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
 };
 
+// How many sets of gsums the backward pass of norm_depthwise leaves, and the floats of its scratch.
+struct NormDepthwiseSums {
+  int sets;
+  int64_t scratch;
+};
+
 struct BatchNormActShape {
   int dtype;  // of activations and of the rest; all else is float32
   int act;
@@ -44,6 +50,25 @@ struct OffsetShape {
   int dtype;
   int N, H, W, O;  // of the images
   int n, h, w;     // of the offset: as the image, or 1
+};
+
+// Rows at the top and the bottom of an image, columns at its left and right.
+struct OffsetBorder {
+  int top, bottom, left, right;
+};
+
+inline OffsetBorder whole_image(const OffsetShape& s) { return {s.H, 0, 0, 0}; }
+
+struct NormActShape {
+  int dtype;     // of images
+  int N, HW, K;  // samples, pixels of an image, channels
+};
+
+// What a norm in training does with sums of its live channels.
+struct NormActChannels {
+  int sets;     // sets of sums
+  int K, R, C;  // live channels, zeroed channels, channels of the full vectors
+  int act;
 };
 
 // The weight (Cout, Cin) of a 1x1 convolution and its parts: (O, K) from live channels and (O, R)
@@ -80,11 +105,12 @@ const char* sacl_cuda_depthwise_conv(sacl::cuda::DepthwiseConvShape shape, const
                                      const void* weight, const int64_t* in_index, void* y,
                                      void* stream);
 
-// dx (N, H, W, C) of dy (N, OH, OW, K). positions: scratch of C where there is in_index, else null.
+// dx (N, H, W, C) of dy (N, OH, OW, K). positions (C): the filter that reads a channel, or -1; null
+// where they are as many, in order.
 const char* sacl_cuda_depthwise_conv_backward_input(sacl::cuda::DepthwiseConvShape shape,
                                                     const void* dy, const void* weight,
-                                                    const int64_t* in_index, void* dx,
-                                                    int64_t* positions, void* stream);
+                                                    const int64_t* positions, void* dx,
+                                                    void* stream);
 
 // dweight (K, kh, kw). partial: scratch of as many floats as this says.
 int64_t sacl_cuda_depthwise_conv_backward_weight_scratch(sacl::cuda::DepthwiseConvShape shape);
@@ -92,6 +118,27 @@ const char* sacl_cuda_depthwise_conv_backward_weight(sacl::cuda::DepthwiseConvSh
                                                      const void* x, const void* dy,
                                                      const int64_t* in_index, void* dweight,
                                                      float* partial, void* stream);
+
+// y (N, OH, OW, K) of the operand of x (N, H, W, C), with affine (4, C) or null, and sums
+// (sets, 3, K); as many sets as this says.
+int sacl_cuda_norm_depthwise_sets(sacl::cuda::DepthwiseConvShape shape, const void* x,
+                                  const int64_t* in_index);
+const char* sacl_cuda_norm_depthwise(sacl::cuda::DepthwiseConvShape shape, const void* x,
+                                     const float* affine, int act, const void* weight,
+                                     const int64_t* in_index, void* y, float* sums, void* stream);
+
+// dx (N, H, W, C), gsums (sets, 2, C) and dweight (K, kh, kw) of g, y (N, OH, OW, K), the operand
+// of x, and coefficients (4, K); y and coefficients may be null. gsums null: dx is the gradient of
+// the operand. positions: scratch of C where there is in_index, else null; partial: scratch.
+sacl::cuda::NormDepthwiseSums sacl_cuda_norm_depthwise_backward_sums(
+    sacl::cuda::DepthwiseConvShape shape, const void* g, const void* y, const void* x,
+    const int64_t* in_index);
+const char* sacl_cuda_norm_depthwise_backward(sacl::cuda::DepthwiseConvShape shape, const void* g,
+                                              const void* y, const float* coefficients,
+                                              const void* x, const float* affine, int act,
+                                              const void* weight, const int64_t* in_index,
+                                              int64_t* positions, void* dx, float* gsums,
+                                              void* dweight, float* partial, void* stream);
 
 // Floats of scratch that both passes of batch norm take.
 int64_t sacl_cuda_batch_norm_act_scratch(sacl::cuda::BatchNormActShape shape);
@@ -111,6 +158,65 @@ const char* sacl_cuda_batch_norm_act_backward(sacl::cuda::BatchNormActShape shap
                                               const int64_t* zeroed_index, const float* mean,
                                               const float* rstd, void* dx, float* dweight,
                                               float* dbias, float* scratch, void* stream);
+
+// What a norm's neighbours leave to it. x, dy, g, y, other (N, HW, K), gate, dmean (N, K) are of
+// the shape's type, all else float32: affine, coefficients (4, K), sums (sets, 3, K), gsums (sets,
+// 2, K).
+
+// The sets of sums that a pass over images leaves.
+int64_t sacl_cuda_norm_act_sets(sacl::cuda::NormActShape shape);
+const char* sacl_cuda_norm_act_moments(sacl::cuda::NormActShape shape, const void* x, float* sums,
+                                       void* stream);
+
+// y = act_after(act(x) + other); other or the affine of it may be null.
+const char* sacl_cuda_norm_act_apply(sacl::cuda::NormActShape shape, const void* x,
+                                     const float* affine, int act, const void* other,
+                                     const float* other_affine, int act_after, void* y,
+                                     void* stream);
+
+// gate, dmean may be null, and g too, which then is not written.
+const char* sacl_cuda_norm_act_gradient(sacl::cuda::NormActShape shape, const void* dy,
+                                        const void* x, const float* affine, int act,
+                                        const void* gate, const void* dmean, void* g, float* gsums,
+                                        void* stream);
+const char* sacl_cuda_norm_act_input_gradient(sacl::cuda::NormActShape shape, const void* g,
+                                              const void* y, const float* coefficients, void* dy,
+                                              void* stream);
+
+// weight, bias (C); kept_index (K); zeroed_index (R); mean_shift (K) or null; rest (R).
+const char* sacl_cuda_norm_act_affine(sacl::cuda::NormActChannels channels, const float* sums,
+                                      const float* weight, const float* bias,
+                                      const int64_t* kept_index, const int64_t* zeroed_index,
+                                      sacl::cuda::BatchNormStatistics statistics,
+                                      const float* mean_shift, float* affine, float* rest,
+                                      void* stream);
+
+// drest (R) or null; dweight, dbias (C). count: values of a live channel.
+const char* sacl_cuda_norm_act_coefficients(sacl::cuda::NormActChannels channels,
+                                            const float* gsums, const float* drest,
+                                            const float* bias, const int64_t* kept_index,
+                                            const int64_t* zeroed_index, const float* affine,
+                                            double count, float* coefficients, float* dweight,
+                                            float* dbias, void* stream);
+
+// Floats of scratch that the three sums below take.
+int64_t sacl_cuda_norm_act_sums_scratch(sacl::cuda::OffsetShape shape,
+                                        sacl::cuda::OffsetBorder border);
+
+// mean (N, O) of the shape's type; dgate (N, O): sums over the image, to n = N, h = w = 1.
+const char* sacl_cuda_norm_act_mean(sacl::cuda::OffsetShape shape, const void* x,
+                                    const float* affine, int act, void* mean, float* scratch,
+                                    void* stream);
+const char* sacl_cuda_norm_act_gate_gradient(sacl::cuda::OffsetShape shape, const void* dy,
+                                             const void* x, const float* affine, int act,
+                                             float* dgate, float* scratch, void* stream);
+
+// doffset (n, h, w, O). y and coefficients may be null. Pixels within the border are not read, but
+// given, each, the same share of what is missing to a sum of 0.
+const char* sacl_cuda_norm_act_offset_gradient(sacl::cuda::OffsetShape shape,
+                                               sacl::cuda::OffsetBorder border, const void* g,
+                                               const void* y, const float* coefficients,
+                                               float* doffset, float* scratch, void* stream);
 
 // part (O, K) = weight[out_index][:, in_index], in the activations' type.
 const char* sacl_cuda_take_weight(sacl::cuda::WeightShape shape, const void* weight,

@@ -1,7 +1,7 @@
 // What a 1x1 convolution on index lists needs around its matrix products, which are a library's:
 // parts of the weight, the full weight's gradient from those of its parts, offsets that are spread
 // over an image and, backwards, summed over it.
-#include "cuda/device.h"
+#include "cuda/sum_to_offset.h"
 
 namespace sacl::cuda {
 namespace {
@@ -83,75 +83,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The pixels that are summed up to one value of an offset, in parts that a block takes.
-struct Summed {
-  OffsetShape s;
-  Divisor width, height;  // of what is summed over
-  Divisor sums_width, sums_height;
-  int count;         // pixels of a sum
-  int parts, chunk;  // blocks of a sum, pixels of a block
-
-  Summed(const OffsetShape& s, const Tile& tile)
-      : s(s), width(over(s.W, s.w)), height(over(s.H, s.h)), sums_width(s.w), sums_height(s.h) {
-    count = over(s.W, s.w) * over(s.H, s.h) * over(s.N, s.n);
-    const int64_t blocks = ceil_div<int64_t>(multiprocessors() * kPerProcessor,
-                                             static_cast<int64_t>(tile.slices) * cells());
-    const int least = ceil_div(ceil_div(count, static_cast<int>(blocks)), tile.rows) * tile.rows;
-    chunk = least;
-    parts = ceil_div(count, chunk);
-  }
-  static int over(int size, int kept) { return kept == size ? 1 : size; }
-  int64_t cells() const { return static_cast<int64_t>(s.n) * s.h * s.w; }
-
-  // The `i`th of the pixels that are summed up to value `cell`.
-  __device__ int64_t pixel(int cell, int i) const {
-    int w = cell;
-    int h = sums_width.split(w);
-    int n = sums_height.split(h);
-    int own_w = i;
-    int own_h = width.split(own_w);
-    n += height.split(own_h);
-    return (static_cast<int64_t>(n) * s.H + h + own_h) * s.W + w + own_w;
-  }
-};
-
-// partial (parts, cells, O), or sums (cells, O) where a sum has one part.
-template <class T, int V>
-__global__ void __launch_bounds__(kThreads)
-    sum_to_offset(Summed summed, const T* dy, float* partial, T* sums) {
-  __shared__ float buffer[kSumBuffer<V>];
-  const int O = summed.s.O, channel = (blockIdx.y * blockDim.x + threadIdx.x) * V;
-  const int cell = blockIdx.x / summed.parts, part = blockIdx.x % summed.parts;
-  float sum[V];
-  clear(sum);
-  const int stop = channel < O ? min(summed.count, (part + 1) * summed.chunk) : 0;
-#pragma unroll 4
-  for (int i = part * summed.chunk + threadIdx.y; i < stop; i += blockDim.y) {
-    float value[V];
-    Vec<T, V>::load(dy + summed.pixel(cell, i) * O + channel).unpack(value);
-#pragma unroll
-    for (int v = 0; v < V; ++v) sum[v] += value[v];
-  }
-  sum_rows_of_block(buffer, sum);
-  if (threadIdx.y != 0 || channel >= O) return;
-  if (summed.parts == 1) {
-    Vec<T, V>::store(sums + static_cast<int64_t>(cell) * O + channel, sum);
-    return;
-  }
-  const int64_t cells = gridDim.x / summed.parts;
-  float* own = partial + (part * cells + cell) * O + channel;
-#pragma unroll
-  for (int v = 0; v < V; ++v) own[v] = sum[v];
-}
-
-template <class T>
-__global__ void add_parts(const float* partial, int parts, int columns, T* sums) {
-  const int column = blockIdx.x * kColumns + threadIdx.x;
-  const bool inside = column < columns;
-  const double sum = sum_of_column(partial, parts, columns, column, inside);
-  if (inside && threadIdx.y == 0) sums[column] = from_float<T>(static_cast<float>(sum));
-}
-
 // Launches.
 
 // `f` with null pointers to the weight's type and to that of its parts.
@@ -175,20 +106,6 @@ const char* launch_spread(const OffsetShape& s, const T* offset, const T* respon
   return launch(&spread<T, V>, dim3(chunks.count, tile.slices), dim3(tile.groups, tile.rows),
                 stream, OffsetOfPixels(s), count, static_cast<int>(chunks.size), offset, response,
                 response_n, y);
-}
-
-template <class T, int V>
-const char* launch_sums(const OffsetShape& s, const T* dy, T* sums, float* scratch, void* stream) {
-  const Tile tile(s.O, V);
-  const Summed summed(s, tile);
-  const int64_t columns = summed.cells() * s.O;
-  const dim3 grid(static_cast<unsigned>(summed.cells() * summed.parts), tile.slices);
-  const char* failure = launch(&sum_to_offset<T, V>, grid, dim3(tile.groups, tile.rows), stream,
-                               summed, dy, scratch, sums);
-  if (failure || summed.parts == 1) return failure;
-  return launch(&add_parts<T>, dim3(static_cast<unsigned>(ceil_div<int64_t>(columns, kColumns))),
-                dim3(kColumns, kColumnRows), stream, scratch, summed.parts,
-                static_cast<int>(columns), sums);
 }
 
 }  // namespace
@@ -241,17 +158,7 @@ const char* sacl_cuda_spread_offset(OffsetShape shape, const void* offset, const
 }
 
 int64_t sacl_cuda_sum_to_offset_scratch(OffsetShape shape) {
-  int parts = 0;
-  with_type(shape.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    for (const int V : {1, kLanes<T>}) {
-      const Tile tile(shape.O, V);
-      parts = std::max(parts, Summed(shape, tile).parts);
-    }
-    return static_cast<const char*>(nullptr);
-  });
-  const int64_t cells = static_cast<int64_t>(shape.n) * shape.h * shape.w;
-  return parts == 1 ? 1 : parts * cells * shape.O;
+  return sums_scratch(shape, whole_image(shape), kPerProcessor);
 }
 
 const char* sacl_cuda_sum_to_offset(OffsetShape shape, const void* dy, void* sums, float* scratch,
@@ -259,8 +166,10 @@ const char* sacl_cuda_sum_to_offset(OffsetShape shape, const void* dy, void* sum
   return with_type(shape.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const bool vectors = shape.O % kLanes<T> == 0 && aligned(dy) && aligned(sums);
-    const auto run = vectors ? &launch_sums<T, kLanes<T>> : &launch_sums<T, 1>;
-    return run(shape, static_cast<const T*>(dy), static_cast<T*>(sums), scratch, stream);
+    const auto run =
+        vectors ? &launch_sums<T, kLanes<T>, Itself, T> : &launch_sums<T, 1, Itself, T>;
+    return run(shape, whole_image(shape), kPerProcessor, {}, static_cast<const T*>(dy), nullptr, 1,
+               static_cast<T*>(sums), scratch, stream);
   });
 }
 }

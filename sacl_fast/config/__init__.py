@@ -10,6 +10,7 @@ A new setting is a field with a docstring in one of the files here; its annotati
 
 from sacl_fast.config.choices import Backend
 from sacl_fast.config.data import DaliConfig, DataConfig, ViewConfig, ViewsConfig
+from sacl_fast.config.engine import EngineConfig
 from sacl_fast.config.method import EncoderConfig, LossConfig, ProjectorConfig, SlimConfig
 from sacl_fast.config.run import Config, to_dict, warmup_as_trained
 from sacl_fast.config.training import CheckpointConfig, EvalConfig, LogConfig, OptimConfig
@@ -21,6 +22,7 @@ __all__ = [
     "DaliConfig",
     "DataConfig",
     "EncoderConfig",
+    "EngineConfig",
     "EvalConfig",
     "LogConfig",
     "LossConfig",

@@ -29,6 +29,9 @@ NormGradientSetting = Literal["auto", NormGradient]
 SlimMode = Literal["mask", "skip"]
 SlimModeSetting = Literal["auto", SlimMode]
 
+Plan = Literal["eager", "compile", "dense+mask", "dense+skip", "fused"]
+PlanSetting = Literal["auto", Plan]
+
 OptimizerName = Literal["lars", "adamw"]
 Widths = Literal["both", "dense", "slim"]
 ResumeAt = Literal["step", "next_epoch"]

@@ -11,6 +11,7 @@ import tyro
 from sacl_fast.checks import A_PATH, Count, Range, Rule, Settings
 from sacl_fast.config.choices import Backend, Device, Precision, ResumeAt
 from sacl_fast.config.data import DataConfig, ViewsConfig
+from sacl_fast.config.engine import EngineConfig
 from sacl_fast.config.method import EncoderConfig, LossConfig, ProjectorConfig, SlimConfig
 from sacl_fast.config.training import CheckpointConfig, EvalConfig, LogConfig, OptimConfig
 from sacl_fast.errors import UserError
@@ -18,6 +19,13 @@ from sacl_fast.errors import UserError
 _FILE_NAME = Rule(lambda text: "/" not in text and text[0] != ".", "a name without '/' works")
 _STANDARDISED = "the loss standardises every feature over the batch"
 _EXACT = "larger ones are rounded by what reads all numbers as floats; the clock's microseconds fit"
+# Of the plans that have one of their own.
+_SLIM_MODES = {
+    "compile": ("mask",),
+    "dense+mask": ("mask",),
+    "dense+skip": ("skip",),
+    "fused": ("skip",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +63,7 @@ class Config(Settings):
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     slim: SlimConfig = field(default_factory=SlimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -66,6 +75,13 @@ class Config(Settings):
             raise UserError(
                 f"eval.k is {self.eval.k}, but eval.bank has {self.eval.bank} images to choose "
                 f"neighbours from; eval.k of at most {self.eval.bank} works"
+            )
+        plan, mode = self.engine.plan, self.slim.mode
+        if mode != "auto" and plan in _SLIM_MODES and mode not in _SLIM_MODES[plan]:
+            fitting = ", ".join(name for name, modes in _SLIM_MODES.items() if mode in modes)
+            raise UserError(
+                f"engine.plan {plan} runs the slim passes in mode {_SLIM_MODES[plan][0]}, but "
+                f"slim.mode is {mode}; engine.plan eager, {fitting} or slim.mode auto works"
             )
         if self.slim.warmup_epochs >= self.epochs:
             raise UserError(

@@ -40,18 +40,20 @@ def describe(
     slim = config.slim.ratio < 1
     unused = {"augment"}  # the loader's, which has said so
     unused.update(() if config.optim.name == "lars" else ("lars",))
-    unused.update(() if slim else SLIM_OPERATORS)
+    unused.update(() if slim or method.passes.dense == "recorded" else SLIM_OPERATORS)
     operators: dict[Resolution, list[str]] = {}
     for op, resolution in step.backends.items():
         if op not in unused:
             operators.setdefault(resolution, []).append(op)
     for (backend, reason), names in operators.items():
         yield f"{', '.join(names)}: {backend} ({reason})"
-    if slim:
-        passes = method.passes
+    passes = method.passes
+    if passes.plan != "eager":
+        yield f"passes: {passes.plan} ({passes.reason})"
+    elif slim:
         recorded = ", recorded" if passes.recorded else ""
         yield f"slim passes: {passes.mode}{recorded} ({passes.reason})"
-        if method.slicer.norm_gradient == "damped":
-            requested = config.slim.norm_gradient == "damped"
-            why = "as requested" if requested else "they would grow over several in a row"
-            yield f"slim passes: gradients through norms of constant channels are damped ({why})"
+    if slim and method.slicer.norm_gradient == "damped":
+        requested = config.slim.norm_gradient == "damped"
+        why = "as requested" if requested else "they would grow over several in a row"
+        yield f"slim passes: gradients through norms of constant channels are damped ({why})"

@@ -18,7 +18,7 @@ from sacl_fast.engine.launch import read_launch
 from sacl_fast.engine.method import SaclXd, build_method
 from sacl_fast.engine.preflight import check_run, remarks
 from sacl_fast.errors import UserError
-from sacl_fast.passes import SlimPasses
+from sacl_fast.passes import Passes
 from sacl_fast.precision import autocast_dtype
 
 _GIB, _PROBE_BATCH = 2**30, 4
@@ -28,7 +28,7 @@ def print_dry_run(config: Config) -> None:
     """Print the resolved configuration, sizes, FLOPs and an estimate of memory."""
     check_run(config)
     world_size = read_launch().world_size
-    method = build_method(config, SlimPasses())
+    method = build_method(config, Passes())
     encoder_parameters = _count(method.encoder)
     projector_parameters = _count(method.projector)
     forward = _forward_flops(method, config.views.size)

@@ -26,7 +26,7 @@ from sacl_fast.config import Config
 from sacl_fast.encoders import Projector, build_encoder, output_dim
 from sacl_fast.encoders.batch_norm import local_batch_norm, synchronize_batch_norm
 from sacl_fast.ops.collectives import RowGather, world_size
-from sacl_fast.passes import SlimPasses
+from sacl_fast.passes import Passes
 from sacl_fast.slim import Slicer
 from sacl_fast.slim.constant_channels import constant_norms_in_a_row
 
@@ -56,13 +56,13 @@ class SaclXd(nn.Module):
         projector: nn.Module,
         slicer: Slicer,
         *,
-        passes: SlimPasses,
+        passes: Passes,
         distill: bool = True,
         gather: bool = False,
     ) -> None:
         """
         Args:
-            passes: how the slim passes run.
+            passes: how the encoder's passes run.
             distill: run the passes without gradient, too.
             gather: send every embedding to all ranks while the next pass runs.
         """
@@ -70,17 +70,22 @@ class SaclXd(nn.Module):
         self.encoder = encoder
         self.projector = projector
         self.slicer = slicer
-        self.passes = passes
-        self.slim_encoder = passes.slim_encoder(slicer)
+        self.run_by(passes)
         self.distill = distill
         self.gather = gather
 
+    def run_by(self, passes: Passes) -> None:
+        """From now on, run the encoder's passes that way."""
+        self.passes = passes
+        self.dense_encoder = passes.dense_encoder(self.slicer)
+        self.slim_encoder = passes.slim_encoder(self.slicer)
+
     def dense(self, x: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, D)
-        with self.slicer.mode("dense"):
-            return self.projector(self.encoder(x))
+        return self.projector(self.dense_encoder(x))
 
     def slim(self, x: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, D)
-        return self.projector(self.slim_encoder(x))
+        encoder = self.slim_encoder if self.slicer.active else self.dense_encoder
+        return self.projector(encoder(x))
 
     def forward(self, x_a: Tensor, x_b: Tensor) -> Embeddings:
         gathers: list[RowGather] = []
@@ -108,11 +113,11 @@ class Networks(NamedTuple):
     slicer: Slicer
 
 
-def build_method(config: Config, passes: SlimPasses, networks: Networks | None = None) -> SaclXd:
+def build_method(config: Config, passes: Passes, networks: Networks | None = None) -> SaclXd:
     """The configured model, untrained, on the CPU, in training mode.
 
     Args:
-        passes: how the slim passes run.
+        passes: how the encoder's passes run.
         networks: what ``build_networks`` gave for this configuration; None: called here.
     """
     return SaclXd(

@@ -32,6 +32,7 @@ from sacl_fast.engine.memory import keep_freed_memory
 from sacl_fast.engine.method import build_method, build_networks
 from sacl_fast.engine.metrics import MetricWriter, read_metrics
 from sacl_fast.engine.monitor import Monitor
+from sacl_fast.engine.plan import take_plan
 from sacl_fast.engine.plots import plot_curves
 from sacl_fast.engine.preflight import check_run, remarks
 from sacl_fast.engine.resume import Continuation, data_record, find_continuation, restore, set_aside
@@ -39,7 +40,7 @@ from sacl_fast.engine.signals import StopRequest
 from sacl_fast.engine.step import TrainingStep
 from sacl_fast.errors import Stopped, UserError
 from sacl_fast.files import whole_file
-from sacl_fast.passes import choose_slim_passes
+from sacl_fast.passes import choose_passes
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ class Run:
             check=self.stop.check_wait,  # the others go on to the step that all stop at
         )
         steps_per_epoch = self.loader.steps_per_epoch
-        passes = choose_slim_passes(config, ranks.device, steps_per_epoch=steps_per_epoch)
+        passes = choose_passes(config, ranks.device, steps_per_epoch=steps_per_epoch)
         self.method = build_method(config, passes, networks)
         self.method.slicer.enabled = config.slim.warmup_epochs == 0
         self.step = TrainingStep(self.method, config, ranks, steps_per_epoch=steps_per_epoch)
@@ -128,6 +129,7 @@ class Run:
         """Whether the run folder vanished; known to the first rank."""
         self.data = ranks.on_first(lambda: data_record(self.splits.train))
         self.resumed = self._resume()
+        take_plan(config, self.step, self.resumed and self.resumed.state.get("plan", "eager"))
         self.writer: MetricWriter | None = None
         ranks.on_first(self._open_records)
         self.console = RunConsole(
@@ -342,6 +344,7 @@ class Run:
             "knn_due": self.knn_due,
             "knn_before": self.knn_before,
             "best_knn": self.best_knn,
+            "plan": self.method.passes.plan,
         }
 
     def _resume(self) -> Continuation | None:

@@ -1,10 +1,12 @@
-"""How a pass of the slim encoder runs, which is decided once a run (``choice``).
+"""How a pass of the encoder runs, which is decided once a run: its plan (``choice``).
 
-As its code says, in the slicer's mode ``mask`` or ``skip``; or from a recording of mode ``skip``
-(``recorded``, ``recording``), which leaves nothing for Python to decide.
+As the model's code says, in one of the slicer's modes, or compiled; or from a recording of itself
+(``recorded``, ``recording``, ``graph``), which leaves nothing for Python to decide; or from a
+recording whose batch norms are fused into the convolutions around them (``fusion``,
+``fusion_rules``).
 """
 
-from sacl_fast.passes.choice import SlimPasses, choose_slim_passes
+from sacl_fast.passes.choice import Passes, choose_passes, passes_of, plan_obstacle
 from sacl_fast.passes.recorded import RecordedEncoder
 
-__all__ = ["RecordedEncoder", "SlimPasses", "choose_slim_passes"]
+__all__ = ["Passes", "RecordedEncoder", "choose_passes", "passes_of", "plan_obstacle"]

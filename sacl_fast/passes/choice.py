@@ -1,15 +1,18 @@
-"""How the slim passes of a run are run, and why: decided once, before the model is built."""
+"""How the encoder's passes run: what each plan is, which ones a run can have, and the rule."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from sacl_fast.config import Backend, Config
-from sacl_fast.config.choices import SlimMode
+from sacl_fast.config.choices import Plan, SlimMode
+from sacl_fast.errors import UserError
+from sacl_fast.ops import norm_act, norm_depthwise, norm_pointwise
 from sacl_fast.ops.backend import of_slim_operators, resolve_all
 from sacl_fast.passes.recorded import RecordedEncoder
 from sacl_fast.precision import autocast_dtype
@@ -19,48 +22,114 @@ _STEPS_WORTH_RECORDING = 30
 """Between two choices of filters. Recording the slim passes takes as long as some 20 steps with
 them save (ResNet-20 at 32 px, MobileNet-V3 and EfficientNet-B0 at 32 to 112 px; 14 to 25)."""
 
+Run = Callable[[Tensor], Tensor]
+"""Of images (N, C, H, W), the features (N, F)."""
+
 
 @dataclass(frozen=True)
-class SlimPasses:
-    """How the slim encoder is run; without arguments, as the reference does."""
+class Passes:
+    """How the dense and the slim encoder are run; without arguments, as the reference does."""
 
     mode: SlimMode = "mask"
-    """See ``SlimConfig.mode``."""
+    """Of the slim passes, see ``SlimConfig.mode``."""
+    dense: Literal["eager", "recorded", "compiled"] = "eager"
+    """The dense encoder as its code says; by the operators of ``skip``, from a recording; or by
+    torch.compile, and then the slim one too."""
     recorded: bool = False
     """Whether mode ``skip`` runs from a recording of itself."""
+    fused: bool = False
+    """Whether recordings have their batch norms fused, see ``passes.fusion``."""
     backend: Backend = "auto"
-    """Of the operators of ``skip``; see ``ops.backend``."""
+    """Of the operators; see ``ops.backend``."""
+    plan: Plan = "eager"
+    """What all this is called."""
     reason: str = ""
-    """Why in this mode."""
+    """Why this plan, and why the slim passes are in that mode."""
 
-    def slim_encoder(self, slicer: Slicer) -> Callable[[Tensor], Tensor]:
-        """What gives the slim encoder's features (N, F) of images (N, C, H, W)."""
+    def dense_encoder(self, slicer: Slicer) -> Run:
         slicer.backend = self.backend
-        return RecordedEncoder(slicer) if self.recorded else SlimEncoder(slicer, self.mode)
+        if self.dense == "recorded":
+            return RecordedEncoder(slicer, "whole", fused=self.fused)
+        return Encoder(slicer, "dense", compiled=self.dense == "compiled")
+
+    def slim_encoder(self, slicer: Slicer) -> Run:
+        slicer.backend = self.backend
+        if self.recorded:
+            return RecordedEncoder(slicer, "skip", fused=self.fused)
+        return Encoder(slicer, self.mode, compiled=self.dense == "compiled")
 
 
-@dataclass(frozen=True)
-class SlimEncoder:
-    """The slim encoder, run as its code says."""
+class Encoder:
+    """The encoder in one of its slicer's modes, as its code says or compiled.
 
-    slicer: Slicer
-    mode: SlimMode
+    Compiled code takes a convolution's weights as they are given, masked or not, so other filters
+    do not compile it anew.
+    """
 
-    def __call__(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, F)
+    def __init__(
+        self, slicer: Slicer, mode: Literal["dense", SlimMode], *, compiled: bool = False
+    ) -> None:
+        self.slicer, self.mode = slicer, mode
+        self.run: Any = torch.compile(slicer.encoder) if compiled else slicer.encoder
+
+    def __call__(self, x: Tensor) -> Tensor:
         with self.slicer.mode(self.mode):
-            return self.slicer.encoder(x)
+            return self.run(x)
 
 
-def choose_slim_passes(config: Config, device: torch.device, *, steps_per_epoch: int) -> SlimPasses:
-    """How the slim passes of a run on a device are run."""
+def passes_of(
+    plan: Plan, config: Config, device: torch.device, *, steps_per_epoch: int, reason: str = ""
+) -> Passes:
+    """What a plan is in a run on a device.
+
+    Raises:
+        UserError: it cannot be; the sentence says which can.
+    """
+    if obstacle := plan_obstacle(plan, config, device):
+        possible = (p for p in get_args(Plan) if plan_obstacle(p, config, device) is None)
+        raise UserError(
+            f"engine.plan {plan} cannot be used here ({obstacle}); what works: "
+            f"{', '.join(possible)}"
+        )
     operators = of_slim_operators(resolve_all(config.backend, device))
-    mode, reason = _mode(config, operators.backend, autocast_dtype(config.precision, device))
-    steps = config.slim.refresh_steps or steps_per_epoch
-    recorded = mode == "skip" and steps >= _STEPS_WORTH_RECORDING
-    return SlimPasses(mode, recorded, operators.for_calls, reason)
+    passes = Passes(plan=plan, backend=operators.for_calls, reason=reason or "as requested")
+    if plan == "eager":
+        mode, why = _slim_mode(config, operators.backend, autocast_dtype(config.precision, device))
+        steps = config.slim.refresh_steps or steps_per_epoch
+        recorded = mode == "skip" and steps >= _STEPS_WORTH_RECORDING
+        return replace(passes, mode=mode, recorded=recorded, reason=reason or why)
+    if plan == "compile":
+        return replace(passes, dense="compiled")
+    skips = plan != "dense+mask"
+    mode = "skip" if skips else "mask"
+    return replace(passes, dense="recorded", mode=mode, recorded=skips, fused=plan == "fused")
 
 
-def _mode(config: Config, backend: Backend, amp_dtype: torch.dtype | None) -> tuple[SlimMode, str]:
+def plan_obstacle(plan: Plan, config: Config, device: torch.device) -> str | None:
+    """Why a run on a device cannot have a plan; None if it can."""
+    if plan != "fused":
+        return None
+    operators = of_slim_operators(resolve_all(config.backend, device))
+    if operators.backend == "torch":
+        return f"the operators that are fused are those of the compiled module: {operators.reason}"
+    if not config.channels_last:
+        return "the fused operators are for channels-last memory"
+    if not (norm_act.is_compiled() and norm_depthwise.is_compiled()):
+        return "sacl_fast._C is of an older build; install again"
+    return norm_pointwise.obstacle(device)
+
+
+def choose_passes(config: Config, device: torch.device, *, steps_per_epoch: int) -> Passes:
+    """The plan that was asked for, or ``eager``, which on one GPU ``engine.plan`` may replace."""
+    plan = config.engine.plan
+    if plan == "auto":
+        return passes_of("eager", config, device, steps_per_epoch=steps_per_epoch)
+    return passes_of(plan, config, device, steps_per_epoch=steps_per_epoch)
+
+
+def _slim_mode(
+    config: Config, backend: Backend, amp_dtype: torch.dtype | None
+) -> tuple[SlimMode, str]:
     if config.slim.mode != "auto":
         return config.slim.mode, "as requested"
     if backend != "cpu" or amp_dtype is not None or not config.channels_last:

@@ -1,9 +1,10 @@
-"""The slim encoder, run from a recording of itself.
+"""The slim or the dense encoder, run from a recording of itself.
 
 Skipping asks Python with every operation what to do with each part of an activation
 (``slim.tensor``): a third of the time of a slim MobileNet-V3 at s = 0.25 on two CPU cores. The
 answers depend on the masks and on the shape of the images, not on values. So a pass is recorded
-(``passes.recording``), and the recording runs instead of it until the masks change.
+(``passes.recording``), and the recording runs instead of it until the masks change. Mode ``whole``
+does the same for the dense encoder, which no masks change.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from sacl_fast.passes.recording import Obstacle, Recording, record
 from sacl_fast.slim.slicer import Slicer
 
 logger = logging.getLogger(__name__)
+
+RecordedMode = Literal["skip", "whole"]
 
 _KINDS = 4  # remembered: with and without gradient, each for two sizes of a batch
 _TRIES = 3  # of a kind: the first one may fill caches that later ones read
@@ -37,7 +40,8 @@ class _Kind:
 
 
 class RecordedEncoder:
-    """The slim encoder: to the bit what it gives in mode ``skip``, and faster from the third time.
+    """The slim encoder (mode ``skip``) or the dense one (``whole``): to the bit what it gives in
+    that mode, and faster from the third time.
 
     >>> import timm, torch
     >>> encoder = timm.create_model("resnet18", num_classes=0)
@@ -53,13 +57,17 @@ class RecordedEncoder:
     says why; so are those of an encoder with hooks.
 
     (Under autocast, weights are cast in each pass. And where images have shrunk to one pixel their
-    memory format is ambiguous, so that rounding may differ from that of mode ``skip``; it is the
-    same in passes that are recorded and in those that are run from the recording.)
+    memory format is ambiguous, so that rounding may differ from that of the mode; it is the same in
+    passes that are recorded and in those that are run from the recording.)
     """
 
     @checked
-    def __init__(self, slicer: Slicer) -> None:
+    def __init__(self, slicer: Slicer, mode: RecordedMode = "skip", *, fused: bool = False) -> None:
+        """``fused``: with batch norms fused into their neighbours (``passes.fusion``), and so equal
+        up to rounding."""
         self.slicer = slicer
+        self.mode: RecordedMode = mode
+        self.fused = fused
         self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
         self._in_vain = 0
         self._obstacle: Obstacle | None = None
@@ -67,7 +75,7 @@ class RecordedEncoder:
     def __call__(self, x: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, D)
         kind = None if self._obstacle else self._kind(x)
         if kind is None:
-            return self._skip(x)
+            return self._run(x)
         own = self._kinds.setdefault(kind, _Kind())
         self._kinds.move_to_end(kind)
         if len(self._kinds) > _KINDS:
@@ -78,9 +86,9 @@ class RecordedEncoder:
         if own.confirmed is not None:
             return own.confirmed(x)
         if own.tried == _TRIES or self._obstacle:
-            return self._skip(x)
+            return self._run(x)
         own.tried += 1
-        return record(self._skip, x, lambda found: self._note(own, found))
+        return record(self._run, x, lambda found: self._note(own, found), fused=self.fused)
 
     def forget(self) -> None:
         """Record anew."""
@@ -89,8 +97,8 @@ class RecordedEncoder:
     def __getstate__(self) -> dict[str, Any]:  # of a copy, whose parameters are others
         return {**vars(self), "_kinds": OrderedDict()}
 
-    def _skip(self, x: Tensor) -> Tensor:
-        with self.slicer.mode("skip"):
+    def _run(self, x: Tensor) -> Tensor:
+        with self.slicer.mode(self.mode):
             return self.slicer.encoder(x)
 
     def _note(self, own: _Kind, found: Recording | Obstacle) -> None:
@@ -105,17 +113,25 @@ class RecordedEncoder:
 
     def _give_up(self, obstacle: Obstacle) -> None:
         if self._obstacle is None:
-            logger.info("slim encoder: not recorded, so that Python's time stays: %s", obstacle)
+            encoder = "slim" if self.mode == "skip" else "dense"
+            text = "%s encoder: not recorded, so that Python's time stays: %s"
+            logger.info(text, encoder, obstacle)
         self._obstacle = obstacle
         self._kinds.clear()
 
     def _kind(self, x: Tensor) -> Hashable:
         """What a recording is for; None where there can be none."""
         slicer, device = self.slicer, x.device.type
-        if type(x) is not Tensor or not slicer.skips or torch.is_inference_mode_enabled():
+        if type(x) is not Tensor or torch.is_inference_mode_enabled():
             return None
         training, memory = [], []
-        rest: list[nn.Module] = [slicer, slicer.encoder]
+        rest: list[nn.Module] = [slicer.encoder]
+        slim: tuple[Hashable, ...] = ()
+        if self.mode == "skip":
+            if not slicer.skips:
+                return None
+            rest.append(slicer)
+            slim = slicer.norm_gradient, *slicer.kept
         while rest:  # Module.modules() takes 1 ms for a MobileNet-V3
             module = rest.pop()
             if _has_hooks(module):
@@ -130,7 +146,7 @@ class RecordedEncoder:
             rest.extend(m for m in module._modules.values() if m is not None)
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         return (
-            *(slicer.backend, slicer.norm_gradient, *slicer.kept),
+            *(slicer.backend, *slim),
             *(x.shape, x.stride(), x.storage_offset(), x.dtype, x.device, x.requires_grad),
             *(torch.is_grad_enabled(), autocast),
             *training,

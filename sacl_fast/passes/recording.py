@@ -29,6 +29,8 @@ from torch.fx.graph import CodeGen
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sacl_fast.passes.fusion import fuse
+from sacl_fast.passes.graph import Form, Graph, Source
 from sacl_fast.precision import autocast
 
 _CONSTANTS = (
@@ -37,8 +39,6 @@ _CONSTANTS = (
 )
 _DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
-# Where an operator has a tensor from: a node's result, or the external tensor of that number.
-_Source = fx.Node | int
 _INPUT, _GRADIENT = 0, -1  # the module's input, the gradient of its output
 
 
@@ -47,13 +47,18 @@ class Obstacle(str):
 
 
 def record(
-    run: Callable[[Tensor], Tensor], x: Tensor, done: Callable[[Recording | Obstacle], object]
+    run: Callable[[Tensor], Tensor],
+    x: Tensor,
+    done: Callable[[Recording | Obstacle], object],
+    *,
+    fused: bool = False,
 ) -> Tensor:
     """``run(x)``, as it would be without; ``done`` is given the recording when it is complete.
 
-    With gradient, that is after the first backward through the result.
+    With gradient, that is after the first backward through the result. ``fused``: the recording's
+    batch norms are fused into their neighbours (``fusion``).
     """
-    tape, drawn = _Tape(x), _random_state()
+    tape, drawn = _Tape(x, fused), _random_state()
     with tape, _casts_of_its_own(x.device):
         out = run(x)
     if type(out) is not Tensor:
@@ -76,8 +81,15 @@ class Recording:
         """``gradients``: of the input and ``tape.leaves``; None where nothing wants any."""
         self._differentiable = gradients is not None
         self._strides = _gradient_strides(out)
+        graphs, result = (tape.forward, tape.backward), tape.source(out)
         wanted = [None if g is None else tape.source(g) for g in gradients or ()]
-        self._backward = _Function(tape.backward, wanted)
+        self.fused_norms = 0
+        """Batch norms whose output is not stored."""
+        if tape.fused:
+            *graphs, result, wanted, self.fused_norms = fuse(
+                *graphs, result, wanted, tape.external[_INPUT].shape[0]
+            )
+        self._backward = _Function(graphs[1], wanted)
         # For backward, autograd keeps results of forward, and of what it is asked the gradient of.
         # What else backward reads, buffers and indices, is at hand.
         needed = self._backward.inputs
@@ -85,11 +97,11 @@ class Recording:
         asked = [_INPUT, *(i for i, t in enumerate(tape.external) if t.requires_grad)]
         self._asked = [s for s in needed if s in asked]
         self._kept = [*results, *self._asked]
-        self._forward = _Function(tape.forward, [tape.source(out), *results])
+        self._forward = _Function(graphs[0], [result, *results])
         self._constants = tape.external[1:]
         # Buffers without autograd's notice: it may have saved them for the backward of other
         # passes, which does not depend on them (torch's batch norm updates them so, too).
-        self._external: dict[_Source, Tensor] = {
+        self._external: dict[Source, Tensor] = {
             i: t if t.requires_grad else t.data for i, t in enumerate(self._constants, 1)
         }
         self._leaves = tape.leaves
@@ -172,15 +184,16 @@ class _Tape(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, fused: bool) -> None:
         super().__init__()
+        self.fused = fused
         self.obstacle: Obstacle | None = None
-        self.forward = self._graph = _Graph()
-        self.backward = _Graph()
+        self.forward = self._graph = Graph()
+        self.backward = Graph()
         self.external = [x]
         """Tensors that no operator made: the input, then parameters, buffers, constants."""
         self._sources = WeakTensorKeyDictionary({x: _INPUT})
-        self._detached: set[_Source] = set()
+        self._detached: set[Source] = set()
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -190,14 +203,14 @@ class _Tape(TorchDispatchMode):
     def begin_backward(self) -> None:
         self._graph = self.backward
 
-    def know(self, tensor: Tensor, source: _Source) -> None:
+    def know(self, tensor: Tensor, source: Source) -> None:
         self._sources[tensor] = source
 
-    def source(self, tensor: Tensor) -> _Source:
+    def source(self, tensor: Tensor) -> Source:
         if tensor not in self._sources:
             self._sources[tensor] = len(self.external)
             self.external.append(tensor)
-        source: _Source = self._sources[tensor]
+        source: Source = self._sources[tensor]
         return source
 
     def __torch_dispatch__(
@@ -240,11 +253,12 @@ class _Tape(TorchDispatchMode):
 
     def _note(self, result: Tensor, node: fx.Node) -> None:
         if result not in self._sources:  # an in-place operator gives what it was given
+            node.meta["form"] = Form.of(result)
             self.know(result, node)
 
     def _argument(self, a: Any) -> Any:
         if isinstance(a, Tensor):
-            return self._graph.read(self.source(a))
+            return self._graph.read(self.source(a), Form.of(a))
         if isinstance(a, tuple | list):
             return type(a)(map(self._argument, a))
         if not isinstance(a, _CONSTANTS):
@@ -256,25 +270,10 @@ class _Unrecordable(Exception):
     """What an operator does."""
 
 
-class _Graph:
-    """The operators of one direction, and where they have tensors from that none of them made."""
-
-    def __init__(self) -> None:
-        self.fx = fx.Graph()
-        self.inputs: dict[_Source, fx.Node] = {}
-
-    def read(self, source: _Source) -> fx.Node:
-        if isinstance(source, fx.Node) and source.graph is self.fx:
-            return source
-        if source not in self.inputs:
-            self.inputs[source] = self.fx.placeholder(f"x{len(self.inputs)}")
-        return self.inputs[source]
-
-
 class _Function:
     """A graph as Python code: what the results need of it."""
 
-    def __init__(self, graph: _Graph, results: Sequence[_Source | None]) -> None:
+    def __init__(self, graph: Graph, results: Sequence[Source | None]) -> None:
         graph.fx.output(tuple(None if s is None else graph.read(s) for s in results))
         graph.fx.eliminate_dead_code()
         for node in graph.inputs.values():
@@ -286,7 +285,7 @@ class _Function:
         self.code = written.src
         self._globals = written.globals
 
-    def __call__(self, given: dict[_Source, Tensor], device: torch.device) -> Any:
+    def __call__(self, given: dict[Source, Tensor], device: torch.device) -> Any:
         """Empties ``given``."""
         inputs = [given[s] for s in self.inputs]
         given.clear()

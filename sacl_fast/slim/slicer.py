@@ -9,6 +9,10 @@ no gradient from the slim pass (Meng et al., NeurIPS 2023, Section 3).
 mode computes the same (outputs, gradients, running statistics) from the kept filters alone: the
 convolutions' weights and biases are ``KeptFilters`` there, and activations ``SlimTensor``s.
 
+``whole`` mode is to ``dense``, the encoder as it is, what ``skip`` is to ``mask``: all filters are
+kept, and the same rules run on activations of one part, so that norm and activation, say, are one
+operator.
+
 What zeroed filters leave behind is constant, and a batch norm of it multiplies gradients by
 ``weight / sqrt(eps)``. In most encoders none of that arrives anywhere, in some it compounds;
 ``norm_gradient="damped"`` bounds it, in both modes alike (``ops.batch_norm.damped``).
@@ -39,7 +43,7 @@ from sacl_fast.ops.slim_conv import BACKEND
 from sacl_fast.slim.channels import Channels, all_channels, channels
 from sacl_fast.slim.tensor import KeptFilters, SlimTensor, dense, resolving
 
-Mode = Literal["dense", SlimMode]
+Mode = Literal["dense", "whole", SlimMode]
 # timm's, some of which stand under other names than the patterns of SlimConfig.exclude know.
 _SQUEEZE_EXCITE = (EffectiveSEModule, SEModule, SqueezeExcite)
 
@@ -109,13 +113,13 @@ class Slicer(nn.Module):
         self.enabled = True
         """Off while slimming has not started (``slim.warmup_epochs``): all filters are kept."""
         self.backend = "auto"
-        """Of the operators of ``skip``; see ``ops.backend``."""
+        """Of the operators of ``skip`` and ``whole``; see ``ops.backend``."""
         self._mode: Mode | None = None
         # Plain lists: the encoder's modules are not the slicer's to save or to train.
         self._encoder = [encoder]
         self._kept: dict[str, Channels] = {}
         self._convs: list[tuple[str, nn.Conv2d]] = []
-        self._unslimmed_pointwise: list[nn.Conv2d] = []
+        self._unslimmed: list[nn.Conv2d] = []
         self._norms: list[nn.Module] = []
         self._norm_sites: list[tuple[nn.Module, str, str]] = []
         self.slim_norms = nn.ModuleDict()
@@ -131,8 +135,8 @@ class Slicer(nn.Module):
                 key = _key(name)
                 self._convs.append((key, module))
                 self.register_buffer(key, torch.ones(module.out_channels, dtype=torch.bool))
-            elif isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1):
-                self._unslimmed_pointwise.append(module)
+            elif isinstance(module, nn.Conv2d):
+                self._unslimmed.append(module)
             elif isinstance(module, _BatchNorm) and batch_norm == "separate":
                 parent, _, child = name.rpartition(".")
                 self._norm_sites.append((modules[parent], child, _key(name)))
@@ -244,7 +248,8 @@ class Slicer(nn.Module):
 
     @contextmanager
     def mode(self, mode: Mode) -> Iterator[None]:
-        """Within it, the encoder is the ``dense`` or (``mask``, ``skip``) the slim network."""
+        """Within it, the encoder is the dense (``dense``, ``whole``) or the slim network (``mask``,
+        ``skip``)."""
         if mode not in get_args(Mode):
             raise UserError(f"unknown mode {mode!r}; {nearest(mode, get_args(Mode))}")
         if self._mode is not None:
@@ -252,24 +257,31 @@ class Slicer(nn.Module):
         self._mode = mode
         with ExitStack() as undo:
             undo.callback(setattr, self, "_mode", None)
-            if mode != "dense":
+            if mode in get_args(SlimMode):
                 for parent, child, key in self._norm_sites:
                     undo.callback(_swap_module(parent, child, self.slim_norms[key]))
-                if self.enabled and self.ratio < 1:
-                    for key, conv in self._convs:
-                        undo.callback(self._slim(key, conv, mode))
-                    if self.norm_gradient == "damped":
-                        undo.callback(DAMPED.reset, DAMPED.set(True))
-                        for norm in self._norms:
-                            undo.callback(norm.register_forward_pre_hook(_damp).remove)
-                    if mode == "skip":
-                        for conv in self._unslimmed_pointwise:
-                            undo.callback(_by_slim_pointwise(conv))
-                        undo.callback(BACKEND.reset, BACKEND.set(self.backend))
-                        hook = self._encoder[0].register_forward_hook(lambda *call: dense(call[2]))
-                        undo.callback(hook.remove)
-                        undo.enter_context(resolving())
+            if mode in get_args(SlimMode) and self.enabled and self.ratio < 1:
+                for key, conv in self._convs:
+                    undo.callback(self._slim(key, conv, mode))
+                if self.norm_gradient == "damped":
+                    undo.callback(DAMPED.reset, DAMPED.set(True))
+                    for norm in self._norms:
+                        undo.callback(norm.register_forward_pre_hook(_damp).remove)
+                if mode == "skip":
+                    self._run_by_rules(self._unslimmed, undo)
+            elif mode == "whole":
+                convs = (conv for _, conv in self._convs)
+                self._run_by_rules((*convs, *self._unslimmed), undo)
             yield
+
+    def _run_by_rules(self, whole: Iterable[nn.Conv2d], undo: ExitStack) -> None:
+        """Have the encoder run by the rules of slim activations, with these convolutions whole."""
+        for conv in whole:
+            undo.callback(_keep_all(conv))
+        undo.callback(BACKEND.reset, BACKEND.set(self.backend))
+        hook = self._encoder[0].register_forward_hook(lambda *call: dense(call[2]))
+        undo.callback(hook.remove)
+        undo.enter_context(resolving())
 
     def _slim(self, key: str, conv: nn.Conv2d, mode: Mode) -> Callable[[], None]:
         """Zero the filters of a convolution that are not kept; returns what undoes it."""
@@ -314,9 +326,9 @@ def _damp(norm: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] 
     return damped(x, norm.eps, over_ranks=over_ranks), *rest  # type: ignore[arg-type]
 
 
-def _by_slim_pointwise(conv: nn.Conv2d) -> Callable[[], None]:
-    """Have ``slim_pointwise`` compute a convolution of which all filters are kept, too: a
-    squeeze-excite block's takes it 0.4 to 0.6 of the time (32 images, two CPU cores)."""
+def _keep_all(conv: nn.Conv2d) -> Callable[[], None]:
+    """Have a rule compute a convolution of which all filters are kept, too. ``slim_pointwise``
+    takes a squeeze-excite block's 0.4 to 0.6 of the time (32 images, two CPU cores)."""
     kept = all_channels(conv.out_channels)
     return _replace_parameters(conv, lambda p: KeptFilters(p, None, kept))
 

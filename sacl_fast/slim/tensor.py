@@ -88,6 +88,11 @@ class _Wrapper(Tensor):
     def dense(self) -> Tensor:
         raise NotImplementedError
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it is full-size."""
+        raise NotImplementedError
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -117,7 +122,7 @@ class _Wrapper(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise RuntimeError(
             f"{func} reached a {cls.__name__} past its __torch_function__, where gradients would "
-            "be lost; use the slicer's mode 'mask' for this encoder"
+            "be lost; use the slicer's modes 'dense' and 'mask' for this encoder"
         )
 
 
@@ -200,6 +205,10 @@ class SlimTensor(_Wrapper):
         self.parts  # noqa: B018
         return self._content.dense()
 
+    @property
+    def is_whole(self) -> bool:
+        return len(self.parts) == 1
+
     def become(self, other: Tensor) -> SlimTensor:
         """Take another tensor's values: what an in-place operation does."""
         if isinstance(other, SlimTensor):
@@ -242,6 +251,10 @@ class KeptFilters(_Wrapper):
     def dense(self) -> Tensor:
         return _masked(self.parameter, self.mask)
 
+    @property
+    def is_whole(self) -> bool:
+        return self.mask is None
+
     def __repr__(self, **_: Any) -> str:
         return f"KeptFilters({len(self.kept)} of {tuple(self.shape)})"
 
@@ -282,13 +295,10 @@ def _slim_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Sli
 def from_parts(parts: Sequence[Part], shape: torch.Size) -> Tensor:
     """The tensor (N, C, H, W) of these parts, which together hold each channel once.
 
-    Where nothing is left to save, because all channels are full-size or a channel is a single
-    value, the tensor is an ordinary one.
+    Where a channel is a single value, the tensor is an ordinary one.
     """
     parts = arranged(parts, shape)
-    if len(parts) > 1 and shape[2:] != (1, 1):
-        return SlimTensor(parts, shape)
-    return Content(parts, shape).dense()
+    return SlimTensor(parts, shape) if shape[2:] != (1, 1) else Content(parts, shape).dense()
 
 
 def by_part(x: SlimTensor, function: Callable[[Part], Tensor]) -> Tensor:
@@ -346,17 +356,21 @@ def _rules() -> Mapping[Callable[..., Any], Callable[..., Any]]:
 def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What an operation without a rule does: right, but at full cost from here on."""
     copies: list[tuple[SlimTensor, Tensor, int | None]] = []
+    saved = False
 
     def copy(x: Any) -> Any:
+        nonlocal saved
         if not isinstance(x, _Wrapper):
             return x
         own = x.dense()
+        saved |= not x.is_whole
         if isinstance(x, SlimTensor):
             copies.append((x, own, None if own.is_inference() else own._version))
         return own
 
     args, kwargs = tree_map(copy, (args, kwargs))
-    _log_once(getattr(func, "__name__", str(func)))
+    if saved:
+        _log_once(getattr(func, "__name__", str(func)))
     out = func(*args, **kwargs)
     for x, own, version in copies:
         # An in-place operation has changed the copy. (Where versions are not kept, be safe.)

@@ -36,7 +36,8 @@ def test_no_kernel_has_a_stack_or_local_memory():
     command = [tool, "--dump-resource-usage", str(_C.__file__)]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     kernels = USAGE.findall(report)
-    sources = "".join(f.read_text() for f in (ROOT / "csrc/cuda").glob("*.cu"))
+    files = [f for f in (ROOT / "csrc/cuda").iterdir() if f.suffix in (".cu", ".h")]
+    sources = "".join(f.read_text() for f in files)
     named = set(
         re.findall(r"__global__ void[^(]*?(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(", sources)
     )

@@ -14,7 +14,7 @@ from sacl_fast.encoders.onednn import avoid_memory_overwrite
 from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.step import TrainingStep
-from sacl_fast.passes import choose_slim_passes
+from sacl_fast.passes import choose_passes
 
 
 class Convolutions(TorchDispatchMode):
@@ -46,7 +46,7 @@ def test_narrow_strided_pointwise_convolutions_are_not_channels_last(name, width
         device="cpu",
     )
     ranks = Ranks(0, 1, torch.device("cpu"))
-    passes = choose_slim_passes(config, ranks.device, steps_per_epoch=1)
+    passes = choose_passes(config, ranks.device, steps_per_epoch=1)
     step = TrainingStep(build_method(config, passes), config, ranks, steps_per_epoch=1)
     views = torch.randn(2, 4, 3, 32, 32).flatten(0, 1).contiguous(memory_format=torch.channels_last)
     view_a, view_b = views.chunk(2)

@@ -12,13 +12,13 @@ from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.step import TrainingStep
 from sacl_fast.ops.backend import SLIM_OPERATORS
-from sacl_fast.passes import choose_slim_passes
+from sacl_fast.passes import choose_passes
 
 CPU = Ranks(0, 1, torch.device("cpu"))
 
 
 def step_of(config: Config) -> TrainingStep:
-    passes = choose_slim_passes(config, CPU.device, steps_per_epoch=3)
+    passes = choose_passes(config, CPU.device, steps_per_epoch=3)
     return TrainingStep(build_method(config, passes), config, CPU, steps_per_epoch=3)
 
 
@@ -60,7 +60,7 @@ def test_gpus_that_stay_unused_are_named(tiny, monkeypatch):
 
 def test_how_the_slim_passes_run_is_said(tiny):
     (line,) = (line for line in lines(tiny) if line.startswith("slim passes: "))
-    mode = choose_slim_passes(tiny, CPU.device, steps_per_epoch=3)
+    mode = choose_passes(tiny, CPU.device, steps_per_epoch=3)
     assert line == f"slim passes: {mode.mode} ({mode.reason})"
     often = replace(tiny, slim=SlimConfig(mode="skip", refresh_steps=100))
     assert "slim passes: skip, recorded (as requested)" in lines(often)

@@ -21,7 +21,7 @@ from sacl_fast.encoders.batch_norm import (
 )
 from sacl_fast.engine.method import SaclXd
 from sacl_fast.losses import SaclXdLoss
-from sacl_fast.passes import SlimPasses
+from sacl_fast.passes import Passes
 from sacl_fast.slim import Slicer
 
 SIZE = 16
@@ -31,7 +31,7 @@ def build(
     name: str,
     batch_norm: SlimBatchNorm,
     gather: bool = False,
-    passes: SlimPasses = SlimPasses(),  # noqa: B008 - frozen
+    passes: Passes = Passes(),  # noqa: B008 - frozen
     norm_gradient: NormGradient = "exact",
 ) -> SaclXd:
     """The same float64 model in every process; synchronised where there are several."""
@@ -109,7 +109,7 @@ def free_port() -> int:
 def test_ranks_equal_one_process(
     tmp_path, world_size, n, name, batch_norm, gather, slim_mode, loss
 ):
-    model = (name, batch_norm, gather, SlimPasses(slim_mode))
+    model = (name, batch_norm, gather, Passes(slim_mode))
     mp.spawn(run_rank, (world_size, free_port(), n, loss, str(tmp_path), *model), nprocs=world_size)
     expected = one_step(build(name, batch_norm), *views(world_size * n), **loss)
     assert_equal_to(expected, tmp_path, world_size)
@@ -118,7 +118,7 @@ def test_ranks_equal_one_process(
 @pytest.mark.parametrize("slim_mode", ["mask", "skip"])
 @pytest.mark.parametrize("n", [1, 3])
 def test_damped_gradients_are_by_the_variance_over_all_ranks(tmp_path, slim_mode, n):
-    model = ("mobilenetv3_small_050", "shared", False, SlimPasses(slim_mode), "damped")
+    model = ("mobilenetv3_small_050", "shared", False, Passes(slim_mode), "damped")
     mp.spawn(run_rank, (2, free_port(), n, {}, str(tmp_path), *model), nprocs=2)
     alone, exact = (
         one_step(build("mobilenetv3_small_050", "shared", norm_gradient=g), *views(2 * n))
@@ -148,7 +148,7 @@ def run_recorded(rank, world_size, port, synchronized):
     torch.set_num_threads(1)
 
     def built() -> list[SaclXd]:
-        kinds = [SlimPasses("skip", recorded=recorded) for recorded in (True, False)]
+        kinds = [Passes("skip", recorded=recorded) for recorded in (True, False)]
         return [build("resnet20", "shared", passes=passes) for passes in kinds]
 
     # Unsynchronised batch norms are made before there are ranks to synchronise with.

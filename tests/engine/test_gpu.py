@@ -11,7 +11,7 @@ from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.metrics import read_metrics
 from sacl_fast.engine.step import TrainingStep
-from sacl_fast.passes import RecordedEncoder, choose_slim_passes
+from sacl_fast.passes import RecordedEncoder, choose_passes
 from sacl_fast.slim import Slicer
 from tests.modules import channels_last
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 def first_step(config, device: str) -> tuple[float, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     ranks = Ranks(0, 1, torch.device(device))
-    passes = choose_slim_passes(config, ranks.device, steps_per_epoch=3)
+    passes = choose_passes(config, ranks.device, steps_per_epoch=3)
     step = TrainingStep(build_method(config, passes), config, ranks, steps_per_epoch=3)
     generator = torch.Generator().manual_seed(1)
     a, b = torch.randn(2, 16, 3, 16, 16, generator=generator).to(device)

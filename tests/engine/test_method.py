@@ -9,7 +9,7 @@ from torch.func import functional_call
 from sacl_fast.config import Config, EncoderConfig, LossConfig, ProjectorConfig, SlimConfig
 from sacl_fast.data.views.tables import CIFAR
 from sacl_fast.engine.method import build_method
-from sacl_fast.passes import SlimPasses
+from sacl_fast.passes import Passes
 
 
 def config(**changes) -> Config:
@@ -23,7 +23,7 @@ def config(**changes) -> Config:
 
 def test_passes_are_those_of_the_paper_in_the_stated_order():
     torch.manual_seed(0)
-    method = build_method(config(slim=SlimConfig(ratio=0.4)), SlimPasses()).double()
+    method = build_method(config(slim=SlimConfig(ratio=0.4)), Passes()).double()
     twin = copy.deepcopy(method)
     x_a, x_b = torch.randn(2, 6, 3, 32, 32, dtype=torch.float64)
     slim_weights = {
@@ -48,7 +48,7 @@ def test_passes_are_those_of_the_paper_in_the_stated_order():
 
 
 def test_without_distillation_there_are_two_passes():
-    method = build_method(config(loss=LossConfig(distillation="none")), SlimPasses())
+    method = build_method(config(loss=LossConfig(distillation="none")), Passes())
     z1, z2, z1_t, z2_t, _ = method(*torch.randn(2, 4, 3, 32, 32))
     assert z1.requires_grad and z2.requires_grad and z1_t is None and z2_t is None
     assert method.encoder.get_buffer("bn1.num_batches_tracked") == 2
@@ -57,7 +57,7 @@ def test_without_distillation_there_are_two_passes():
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
 def test_all_weights_learn_under_autocast(dtype):
     """Autocast caches weights; cached by a pass without gradient, they would not learn."""
-    method = build_method(config(), SlimPasses())
+    method = build_method(config(), Passes())
     with torch.autocast("cpu", dtype):
         z1, z2, *_ = method(*torch.randn(2, 4, 3, 32, 32))
     (z1.float().square().mean() + z2.float().square().mean()).backward()
@@ -66,7 +66,7 @@ def test_all_weights_learn_under_autocast(dtype):
 
 def test_state_dict_is_stable():
     """Names that checkpoints rely on: timm's under ``encoder.``, masks under ``slicer.``."""
-    method = build_method(config(slim=SlimConfig(batch_norm="separate")), SlimPasses())
+    method = build_method(config(slim=SlimConfig(batch_norm="separate")), Passes())
     names = list(method.state_dict())
     assert "encoder.layer1.0.conv1.weight" in names
     assert "slicer.layer1/0/conv1" in names

@@ -10,7 +10,7 @@ from sacl_fast.data.views.tables import CIFAR
 from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.step import TrainingStep
-from sacl_fast.passes import SlimPasses, choose_slim_passes
+from sacl_fast.passes import Passes, choose_passes
 
 
 def step_of(*, recorded: bool) -> TrainingStep:
@@ -23,7 +23,7 @@ def step_of(*, recorded: bool) -> TrainingStep:
         device="cpu",
     )
     ranks = Ranks(0, 1, torch.device("cpu"))
-    passes = choose_slim_passes(config, ranks.device, steps_per_epoch=100)
+    passes = choose_passes(config, ranks.device, steps_per_epoch=100)
     assert passes.recorded
     method = build_method(config, replace(passes, recorded=recorded))
     return TrainingStep(method, config, ranks, steps_per_epoch=100)
@@ -36,7 +36,7 @@ def test_only_what_has_four_dimensions_is_channels_last():
         encoder=EncoderConfig(name="resnet20", width=0.25),
         projector=ProjectorConfig(hidden=8, out=8),
     )
-    method = build_method(config, SlimPasses())
+    method = build_method(config, Passes())
     method.encoder.add_module("extra", nn.ModuleList([nn.Conv3d(2, 3, 2), nn.Conv1d(2, 3, 2)]))
     ranks = Ranks(0, 1, torch.device("cpu"))
     TrainingStep(method, config, ranks, steps_per_epoch=1)

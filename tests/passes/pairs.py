@@ -8,6 +8,7 @@ from torch import nn
 from sacl_fast.encoders import build_encoder
 from sacl_fast.encoders.resnet20 import ResNet20
 from sacl_fast.passes import RecordedEncoder
+from sacl_fast.passes.recorded import RecordedMode
 from sacl_fast.slim import Slicer
 from tests.modules import channels_last
 
@@ -19,16 +20,19 @@ RECORDED = 2
 class Pair:
     """An encoder that is recorded and its twin that is not, in step with one another."""
 
-    def __init__(self, encoder: nn.Module, ratio: float = 0.4, **options) -> None:
+    def __init__(
+        self, encoder: nn.Module, ratio: float = 0.4, *, mode: RecordedMode = "skip", **options
+    ) -> None:
         self.encoder, self.twin = encoder, copy.deepcopy(encoder)
         self.slicer, self.twins = (Slicer(e, ratio, **options) for e in (self.encoder, self.twin))
-        self.recorded = RecordedEncoder(self.slicer)
+        self.mode: RecordedMode = mode
+        self.recorded = RecordedEncoder(self.slicer, mode)
         self.skipped = 0
-        mode = self.slicer.mode
+        enter = self.slicer.mode
 
         def counted(name):
             self.skipped += 1
-            return mode(name)
+            return enter(name)
 
         self.slicer.mode = counted  # type: ignore[method-assign]
 
@@ -36,7 +40,7 @@ class Pair:
         return (self.encoder, self.slicer), (self.twin, self.twins)
 
     def skip(self, x):
-        with self.twins.mode("skip"):
+        with self.twins.mode(self.mode):
             return self.twin(x)
 
     def step(self, x, seed=0) -> bool:

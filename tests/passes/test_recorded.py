@@ -1,14 +1,16 @@
-"""The recorded slim encoder against mode ``skip``, to the bit, and what makes it record anew."""
+"""The recorded encoder against mode ``skip`` or ``whole``, to the bit, and what makes it record
+anew."""
 
 import copy
 import pickle
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import nn
 
 from sacl_fast.passes import RecordedEncoder
+from sacl_fast.passes.recorded import RecordedMode
 from sacl_fast.slim import Slicer
 from tests.modules import channels_last
 from tests.passes.pairs import RECORDED, Odd, Pair, encoder_of, images
@@ -26,16 +28,27 @@ def test_equals_skip_to_the_bit(name, dtype):
     assert pair.step(2 * images(dtype=dtype))  # other values
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "name", ["mobilenetv1_100", "efficientnet_b0", "resnet50", "convnext_atto", "regnety_002"]
+)
+def test_equals_whole_to_the_bit(name, dtype):
+    width = 1.0 if name in ("convnext_atto", "regnety_002") else 0.25
+    pair = Pair(encoder_of(name, dtype, width=width), mode="whole")
+    assert pair.replays(images(n=3, dtype=dtype))
+    assert pair.step(2 * images(n=3, dtype=dtype))  # other values
+
+
 @pytest.mark.parametrize("name", ["convnext_atto", "ghostnet_050"])
 def test_what_the_algebra_makes_dense_is_recorded_too(name):
     assert Pair(encoder_of(name, width=1.0)).replays(images())
 
 
 def test_random_numbers_are_drawn_anew():
-    pair = Pair(encoder_of("efficientnet_b0", drop_path=0.5))
-    assert pair.replays(images())
-    x = images()
-    assert not torch.equal(pair.recorded(x), pair.recorded(x))
+    for mode in get_args(RecordedMode):
+        pair, x = Pair(encoder_of("efficientnet_b0", drop_path=0.5), mode=mode), images()
+        assert pair.replays(x)
+        assert not torch.equal(pair.recorded(x), pair.recorded(x))
     pair = Pair(encoder_of("efficientnet_b0", drop_path=0.5))
     seeds = iter(range(10))
     assert [pair.step(images(), seed=next(seeds)) for _ in range(6)] == [False] * 2 + [True] * 4
@@ -63,6 +76,21 @@ def test_masks_decide():
     assert not any(pair.step(images()) for _ in range(5))
     for slicer in (pair.slicer, pair.twins):
         slicer.enabled = True
+    assert pair.step(images())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_the_dense_encoder_does_not_depend_on_masks(name, ratio):
+    width = 0.5 if name == "resnet18" else 1.0
+    pair = Pair(encoder_of(name, width=width), ratio, mode="whole", batch_norm="separate")
+    assert pair.replays(images())
+    for slicer in (pair.slicer, pair.twins):
+        slicer.enabled = False
+        for mask in slicer.masks.values():
+            mask.copy_(mask.flip(0))
+        slicer.load_state_dict(slicer.state_dict())
+        slicer.norm_gradient = "damped"
     assert pair.step(images())
 
 

@@ -85,6 +85,15 @@ def test_what_cannot_be_recorded_stays_right(what, reason, caplog):
     assert len(caplog.records) == 1
 
 
+@pytest.mark.parametrize(("mode", "encoder"), [("skip", "slim"), ("whole", "dense")])
+def test_the_log_says_which_encoder(mode, encoder, caplog):
+    recorded = RecordedEncoder(Slicer(channels_last(Odd(_reads)), 0.5), mode)
+    with caplog.at_level(logging.INFO, logger="sacl_fast.passes.recorded"), torch.no_grad():
+        recorded(images())
+    (record,) = caplog.records
+    assert record.message.startswith(f"{encoder} encoder: not recorded")
+
+
 def test_passes_that_are_never_alike_are_not_recorded_for_ever(caplog):
     encoder = Odd(lambda module, x: x)
     recorded = RecordedEncoder(Slicer(encoder, 0.5))
@@ -103,7 +112,9 @@ def test_passes_that_nobody_differentiates_are_not_recorded_for_ever(monkeypatch
         [],
         module.record,
     )
-    monkeypatch.setattr(module, "record", lambda *given: calls.append(1) or record(*given))
+    monkeypatch.setattr(
+        module, "record", lambda *given, **named: calls.append(1) or record(*given, **named)
+    )
     results = [recorded(images()) for _ in range(6)]
     assert len(calls) == 3
     for result in results:  # all at once, later

@@ -16,7 +16,7 @@ from sacl_fast.config import (
 from sacl_fast.engine.method import build_method, build_networks
 from sacl_fast.losses import SaclXdLoss
 from sacl_fast.optim import build_optimizer
-from sacl_fast.passes import SlimPasses
+from sacl_fast.passes import Passes
 from sacl_fast.slim import Slicer
 from sacl_fast.slim.constant_channels import constant_norms_in_a_row
 from tests.slim.reparameterised import Reparameterised
@@ -50,9 +50,7 @@ def test_auto_changes_no_ordinary_encoder_and_no_random_number():
     states = []
     for choice in ("auto", "exact"):
         torch.manual_seed(0)
-        method = build_method(
-            configured("mobilenetv3_small_050", norm_gradient=choice), SlimPasses()
-        )
+        method = build_method(configured("mobilenetv3_small_050", norm_gradient=choice), Passes())
         x_a, x_b = torch.randn(2, 4, 3, 32, 32)
         loss, _ = SaclXdLoss(LossConfig())(*method(x_a, x_b))
         loss.backward()
@@ -102,7 +100,7 @@ def test_repvit_survives_the_stock_recipe():
     """LARS at rate 0.3 leaves one-dimensional parameters unscaled."""
     torch.manual_seed(0)
     config = configured("repvit_m0_9", norm_gradient="damped")
-    method = build_method(config, SlimPasses())
+    method = build_method(config, Passes())
     optimizer = build_optimizer(method.parameters(), config.optim)
     for group in optimizer.param_groups:
         group["lr"] = 0.3

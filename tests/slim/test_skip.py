@@ -14,7 +14,7 @@ from sacl_fast.encoders import build_encoder
 from sacl_fast.encoders.resnet20 import ResNet20
 from sacl_fast.engine.method import build_method
 from sacl_fast.losses import SaclXdLoss
-from sacl_fast.passes import SlimPasses
+from sacl_fast.passes import Passes
 from sacl_fast.slim import Slicer
 from sacl_fast.slim.tensor import _already_logged
 from tests.modules import channels_last
@@ -197,7 +197,7 @@ def test_the_method_and_its_loss(batch_norm):
             slim=SlimConfig(ratio=0.4, batch_norm=batch_norm),
             loss=LossConfig(),
         )
-        method = build_method(config, SlimPasses(mode)).double()
+        method = build_method(config, Passes(mode)).double()
         x_a, x_b = torch.randn(2, 6, 3, 32, 32, dtype=torch.float64)
         loss, _ = SaclXdLoss(config.loss)(*method(x_a, x_b))
         loss.backward()

@@ -1,0 +1,20 @@
+"""Settings of how a step is computed. None of them changes what is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sacl_fast.checks import Settings
+from sacl_fast.config.choices import PlanSetting
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(Settings, path="engine"):
+    """How the encoder's passes run, with equal results up to rounding."""
+
+    plan: PlanSetting = "auto"
+    """'eager': the dense passes as the model's code says, the slim ones in 'slim.mode'. 'compile':
+    by torch.compile. 'dense+mask', 'dense+skip': dense passes recorded on our operators, slim ones
+    in that mode. 'fused': both recorded, batch norms fused into the convolutions around them (needs
+    a GPU to pay). 'auto': on one GPU, the fastest of these, tried on the run's own shapes before
+    the first step and remembered; elsewhere 'eager'."""

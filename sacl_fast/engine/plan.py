@@ -1,0 +1,264 @@
+"""Which plan a run takes (``engine.plan auto``): on one GPU, the fastest of those that are right.
+
+Every candidate computes a few steps on random views of the run's own shapes, before the first real
+one; weights, running statistics and random numbers are put back afterwards. One whose embeddings or
+gradients are further from those in float32 than rounding explains, or that fails, is left out, with
+the reason in the log. The choice is remembered (``plans.json`` in the user's cache folder) for the
+device, the versions and the shapes, and a run that is resumed keeps the plan of its checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from sacl_fast import _version
+from sacl_fast.config import Config, to_dict
+from sacl_fast.config.choices import Plan
+from sacl_fast.engine.step import TrainingStep
+from sacl_fast.errors import UserError
+from sacl_fast.files import whole_file
+from sacl_fast.ops.collectives import world_size
+from sacl_fast.passes import Passes, passes_of, plan_obstacle
+from sacl_fast.precision import autocast
+
+logger = logging.getLogger(__name__)
+
+_SECONDS = 30.0
+_WARM_UP, _TIMED = 4, 5  # steps; passes are recorded in the first ones
+_CHECKED = 64  # samples that results are compared on
+_ROUNDING = 3.0  # times that of the eager passes
+_FLOOR = 1e-3  # relative; of float32, where batch norms have few samples
+_WITHOUT_TRIAL: dict[Plan, str] = {"compile": "it takes longer to compile than all others to try"}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came of a plan."""
+
+    plan: Plan
+    milliseconds: float | None
+    """A step without its update; None if it is left out."""
+    why_not: str = ""
+
+    def __str__(self) -> str:
+        if self.milliseconds is None:
+            return f"{self.plan} not ({self.why_not})"
+        return f"{self.plan} {self.milliseconds:.1f} ms"
+
+
+def take_plan(config: Config, step: TrainingStep, resumed: Plan | None) -> None:
+    """Where ``engine.plan`` is ``auto``, on one GPU: have the step's model run by the best plan.
+
+    Args:
+        resumed: the plan of the checkpoint that the run goes on from; None where it starts.
+    """
+    if config.engine.plan != "auto" or not _may_try(step):
+        return
+    if resumed is not None and not plan_obstacle(resumed, config, step.device):
+        plan, reason = resumed, "as before it was resumed"
+    else:
+        plan, reason = _fastest(config, step)
+    per_epoch = step.steps_per_epoch
+    passes = passes_of(plan, config, step.device, steps_per_epoch=per_epoch, reason=reason)
+    step.method.run_by(passes)
+
+
+def _may_try(step: TrainingStep) -> bool:
+    """On a CPU the same plan runs everywhere, so that the same run gives the same figures; ranks
+    would have to agree."""
+    return step.device.type == "cuda" and world_size() == 1
+
+
+def _fastest(config: Config, step: TrainingStep) -> tuple[Plan, str]:
+    key, known = _key(config, step.device), _remembered()
+    if (plan := known.get(key)) in get_args(Plan) and not plan_obstacle(plan, config, step.device):
+        return plan, f"the fastest when it was tried here before; {_cache()} remembers"
+    trials = try_plans(config, step)
+    best = min((t for t in trials if t.milliseconds), key=lambda t: t.milliseconds or 0.0)
+    _remember({**known, key: best.plan})
+    return best.plan, f"tried: {', '.join(map(str, trials))}"
+
+
+# --- trying -----------------------------------------------------------------------------------
+
+
+def try_plans(
+    config: Config, step: TrainingStep, plans: tuple[Plan, ...] = get_args(Plan)
+) -> list[Trial]:
+    """Each plan's time for a step of the run's shapes, the first one's the reference."""
+    method, trials, started = step.method, [], time.monotonic()
+    own = method.passes
+    exact = _results(step, config, _views(config, step.device, _CHECKED), None)
+    rounding: dict[str, float] = {}
+    try:
+        for plan in plans:
+            if why_not := _why_not(plan, config, step.device, time.monotonic() - started):
+                trials.append(Trial(plan, None, why_not))
+                continue
+            passes = passes_of(plan, config, step.device, steps_per_epoch=step.steps_per_epoch)
+            try:
+                trials.append(_try(plan, passes, step, config, exact, rounding))
+            except Exception as error:  # whatever a kernel meets here, training goes on without
+                if not rounding:
+                    raise  # the reference itself
+                logger.debug("plan %s", plan, exc_info=True)
+                first, *_ = str(error).splitlines() or [""]
+                if first.startswith("CUDA error"):  # which no later call gets over
+                    raise UserError(
+                        f"trying engine.plan {plan} ended in '{first[:120]}', after which the GPU "
+                        "cannot be used in this process; --engine.plan eager works"
+                    ) from error
+                trials.append(Trial(plan, None, f"{type(error).__name__}: {first[:120]}"))
+    finally:
+        method.run_by(own)
+        method.zero_grad(set_to_none=True)
+    return trials
+
+
+def _why_not(plan: Plan, config: Config, device: torch.device, seconds: float) -> str | None:
+    if obstacle := _WITHOUT_TRIAL.get(plan) or plan_obstacle(plan, config, device):
+        return obstacle
+    mode = config.slim.mode
+    if mode != "auto" and plan != "eager" and mode != _mode_of(plan):
+        return f"slim.mode is {mode}"
+    return f"no time left of {_SECONDS:.0f} s" if seconds > _SECONDS else None
+
+
+def _mode_of(plan: Plan) -> str:
+    return "mask" if plan in ("compile", "dense+mask") else "skip"
+
+
+def _try(
+    plan: Plan,
+    passes: Passes,
+    step: TrainingStep,
+    config: Config,
+    exact: dict[str, Tensor],
+    rounding: dict[str, float],
+) -> Trial:
+    step.method.run_by(passes)
+    views = _views(config, step.device, _CHECKED)
+    for _ in range(_WARM_UP):
+        found = _results(step, config, views, step.amp_dtype)
+    off = {name: _distance(found[name], exact[name]) for name in exact}
+    if not rounding:
+        rounding.update(off)
+    for name, distance in off.items():
+        if not distance <= _ROUNDING * rounding[name] + _FLOOR:
+            return Trial(plan, None, f"its {name} are off by {distance:.1e}")
+    views = _views(config, step.device, config.batch_size)
+    with _kept_as_it_is(step):
+        for i in range(_WARM_UP + _TIMED):
+            if i == _WARM_UP:
+                _synchronize(step.device)
+                start = time.perf_counter()
+            _forward_and_backward(step, views, step.amp_dtype)
+        _synchronize(step.device)
+    return Trial(plan, 1e3 * (time.perf_counter() - start) / _TIMED)
+
+
+def _views(config: Config, device: torch.device, most: int) -> tuple[Tensor, Tensor]:
+    shape = (2, min(most, config.batch_size), 3, config.views.size, config.views.size)
+    generator = torch.Generator().manual_seed(0)
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    a, b = torch.randn(shape, generator=generator)
+    return (
+        a.to(device).contiguous(memory_format=memory_format),
+        b.to(device).contiguous(memory_format=memory_format),
+    )
+
+
+def _forward_and_backward(
+    step: TrainingStep, views: tuple[Tensor, Tensor], amp_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    with autocast(step.device, amp_dtype):
+        embeddings = step.method(*views)
+    loss, _ = step.criterion(*embeddings)
+    step.backward(loss)
+    return embeddings.z1.detach(), embeddings.z2.detach()
+
+
+def _results(
+    step: TrainingStep,
+    config: Config,
+    views: tuple[Tensor, Tensor],
+    amp_dtype: torch.dtype | None,
+) -> dict[str, Tensor]:
+    """The embeddings and gradients of a step, and nothing changed by it."""
+    with _kept_as_it_is(step):
+        z1, z2 = _forward_and_backward(step, views, amp_dtype)
+        scale = step.scaler.get_scale()
+        gradients = [
+            p.grad.float().flatten() / scale for p in step.method.parameters() if p.grad is not None
+        ]
+    return {"embeddings": torch.cat([z1, z2]).float(), "gradients": torch.cat(gradients)}
+
+
+def _distance(x: Tensor, exact: Tensor) -> float:
+    return float((x - exact).norm() / exact.norm())
+
+
+@contextmanager
+def _kept_as_it_is(step: TrainingStep) -> Iterator[None]:
+    """At its end, buffers and random numbers are what they were."""
+    buffers = [(b, b.detach().clone()) for b in step.method.buffers()]
+    devices = [step.device] if step.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        yield
+    with torch.no_grad():
+        for buffer, value in buffers:
+            buffer.copy_(value)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# --- remembering ------------------------------------------------------------------------------
+
+
+def _cache() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "sacl-fast/plans.json"
+
+
+def _key(config: Config, device: torch.device) -> str:
+    """What the fastest plan depends on."""
+    own = to_dict(config)
+    told = {name: own[name] for name in ("encoder", "projector", "slim", "loss")}
+    told |= {name: own[name] for name in ("batch_size", "precision", "channels_last", "backend")}
+    told |= {"size": config.views.size, "torch": torch.__version__, "own": _version.__version__}
+    if device.type == "cuda":
+        told["device"] = torch.cuda.get_device_name(device)
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _remembered() -> dict[str, Any]:
+    try:
+        found = json.loads(_cache().read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _remember(plans: dict[str, Any]) -> None:
+    try:
+        _cache().parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(_cache()) as file:
+            file.write(json.dumps(plans, indent=1).encode())
+    except OSError as error:
+        logger.debug("cannot remember the plan: %s", error)
