@@ -23,6 +23,7 @@ L2 cache by the others. Weights and partial sums are small beside these.
 No atomics: every partial sum has memory of its own, and they are added up in a fixed order. fp32
 images use tf32x3 throughout.
 """
+# ruff: noqa: E741 (O: output channels, as in the shapes)
 
 from __future__ import annotations
 
@@ -125,7 +126,11 @@ def backward(
     affine, gate = _contiguous(affine), _contiguous(gate)
     dx, gsums, dweight = x.new_empty(0), _fp32(x, 0), torch.empty_like(weight)
     fill = dweight.numel() if dweight.numel() > K * O else 0
-    common = {"ACT": act if affine is not None else 0, "ALIGN_K": _alignment(K), "ALIGN_O": _alignment(O)}
+    common = {
+        "ACT": act if affine is not None else 0,
+        "ALIGN_K": _alignment(K),
+        "ALIGN_O": _alignment(O),
+    }
     with torch.cuda.device_of(x):
         if input:
             dx = _empty_images(x, N, K, H, W)
@@ -189,8 +194,8 @@ def _part(
 
 def _programs(tiles: int, blocks: int, tile: Tile, launch: Launch) -> int:
     """Programs that share the tiles of rows evenly, for each of the blocks of channels."""
-    most = max(1, tile.resident * launch.processors // blocks)
-    return triton.cdiv(max(tiles, 1), triton.cdiv(max(tiles, 1), most))
+    tiles, most = max(1, tiles), max(1, tile.resident * launch.processors // blocks)
+    return -(-tiles // -(-tiles // most))
 
 
 def _options(tile: Tile, x: Tensor) -> dict[str, int | str]:

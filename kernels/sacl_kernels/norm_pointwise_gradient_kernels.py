@@ -1,5 +1,6 @@
 """The Triton kernels of the gradient of the 1x1 convolution of a normalised operand; see
 ``norm_pointwise_kernels``. dy (M, O) is formed as it is loaded, of g, y and coefficients."""
+# ruff: noqa: E741 (O: output channels, as in the shapes)
 
 from __future__ import annotations
 
@@ -112,7 +113,8 @@ def fused_kernel(
             total += sum_classes(d, WARPS)
             products += sum_classes(d * centred, WARPS)
         store_rows(dx, d.to(dtype), first, rows, row_mask, ins, in_mask, K)
-        z, _ = normalised(raw, affine, ins, in_mask, K)  # again: it would fill the registers
+        # Again, after the store, which keeps the compiler from sharing it: 50 registers fewer.
+        z, _ = normalised(raw, affine, ins, in_mask, K)
         value = gated(activated(z, ACT), gate, first, rows, row_mask, ins, in_mask, K, pixels)
         acc = tl.dot(tl.trans(dy), value.to(dtype), acc, input_precision=PRECISION)
     if TO_NORM:
@@ -198,8 +200,8 @@ def weight_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program: BLOCK_O x BLOCK_K of dweight, over every n-th tile of rows. Programs next to each
-    other read the same rows."""
+    """One program: BLOCK_O x BLOCK_K of dweight, over every n-th tile of rows. Programs next to
+    each other read the same rows."""
     K, O = aligned(K, ALIGN_K), aligned(O, ALIGN_O)
     fill_zero(dweight, fill, 1024)
     across = tl.cdiv(K, BLOCK_K)

@@ -5,6 +5,7 @@ Images are matrices of M rows (the pixels of all samples) with unit column strid
 y (M, O). Programs are persistent: each takes every n-th tile of rows, so that what it sums leaves
 one partial sum. Column masks load zeros, which every prologue keeps.
 """
+# ruff: noqa: E741 (O: output channels, as in the shapes)
 
 from __future__ import annotations
 
@@ -224,7 +225,7 @@ def forward_kernel(
     for chunk in tl.static_range(CHUNKS):
         ins = chunk * BLOCK_K + ks
         w = load_weight(weight, out_index, in_index, outs, out_mask, ins, ins < K, stride)
-        ws = ws + (tl.trans(w.to(dtype)),)
+        ws += (tl.trans(w.to(dtype)),)
     count = 0.0  # values of a class so far; only the last tile may have fewer for some
     mean = tl.zeros((WARPS, 8, BLOCK_O), tl.float32)
     squares = tl.zeros((WARPS, 8, BLOCK_O), tl.float32)

@@ -3,6 +3,7 @@
 Nothing is tuned at run time. Blocks are the largest that spill no registers, with the programs a
 multiprocessor that leave them enough: estimated from occupancy, not yet measured on a GPU.
 """
+# ruff: noqa: E741 (O: output channels, as in the shapes)
 
 from __future__ import annotations
 
@@ -62,8 +63,8 @@ def launch_for(K: int, O: int, dtype: torch.dtype, capability: tuple[int, int]) 
     outs, ins, weight = (64, 64, 64) if large else (32, 32, 32)
     return Launch(
         processors=processors,
-        forward=_tile(K, O, 64, outs, 32, 8 if large else 4, 2, 1),
-        whole=K <= 64,
+        forward=_tile(K, O, 64, outs, 32 if large else 16, 8 if large else 4, 2, 1),
+        whole=large and K <= 64,
         fused=_tile(K, O, 64, 64, 32, 8, 2, 1) if O <= 64 and large else None,
         input=_tile(K, O, 64, 32, ins, 8, 2, 1),
         weight=_tile(K, O, 32, weight, weight, 8 if large else 4, 2, 1),
@@ -72,11 +73,9 @@ def launch_for(K: int, O: int, dtype: torch.dtype, capability: tuple[int, int]) 
 
 def _aligned(K: int, O: int, hopper: bool, processors: int) -> Launch:
     """For half types in rows that are multiples of 16 bytes."""
-    whole = K <= (128 if hopper else 96)
-    if whole:
+    whole = K <= 128 if hopper else K <= 96
+    if whole or (O <= 64 and hopper):
         forward = _tile(K, O, 64, 64, 32, 4, 3, 3 if hopper else 2)
-    elif O <= 64 and hopper:
-        forward = _tile(K, O, 128, 64, 32, 8, 4, 2)
     else:
         forward = _tile(K, O, 128 if hopper else 64, 128, 32, 8, 4 if hopper else 3, 1)
     fused = None

@@ -2,6 +2,7 @@
 
 What is compiled is what the launchers launch, with the settings they choose, for batches of 256.
 """
+# ruff: noqa: E741 (O: output channels, as in the shapes)
 
 from typing import NamedTuple
 

@@ -4,6 +4,7 @@ Whether kernels are interpreted is settled when Triton is imported, so without a
 runs this file once more in a process of its own. The interpreter shows no races and no layouts, and
 its bf16 products are wrong, so bf16 is for the GPU alone.
 """
+# ruff: noqa: E741 (O: output channels, as in the shapes)
 
 import os
 import subprocess
@@ -177,7 +178,7 @@ def test_all_at_once(dtype, shape):
 @device_test
 @pytest.mark.parametrize("act", range(5))
 def test_activations_and_kinds_of_offsets(act):
-    N, K, H, W, O = shape = (3, 8, 4, 5, 16)
+    shape = N, _, H, W, O = (3, 8, 4, 5, 16)
     offset = [(1, O, 1, 1), (N, O, 1, 1), (N, O, H, W), (N, O, H, 1), (1, O, 1, W)][act]
     case = Case(shape, torch.float32, act, offset=offset)
     check(case, torch.float32, to_norm=act % 2 == 0)
