@@ -60,14 +60,14 @@ def launch_for(K: int, O: int, dtype: torch.dtype, capability: tuple[int, int]) 
         return _aligned(K, O, hopper, processors)
     # Odd rows take an address for every number, and tf32x3 holds three products in flight.
     large = half or hopper
-    outs, ins, weight = (64, 64, 64) if large else (32, 32, 32)
+    side, warps = (64, 8) if large else (32, 4)
     return Launch(
         processors=processors,
-        forward=_tile(K, O, 64, outs, 32 if large else 16, 8 if large else 4, 2, 1),
+        forward=_tile(K, O, 64, side, side // 2, warps, 2, 1),
         whole=large and K <= 64,
         fused=_tile(K, O, 64, 64, 32, 8, 2, 1) if O <= 64 and large else None,
-        input=_tile(K, O, 64, 32, ins, 8, 2, 1),
-        weight=_tile(K, O, 32, weight, weight, 8 if large else 4, 2, 1),
+        input=_tile(K, O, 64, 32, side, 8, 2, 1),
+        weight=_tile(K, O, 32, side, side, warps, 2, 1),
     )
 
 
