@@ -44,7 +44,7 @@ class Launch:
     whole: bool
     """whether a program of ``forward`` loads its weights once, for all K"""
     fused: Tile | None
-    """of both gradients in one kernel; None: too many output channels for that"""
+    """of both gradients in one kernel; None: too many output channels for that, or float32"""
     input: Tile
     weight: Tile
 
@@ -65,7 +65,7 @@ def launch_for(K: int, O: int, dtype: torch.dtype, capability: tuple[int, int]) 
         processors=processors,
         forward=_tile(K, O, 64, side, side // 2, warps, 2, 1),
         whole=large and K <= 64,
-        fused=_tile(K, O, 64, 64, 32, 8, 2, 1) if O <= 64 and large else None,
+        fused=_tile(K, O, 64, 64, 32, 8, 2, 1) if O <= 64 and half else None,
         input=_tile(K, O, 64, 32, side, 8, 2, 1),
         weight=_tile(K, O, 32, side, side, warps, 2, 1),
     )
@@ -102,7 +102,7 @@ def _aligned(K: int, O: int, hopper: bool, processors: int) -> Launch:
 def _tile(
     K: int, O: int, rows: int, outs: int, ins: int, warps: int, stages: int, resident: int
 ) -> Tile:
-    """With blocks of channels that are at most these, and no larger than K and O need."""
+    """A tile of these numbers, but blocks of channels no larger than K and O need."""
     return Tile(
         rows=rows,
         outs=min(outs, _block(O)),

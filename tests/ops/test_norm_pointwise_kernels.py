@@ -100,8 +100,7 @@ def test_kernels_compile_without_spills(monkeypatch, tmp_path, dtype, arch):
             if spilled:
                 spilling.append((name, layer, registers, spilled))
     assert not spilling
-    apart = dtype == torch.float32 and arch == 80  # no fused kernel of that fits
-    assert compiled_names == KERNELS - ({"fused"} if apart else set())
+    assert compiled_names == KERNELS - ({"fused"} if dtype == torch.float32 else set())
 
 
 def test_launches(monkeypatch):

@@ -197,8 +197,9 @@ def test_nothing_but_a_convolution(dtype):
 def test_few_programs_for_many_tiles(dtype, fused):
     """A multiprocessor's programs take all rows; gradients in one kernel and in two."""
     case = Case((1, 16, 21, 20, 32), dtype, act=3)
-    launch = launch_for(16, 32, dtype, (9, 0))
+    launch = launch_for(16, 32, torch.float16, (9, 0))
     launch = replace(launch, processors=1, fused=launch.fused if fused else None)
+    assert (launch.fused is not None) == fused
     results = check(case, dtype, launch=launch)
     assert len(results[1]) <= 3 and len(results[3]) <= 3
     dx, gsums, dweight = case.backward(input=False, launch=launch)
