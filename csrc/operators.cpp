@@ -129,14 +129,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sacl_fast, m) {
   m.def("norm_slim_gate_backward(Tensor dy, Tensor x, Tensor affine, int act, Tensor? map, "
         "Tensor gate, Tensor? x_index, Tensor? map_index) -> (Tensor, Tensor)");
 
-  // depthwise_conv of an operand -> (N, K, OH, OW) and its sums
-  m.def("norm_depthwise(Tensor x, Tensor? affine, int act, Tensor weight, Tensor? in_index, "
-        "int[] stride, int[] padding, int[] dilation) -> (Tensor, Tensor)");
-  // -> dx, gsums, dweight (K, kh, kw). to_norm: dx is the gradient before the operand's activation,
-  // with its gsums; else that of the operand, and gsums is empty (0).
+  // depthwise_conv of an operand -> (N, K, OH, OW) and its sums. weight (Cout, kh, kw), of which
+  // out_index (K or fewer) are the filters, those after them being zeros; null: all.
+  m.def("norm_depthwise(Tensor x, Tensor? affine, int act, Tensor weight, "
+        "Tensor? out_index, Tensor? in_index, int[] stride, int[] padding, int[] dilation) -> "
+        "(Tensor, Tensor)");
+  // -> dx, gsums, dweight (Cout, kh, kw), 0 where no filter is. to_norm: dx is the gradient before
+  // the operand's activation, with its gsums; else that of the operand, and gsums is empty (0).
   m.def("norm_depthwise_backward(Tensor g, Tensor? y, Tensor? coefficients, Tensor x, "
-        "Tensor? affine, int act, Tensor weight, Tensor? in_index, int[] stride, int[] padding, "
-        "int[] dilation, bool to_norm) -> (Tensor, Tensor, Tensor)");
+        "Tensor? affine, int act, Tensor weight, Tensor? out_index, Tensor? in_index, "
+        "int[] stride, int[] padding, int[] dilation, bool to_norm) -> (Tensor, Tensor, Tensor)");
 
   // Views of images (H, W, 3) uint8, normalised: (x - mean) / std in 0..255. draws (V, n, 16)
   // float64, a row for each view and image: top, left, height and width of the crop; whether it is

@@ -56,39 +56,60 @@ __device__ void load_columns(Vec<T, V> (&columns)[N], const T* first, int step, 
   }
 }
 
+// Which rows of the weight the filters are: the first `count` those of a list, others are zeros;
+// without a list each is its own.
+struct FilterRows {
+  const int64_t* index;
+  int count;
+
+  __device__ int64_t of(int filter) const {
+    if (!index) return filter;
+    return filter < count ? index[filter] : -1;
+  }
+};
+
+// One tap of a filter.
+template <class T>
+__device__ float tap_of(const T* weight, const DepthwiseConvShape& s, FilterRows rows, int filter,
+                        int kh, int kw) {
+  const int64_t row = rows.of(filter);
+  return row < 0 ? 0.0f : to_float(weight[(row * s.kh + kh) * s.kw + kw]);
+}
+
 // The block's slice of the weight (K, taps), tap after tap. `by_source`: channel c's filter is
 // source[c], and the last tap is first if `flipped`.
 template <int TAPS, int WIDTH, class S, class T>
 __device__ void stage_weight(S (&staged)[TAPS * WIDTH], const T* weight, int first, int width,
                              int channels, int filters, const int64_t* source, bool by_source,
-                             bool flipped) {
+                             bool flipped, FilterRows rows = {}) {
   for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < width * TAPS;
        i += blockDim.x * blockDim.y) {
     const int channel = i / TAPS, tap = i % TAPS, c = first + channel;
     const int filter = c < channels && by_source ? source_of(source, c, filters) : c;
-    const bool there = c < channels && filter >= 0;
+    const int64_t row = c < channels && filter >= 0 ? rows.of(filter) : -1;
     staged[(flipped ? TAPS - 1 - tap : tap) * WIDTH + channel] =
-        from_float<S>(there ? to_float(weight[static_cast<int64_t>(filter) * TAPS + tap]) : 0.0f);
+        from_float<S>(row >= 0 ? to_float(weight[row * TAPS + tap]) : 0.0f);
   }
 }
 
-// dweight (K, taps) of partial (count, taps, K).
+// dweight (K, taps), or those rows of it, of partial (count, taps, K).
 template <class T>
-__global__ void finish_weight(const float* partial, int count, int taps, int K, T* dweight) {
+__global__ void finish_weight(const float* partial, int count, int taps, int K, FilterRows rows,
+                              T* dweight) {
   const int column = blockIdx.x * kColumns + threadIdx.x, columns = taps * K;
   const bool inside = column < columns;
   const double sum = sum_of_column(partial, count, columns, column, inside);
-  if (inside && threadIdx.y == 0)
-    dweight[static_cast<int64_t>(column % K) * taps + column / K] =
-        from_float<T>(static_cast<float>(sum));
+  const int64_t row = rows.of(column % K);
+  if (inside && threadIdx.y == 0 && row >= 0)
+    dweight[row * taps + column / K] = from_float<T>(static_cast<float>(sum));
 }
 
 template <class T>
 const char* add_up_weight(const float* partial, int count, const DepthwiseConvShape& s, T* dweight,
-                          void* stream) {
+                          void* stream, FilterRows rows = {}) {
   const int taps = s.kh * s.kw;
   return launch(&finish_weight<T>, dim3(ceil_div(taps * s.K, kColumns)),
-                dim3(kColumns, kColumnRows), stream, partial, count, taps, s.K, dweight);
+                dim3(kColumns, kColumnRows), stream, partial, count, taps, s.K, rows, dweight);
 }
 
 template <int K, int S>

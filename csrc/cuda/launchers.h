@@ -120,23 +120,27 @@ const char* sacl_cuda_depthwise_conv_backward_weight(sacl::cuda::DepthwiseConvSh
                                                      float* partial, void* stream);
 
 // y (N, OH, OW, K) of the operand of x (N, H, W, C), with affine (4, C) or null, and sums
-// (sets, 3, K); as many sets as this says.
+// (sets, 3, K); as many sets as this says. weight (K, kh, kw), or with
+// out_index (listed) those rows of more, and zeros for the filters after them.
 int sacl_cuda_norm_depthwise_sets(sacl::cuda::DepthwiseConvShape shape, const void* x,
                                   const int64_t* in_index);
 const char* sacl_cuda_norm_depthwise(sacl::cuda::DepthwiseConvShape shape, const void* x,
                                      const float* affine, int act, const void* weight,
-                                     const int64_t* in_index, void* y, float* sums, void* stream);
+                                     const int64_t* out_index, int listed, const int64_t* in_index,
+                                     void* y, float* sums, void* stream);
 
-// dx (N, H, W, C), gsums (sets, 2, C) and dweight (K, kh, kw) of g, y (N, OH, OW, K), the operand
-// of x, and coefficients (4, K); y and coefficients may be null. gsums null: dx is the gradient of
-// the operand. positions: scratch of C where there is in_index, else null; partial: scratch.
+// dx (N, H, W, C), gsums (sets, 2, C) and the rows out_index of dweight of g, y (N, OH, OW, K), the
+// operand of x, and coefficients (4, K); y and coefficients may be null. gsums null: dx is the
+// gradient of the operand. positions: scratch of C where there is in_index, else null; partial:
+// scratch.
 sacl::cuda::NormDepthwiseSums sacl_cuda_norm_depthwise_backward_sums(
     sacl::cuda::DepthwiseConvShape shape, const void* g, const void* y, const void* x,
     const int64_t* in_index);
 const char* sacl_cuda_norm_depthwise_backward(sacl::cuda::DepthwiseConvShape shape, const void* g,
                                               const void* y, const float* coefficients,
                                               const void* x, const float* affine, int act,
-                                              const void* weight, const int64_t* in_index,
+                                              const void* weight, const int64_t* out_index,
+                                              int listed, const int64_t* in_index,
                                               int64_t* positions, void* dx, float* gsums,
                                               void* dweight, float* partial, void* stream);
 

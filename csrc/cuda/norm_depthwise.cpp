@@ -19,39 +19,54 @@ int activation_of(const std::optional<Tensor>& affine, int64_t act) {
   return affine ? static_cast<int>(act) : kNone;
 }
 
-DepthwiseConvShape shape_of(const Tensor& x, const Tensor& weight, Pair stride, Pair padding,
+int listed_in(const std::optional<Tensor>& index) {
+  return index ? static_cast<int>(index->numel()) : 0;
+}
+
+DepthwiseConvShape shape_of(const Tensor& x, const Tensor& weight,
+                            const std::optional<Tensor>& out_index,
+                            const std::optional<Tensor>& in_index, Pair stride, Pair padding,
                             Pair dilation) {
-  STD_TORCH_CHECK(weight.dim() == 3, "weight is not (K, kh, kw)");
-  return depthwise_shape(x, x.size(2), x.size(3), x.size(1), weight.size(0), weight.size(1),
+  STD_TORCH_CHECK(weight.dim() == 3, "weight is not (Cout, kh, kw)");
+  const int64_t read = in_index ? in_index->numel() : x.size(1);
+  const int64_t filters = out_index ? read : weight.size(0);
+  STD_TORCH_CHECK(listed_in(out_index) <= filters, "out_index names more filters than read");
+  return depthwise_shape(x, x.size(2), x.size(3), x.size(1), filters, weight.size(1),
                          weight.size(2), stride, padding, dilation);
+}
+
+const void* filters_of(const Tensor& weight, const Tensor& x) {
+  return plain(weight, {weight.size(0), weight.size(1), weight.size(2)}, x.scalar_type(), "weight");
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor> norm_depthwise(Tensor x, std::optional<Tensor> affine, int64_t act,
-                                          Tensor weight, std::optional<Tensor> in_index,
+                                          Tensor weight, std::optional<Tensor> out_index,
+                                          std::optional<Tensor> in_index,
                                           std::vector<int64_t> stride, std::vector<int64_t> padding,
                                           std::vector<int64_t> dilation) {
   const void* in = images(x, "x");
-  const DepthwiseConvShape s = shape_of(x, weight, stride, padding, dilation);
+  const DepthwiseConvShape s = shape_of(x, weight, out_index, in_index, stride, padding, dilation);
   const OnDevice device(x);
   const int64_t* source = in_index_of(in_index, s);
   const int64_t sets = sacl_cuda_norm_depthwise_sets(s, in, source);
   Tensor y = new_images(x, s.N, s.K, s.OH, s.OW);
   Tensor sums = new_tensor(x, {sets, 3, s.K}, ScalarType::Float);
-  check(sacl_cuda_norm_depthwise(s, in, rows_of(affine, s.C, "affine"), activation_of(affine, act),
-                                 plain(weight, {s.K, s.kh, s.kw}, x.scalar_type(), "weight"),
-                                 source, y.mutable_data_ptr(), floats_out(sums), device.stream()));
+  check(sacl_cuda_norm_depthwise(
+      s, in, rows_of(affine, s.C, "affine"), activation_of(affine, act), filters_of(weight, x),
+      indices(out_index, listed_in(out_index), "out_index"), listed_in(out_index), source,
+      y.mutable_data_ptr(), floats_out(sums), device.stream()));
   return {y, sums};
 }
 
 std::tuple<Tensor, Tensor, Tensor> norm_depthwise_backward(
     Tensor g, std::optional<Tensor> y, std::optional<Tensor> coefficients, Tensor x,
-    std::optional<Tensor> affine, int64_t act, Tensor weight, std::optional<Tensor> in_index,
-    std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
-    bool to_norm) {
+    std::optional<Tensor> affine, int64_t act, Tensor weight, std::optional<Tensor> out_index,
+    std::optional<Tensor> in_index, std::vector<int64_t> stride, std::vector<int64_t> padding,
+    std::vector<int64_t> dilation, bool to_norm) {
   const void *in = images(x, "x"), *of_g = images(g, "g");
-  const DepthwiseConvShape s = shape_of(x, weight, stride, padding, dilation);
+  const DepthwiseConvShape s = shape_of(x, weight, out_index, in_index, stride, padding, dilation);
   check_sizes(g, {s.N, s.K, s.OH, s.OW}, "g");
   STD_TORCH_CHECK(g.scalar_type() == x.scalar_type(), "x and g are of different types");
   STD_TORCH_CHECK(y.has_value() == coefficients.has_value(), "y goes with coefficients");
@@ -67,14 +82,16 @@ std::tuple<Tensor, Tensor, Tensor> norm_depthwise_backward(
   Tensor dx = new_images(x, s.N, s.C, s.H, s.W);
   Tensor gsums = to_sums ? new_tensor(x, {sizes.sets, 2, s.C}, ScalarType::Float)
                          : new_tensor(x, {0}, ScalarType::Float);
-  Tensor dweight = new_tensor(x, {s.K, s.kh, s.kw}, x.scalar_type());
+  Tensor dweight = new_tensor(x, {weight.size(0), s.kh, s.kw}, x.scalar_type());
+  if (out_index) torch::stable::zero_(dweight);
   const Tensor partial = scratch(x, sizes.scratch);
   std::optional<Tensor> positions;
   if (in_index) positions = new_tensor(x, {s.C}, ScalarType::Long);
   check(sacl_cuda_norm_depthwise_backward(
       s, of_g, of_y, rows_of(coefficients, s.K, "coefficients"), in, rows_of(affine, s.C, "affine"),
-      activation_of(affine, act), plain(weight, {s.K, s.kh, s.kw}, x.scalar_type(), "weight"),
-      source, positions ? static_cast<int64_t*>(positions->mutable_data_ptr()) : nullptr,
+      activation_of(affine, act), filters_of(weight, x),
+      indices(out_index, listed_in(out_index), "out_index"), listed_in(out_index), source,
+      positions ? static_cast<int64_t*>(positions->mutable_data_ptr()) : nullptr,
       dx.mutable_data_ptr(), to_sums ? floats_out(gsums) : nullptr, dweight.mutable_data_ptr(),
       floats_out(partial), device.stream()));
   return {dx, gsums, dweight};

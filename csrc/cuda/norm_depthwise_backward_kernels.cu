@@ -42,8 +42,8 @@ template <class T, int V, bool GATHERED, int K, int S>
 __global__ void __launch_bounds__(kWalkThreads, kPerProcessor<V, K>)
     norm_gradients(Walks walks, int first_row, int first_column, const T* g, const T* y,
                    const float* coefficients, const T* x, const float* affine, int act,
-                   int act_backward, const T* weight, const int64_t* filters, T* dx, float* gsums,
-                   float* partial) {
+                   int act_backward, const T* weight, FilterRows rows, const int64_t* filters,
+                   T* dx, float* gsums, float* partial) {
   constexpr int kWidth = kGroups * V, L = kStrip<T, K, S>, kColumns = L * S;
   constexpr int kHeld = (K + S - 1) / S, kColumnsHeld = L + kHeld - 1;  // of dy
   constexpr int kRing = kHeld * kColumnsHeld * kWalkThreads * V;
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kWalkThreads, kPerProcessor<V, K>)
   const DepthwiseConvShape& s = walks.s;
   const int width = blockDim.x * V, first = blockIdx.y * width;
   const int own = threadIdx.x * V, channel = first + own;
-  stage_weight<K * K, kWidth>(taps, weight, first, width, s.C, s.K, filters, true, false);
+  stage_weight<K * K, kWidth>(taps, weight, first, width, s.C, s.K, filters, true, false, rows);
   __syncthreads();
   const bool inside = channel < s.C;
   const Channels<V> filter(filters, channel, s.K, inside);
@@ -192,7 +192,8 @@ __global__ void __launch_bounds__(kWalkThreads, kPerProcessor<V, K>)
 template <class T>
 __global__ void norm_input_of_any(Problem p, const T* g, const T* y, const float* coefficients,
                                   const T* x, const float* affine, int act_backward,
-                                  const T* weight, const int64_t* filters, T* dx, float* gsums) {
+                                  const T* weight, FilterRows rows, const int64_t* filters, T* dx,
+                                  float* gsums) {
   __shared__ float buffer[kSumBuffer<2>];
   const DepthwiseConvShape& s = p.s;
   const int channel = blockIdx.y * blockDim.x + threadIdx.x;
@@ -215,7 +216,7 @@ __global__ void norm_input_of_any(Problem p, const T* g, const T* y, const float
         if (wide < 0 || wide % s.stride_w || w >= s.OW) continue;
         const int64_t from = ((static_cast<int64_t>(n) * s.OH + h) * s.OW + w) * s.K + filter.of[0];
         sum += gradient.at(0, to_float(g[from]), y ? to_float(y[from]) : 0.0f) *
-               to_float(weight[(static_cast<int64_t>(filter.of[0]) * s.kh + kh) * s.kw + kw]);
+               tap_of(weight, s, rows, filter.of[0], kh, kw);
       }
     }
     if (filter.has(0) && gsums) {
@@ -345,7 +346,8 @@ NormDepthwiseSums sacl_cuda_norm_depthwise_backward_sums(DepthwiseConvShape shap
 const char* sacl_cuda_norm_depthwise_backward(DepthwiseConvShape shape, const void* g,
                                               const void* y, const float* coefficients,
                                               const void* x, const float* affine, int act,
-                                              const void* weight, const int64_t* in_index,
+                                              const void* weight, const int64_t* out_index,
+                                              int listed, const int64_t* in_index,
                                               int64_t* positions, void* dx, float* gsums,
                                               void* dweight, float* partial, void* stream) {
   if (in_index) {
@@ -355,6 +357,7 @@ const char* sacl_cuda_norm_depthwise_backward(DepthwiseConvShape shape, const vo
     }
   }
   const int64_t* filters = in_index ? positions : nullptr;
+  const FilterRows rows{out_index, listed};
   const int act_backward = gsums ? act : sacl::kNone;
   return with_type(shape.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -370,14 +373,14 @@ const char* sacl_cuda_norm_depthwise_backward(DepthwiseConvShape shape, const vo
               &norm_gradients<T, taken.kCount, taken.kGathered, window.kSize, window.kStride>,
               dim3(blocks, one.tile.slices), dim3(one.tile.groups, one.tile.rows), stream,
               one.walks, one.rows.first, one.columns.first, of_g, of_y, coefficients, of_x, affine,
-              act, act_backward, of_weight, filters, of_dx, gsums, partial);
+              act, act_backward, of_weight, rows, filters, of_dx, gsums, partial);
         },
         [&](const AnyLaunch& two) {
           blocks = two.weight.blocks();
-          const char* input =
-              launch(&norm_input_of_any<T>, two.input.grid(two.of_input),
-                     dim3(two.of_input.groups, two.of_input.rows), stream, two.input, of_g, of_y,
-                     coefficients, of_x, affine, act_backward, of_weight, filters, of_dx, gsums);
+          const char* input = launch(&norm_input_of_any<T>, two.input.grid(two.of_input),
+                                     dim3(two.of_input.groups, two.of_input.rows), stream,
+                                     two.input, of_g, of_y, coefficients, of_x, affine,
+                                     act_backward, of_weight, rows, filters, of_dx, gsums);
           if (input) return input;
           const dim3 grid(blocks, two.of_weight.slices, shape.kh * shape.kw);
           return launch(&norm_weight_sums_any<T>, grid,
@@ -385,7 +388,7 @@ const char* sacl_cuda_norm_depthwise_backward(DepthwiseConvShape shape, const vo
                         of_y, coefficients, of_x, affine, act, in_index, partial);
         });
     if (failure) return failure;
-    return add_up_weight(partial, blocks, shape, static_cast<T*>(dweight), stream);
+    return add_up_weight(partial, blocks, shape, static_cast<T*>(dweight), stream, rows);
   });
 }
 }

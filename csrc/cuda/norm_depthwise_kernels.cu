@@ -25,14 +25,14 @@ constexpr int kPerProcessor = V == 1 && K != 7 ? 5 : 4;
 template <class T, int V, bool GATHERED, int K, int S>
 __global__ void __launch_bounds__(kWalkThreads, kPerProcessor<V, K>)
     norm_convolve(Walks walks, const T* x, const float* affine, int act, const T* weight,
-                  const int64_t* source, T* y, float* sums) {
+                  FilterRows rows, const int64_t* source, T* y, float* sums) {
   constexpr int kWidth = kGroups * V, L = kStrip<T, K, S>, kColumnsRead = (L - 1) * S + K;
   constexpr int kOpen = (K + S - 1) / S;  // output rows that rows still to come are part of
   __shared__ __align__(16) float taps[K * K * kWidth];
   const DepthwiseConvShape& s = walks.s;
   const int width = blockDim.x * V, first = blockIdx.y * width;
   const int own = threadIdx.x * V, channel = first + own;
-  stage_weight<K * K, kWidth>(taps, weight, first, width, s.K, s.C, nullptr, false, false);
+  stage_weight<K * K, kWidth>(taps, weight, first, width, s.K, s.C, nullptr, false, false, rows);
   __syncthreads();
   const bool inside = channel < s.K;
   const Channels<V> from(source, channel, s.C, inside);
@@ -115,7 +115,8 @@ __global__ void __launch_bounds__(kWalkThreads, kPerProcessor<V, K>)
 // Any window.
 template <class T>
 __global__ void norm_convolve_any(Problem p, const T* x, const float* affine, int act,
-                                  const T* weight, const int64_t* source, T* y, float* sums) {
+                                  const T* weight, FilterRows rows, const int64_t* source, T* y,
+                                  float* sums) {
   const DepthwiseConvShape& s = p.s;
   const int channel = blockIdx.y * blockDim.x + threadIdx.x;
   const bool inside = channel < s.K;
@@ -137,7 +138,7 @@ __global__ void norm_convolve_any(Problem p, const T* x, const float* affine, in
         const float raw =
             to_float(x[((static_cast<int64_t>(n) * s.H + h) * s.W + w) * s.C + from.at(0)]);
         sum += activate(act, norm.before_activation(0, raw)) *
-               to_float(weight[(static_cast<int64_t>(channel) * s.kh + kh) * s.kw + kw]);
+               tap_of(weight, s, rows, channel, kh, kw);
       }
     }
     y[((static_cast<int64_t>(n) * s.OH + row) * s.OW + column) * s.K + channel] =
@@ -202,8 +203,10 @@ int sacl_cuda_norm_depthwise_sets(DepthwiseConvShape shape, const void* x,
 }
 
 const char* sacl_cuda_norm_depthwise(DepthwiseConvShape shape, const void* x, const float* affine,
-                                     int act, const void* weight, const int64_t* in_index, void* y,
-                                     float* sums, void* stream) {
+                                     int act, const void* weight, const int64_t* out_index,
+                                     int listed, const int64_t* in_index, void* y, float* sums,
+                                     void* stream) {
+  const FilterRows rows{out_index, listed};
   return with_type(shape.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     return with_launch<T>(
@@ -212,13 +215,13 @@ const char* sacl_cuda_norm_depthwise(DepthwiseConvShape shape, const void* x, co
           return launch(
               &norm_convolve<T, taken.kCount, taken.kGathered, window.kSize, window.kStride>,
               dim3(walks.blocks(), tile.slices), dim3(tile.groups, tile.rows), stream, walks,
-              static_cast<const T*>(x), affine, act, static_cast<const T*>(weight), in_index,
+              static_cast<const T*>(x), affine, act, static_cast<const T*>(weight), rows, in_index,
               static_cast<T*>(y), sums);
         },
         [&](const Problem& p, const Tile& tile) {
           return launch(&norm_convolve_any<T>, p.grid(tile), dim3(tile.groups, tile.rows), stream,
                         p, static_cast<const T*>(x), affine, act, static_cast<const T*>(weight),
-                        in_index, static_cast<T*>(y), sums);
+                        rows, in_index, static_cast<T*>(y), sums);
         });
   });
 }

@@ -56,11 +56,11 @@ def depthwise_conv(
         x = x.expand(-1, -1, *size)
     if in_index is not None:
         x = take_channels(x, in_index)
-    weight = _chosen(weight, out_index, x.shape[1])
+    weight = chosen_filters(weight, out_index, x.shape[1])
     return F.conv2d(x, weight, None, stride, padding, dilation, groups=len(weight))
 
 
-def _chosen(weight: Tensor, out_index: Tensor | None, count: int) -> Tensor:
+def chosen_filters(weight: Tensor, out_index: Tensor | None, count: int) -> Tensor:
     """So many filters of (Cout, ...): those of an index, and zeros after them."""
     if out_index is None:
         return weight
@@ -87,7 +87,7 @@ class _DepthwiseConv(torch.autograd.Function):
         if size is not None:
             x = x.expand(-1, -1, *size).contiguous(memory_format=torch.channels_last)
         count = x.shape[1] if in_index is None else len(in_index)
-        chosen = _chosen(weight.squeeze(1), out_index, count).contiguous()
+        chosen = chosen_filters(weight.squeeze(1), out_index, count).contiguous()
         ctx.save_for_backward(x, chosen)
         ctx.in_index, ctx.out_index, ctx.window = in_index, out_index, window
         ctx.is_constant, ctx.full = size is not None, weight.shape

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from sacl_fast.ops import compiled
+from sacl_fast.ops.depthwise_conv import chosen_filters
 from sacl_fast.ops.norm_act import (
     before_activation,
     gradient_sums,
@@ -36,19 +37,24 @@ def _read(
     return values if in_index is None else values.index_select(1, in_index)
 
 
+def _filters(weight: Tensor, out_index: Tensor | None, count: int) -> Tensor:  # (K, 1, kh, kw)
+    return chosen_filters(weight, out_index, count).unsqueeze(1)
+
+
 def _forward(
     x: Tensor,
     affine: Tensor | None,
     act: int,
     weight: Tensor,
+    out_index: Tensor | None,
     in_index: Tensor | None,
     stride: _Pair,
     padding: _Pair,
     dilation: _Pair,
 ) -> tuple[Tensor, Tensor]:
-    window = stride, padding, dilation
-    filters = weight.unsqueeze(1)
-    y = F.conv2d(_read(x, affine, act, in_index), filters, None, *window, groups=len(weight))
+    read, window = _read(x, affine, act, in_index), (stride, padding, dilation)
+    filters = _filters(weight, out_index, read.shape[1])
+    y = F.conv2d(read, filters, None, *window, groups=len(filters))
     return images_like(y), moments(y)
 
 
@@ -60,6 +66,7 @@ def _backward(
     affine: Tensor | None,
     act: int,
     weight: Tensor,
+    out_index: Tensor | None,
     in_index: Tensor | None,
     stride: _Pair,
     padding: _Pair,
@@ -67,17 +74,21 @@ def _backward(
     to_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dy, read = input_gradient(g, y, coefficients), _read(x, affine, act, in_index)
-    window = stride, padding, dilation, False, [0, 0], len(weight)
-    dx, dweight, _ = torch.ops.aten.convolution_backward(
-        dy, read, weight.unsqueeze(1), None, *window, [True, True, False]
+    filters = _filters(weight, out_index, read.shape[1])
+    window = stride, padding, dilation, False, [0, 0], len(filters)
+    dx, dfilters, _ = torch.ops.aten.convolution_backward(
+        dy, read, filters, None, *window, [True, True, False]
     )
+    dweight = dfilters.squeeze(1)
+    if out_index is not None:
+        dweight = torch.zeros_like(weight).index_copy_(0, out_index, dweight[: len(out_index)])
     if in_index is not None:
         dx = torch.zeros_like(x).index_copy_(1, in_index, dx)
     sums = precise(x).new_empty(0)
     if to_norm and affine is not None:
         dx = before_activation(dx, x, affine, act)
         sums = gradient_sums(dx, x, affine)
-    return images_like(dx), sums, dweight.squeeze(1)
+    return images_like(dx), sums, dweight
 
 
 def _describe() -> None:

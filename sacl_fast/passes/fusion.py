@@ -90,6 +90,16 @@ class Zeros:
     form: Form
 
 
+@dataclass(eq=False)
+class Rows:
+    """Some rows of a weight (Cout, ...), and zeros after them."""
+
+    of: fx.Node
+    index: fx.Node
+    zeros: int = 0
+    computed: list[fx.Node] = field(default_factory=list)
+
+
 class Convolution(NamedTuple):
     """A convolution that is fused, by what the rules of the norm after it have to know."""
 
@@ -162,6 +172,8 @@ class Writer:
         self.counters: list[fx.Node] = []
         """What 1 is added to, and ``sums`` what something is, in one operator for all."""
         self.sums: dict[fx.Node, fx.Node] = {}
+        self.full: set[fx.Node] = set()
+        """Gradients of whole weights, though only some filters were used."""
         self.norms = 0
 
     def run(self, old: Graph) -> None:
@@ -260,6 +272,13 @@ class Writer:
             return self.emit(_aten.add.Tensor, dx, self._per_image(share))
         if isinstance(value, OfMean):
             return self.copy(value.recorded)
+        if isinstance(value, Rows):
+            if not value.computed:
+                rows = self.emit(_aten.index_select, value.of, 0, value.index)
+                pad = [0, 0, 0, 0, 0, value.zeros]
+                rows = self.emit(_aten.constant_pad_nd, rows, pad) if value.zeros else rows
+                value.computed.append(rows)
+            return value.computed[0]
         if isinstance(value, Zeros):
             shape, dtype, device = value.form
             return self.emit(_aten.zeros, list(shape), dtype=dtype, device=device)

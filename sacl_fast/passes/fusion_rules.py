@@ -20,6 +20,7 @@ from sacl_fast.passes.fusion import (
     Norm,
     OfMean,
     Operand,
+    Rows,
     Rule,
     Writer,
     Zeros,
@@ -143,10 +144,30 @@ def _depthwise(w: Writer, node: fx.Node, x: fx.Node, weight: Any, index: Any, *w
     raw, affine, act, gate = w.operand(x)
     if gate is not None:
         raw, affine = w.read(x), None
-    given = raw, affine, act, w.read(weight), w.read(index), *window
+    given = raw, affine, act, *_filters(w, weight), w.read(index), *window
     y, sums = w.outputs(2, _ops.norm_depthwise, *given)
     w.convolutions[y] = Convolution(sums)
     return y
+
+
+@_rule_for(_aten.index_select.default)
+def _index_select(w: Writer, node: fx.Node, x: fx.Node, dim: int, index: fx.Node) -> Any:
+    return NotImplemented if dim else Rows(w.read(x), w.read(index))
+
+
+@_rule_for(_aten.constant_pad_nd.default)
+def _pad(w: Writer, node: fx.Node, x: fx.Node, pad: list[int], value: float = 0) -> Any:
+    """Filters of zeros after some rows of a weight, which are meant by there being fewer rows."""
+    rows = w.value(x)
+    if not isinstance(rows, Rows) or value or any(pad[:-1]) or len(w.form(x).shape) != 3:
+        return NotImplemented
+    return Rows(rows.of, rows.index, pad[-1])
+
+
+def _filters(w: Writer, weight: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """A weight, and which of its filters are meant."""
+    value = w.value(weight)
+    return (value.of, value.index) if isinstance(value, Rows) else (w.read(weight), None)
 
 
 def _is_constant(w: Writer, offset: fx.Node) -> bool:
@@ -374,8 +395,11 @@ def _depthwise_backward(
     if gate is not None:
         raw, affine = w.read(x), None
     given = gradient.g, gradient.y, gradient.coefficients, raw, affine, act
-    own = w.read(weight), w.read(index), *window, to_norm
+    filters = _filters(w, weight)
+    own = *filters, w.read(index), *window, to_norm
     g, gsums, dweight = w.outputs(3, _ops.norm_depthwise_backward, *given, *own)
+    if filters[1] is not None:  # the gradient is full already
+        w.full.add(dweight)
     w.done[of_weight[0]] = dweight
     return BeforeActivation(g, gsums) if to_norm else g
 
@@ -383,6 +407,12 @@ def _depthwise_backward(
 @_rule_for(_ops.depthwise_conv_backward_weight.default)
 def _depthwise_backward_weight(w: Writer, node: fx.Node, *_: Any) -> Any:
     return w.done.get(node, NotImplemented)
+
+
+@_rule_for(_aten.new_zeros.default, _aten.index_copy_.default, _aten.slice.Tensor)
+def _made_full(w: Writer, node: fx.Node, x: fx.Node, *_: Any) -> Any:
+    """What makes the gradient of all filters of that of some."""
+    return w.value(x) if w.value(x) in w.full else NotImplemented
 
 
 def _output(w: Writer, node: fx.Node, i: int) -> fx.Node | None:
