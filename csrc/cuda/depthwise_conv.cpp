@@ -1,46 +1,9 @@
 // Depthwise convolution on a CUDA device; see ../operators.cpp. Weights are of the images' type and
 // so is their gradient. An in_index that is out of range or names a channel twice is not looked
 // for.
-#include "cuda/host.h"
+#include "cuda/depthwise_conv_shape.h"
 
 namespace sacl::cuda {
-namespace {
-
-using Pair = const std::vector<int64_t>&;
-
-int output_length(int64_t size, int64_t k, int64_t stride, int64_t pad, int64_t dilation) {
-  STD_TORCH_CHECK(k > 0 && stride > 0 && dilation > 0 && pad >= 0,
-                  "sizes, strides and dilations of a window are positive, its padding is not "
-                  "negative");
-  const int64_t covered = size + 2 * pad - dilation * (k - 1) - 1;
-  STD_TORCH_CHECK(covered >= 0, "the window is larger than the padded image");
-  return static_cast<int>(covered / stride + 1);
-}
-
-DepthwiseConvShape shape_of(const Tensor& images, int64_t H, int64_t W, int64_t C, int64_t K,
-                            int64_t kh, int64_t kw, Pair stride, Pair padding, Pair dilation) {
-  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
-                  "stride, padding and dilation are pairs");
-  DepthwiseConvShape s{};
-  s.dtype = dtype_of(images);
-  s.N = static_cast<int>(images.size(0)), s.H = static_cast<int>(H), s.W = static_cast<int>(W);
-  s.C = static_cast<int>(C), s.K = static_cast<int>(K);
-  s.OH = output_length(H, kh, stride[0], padding[0], dilation[0]);
-  s.OW = output_length(W, kw, stride[1], padding[1], dilation[1]);
-  s.kh = static_cast<int>(kh), s.kw = static_cast<int>(kw);
-  s.stride_h = static_cast<int>(stride[0]), s.stride_w = static_cast<int>(stride[1]);
-  s.pad_h = static_cast<int>(padding[0]), s.pad_w = static_cast<int>(padding[1]);
-  s.dilation_h = static_cast<int>(dilation[0]), s.dilation_w = static_cast<int>(dilation[1]);
-  return s;
-}
-
-const int64_t* in_index_of(const std::optional<Tensor>& in_index, const DepthwiseConvShape& s) {
-  STD_TORCH_CHECK(in_index ? s.K <= s.C : s.K == s.C, "there are ", s.K, " filters for ", s.C,
-                  " channels", in_index ? "" : " and no in_index");
-  return indices(in_index, s.K, "in_index");
-}
-
-}  // namespace
 
 Tensor depthwise_conv(Tensor x, Tensor weight, std::optional<Tensor> in_index,
                       std::vector<int64_t> stride, std::vector<int64_t> padding,
@@ -49,7 +12,7 @@ Tensor depthwise_conv(Tensor x, Tensor weight, std::optional<Tensor> in_index,
   STD_TORCH_CHECK(weight.dim() == 3, "weight is not (K, kh, kw)");
   const int64_t K = weight.size(0), kh = weight.size(1), kw = weight.size(2);
   const DepthwiseConvShape s =
-      shape_of(x, x.size(2), x.size(3), x.size(1), K, kh, kw, stride, padding, dilation);
+      depthwise_shape(x, x.size(2), x.size(3), x.size(1), K, kh, kw, stride, padding, dilation);
   const OnDevice device(x);
   Tensor y = new_images(x, s.N, K, s.OH, s.OW);
   check(sacl_cuda_depthwise_conv(s, in, plain(weight, {K, kh, kw}, x.scalar_type(), "weight"),
@@ -63,7 +26,7 @@ Tensor depthwise_conv_backward_input(Tensor dy, Tensor weight, std::optional<Ten
   const void* g = images(dy, "dy");
   STD_TORCH_CHECK(weight.dim() == 3, "weight is not (K, kh, kw)");
   const int64_t K = dy.size(1), kh = weight.size(1), kw = weight.size(2);
-  const DepthwiseConvShape s = shape_of(dy, H, W, C, K, kh, kw, stride, padding, dilation);
+  const DepthwiseConvShape s = depthwise_shape(dy, H, W, C, K, kh, kw, stride, padding, dilation);
   check_sizes(dy, {s.N, K, s.OH, s.OW}, "dy");
   const OnDevice device(dy);
   Tensor dx = new_images(dy, s.N, C, H, W);
@@ -80,8 +43,8 @@ Tensor depthwise_conv_backward_weight(Tensor x, Tensor dy, std::optional<Tensor>
                                       int64_t kh, int64_t kw, std::vector<int64_t> stride,
                                       std::vector<int64_t> padding, std::vector<int64_t> dilation) {
   const void *in = images(x, "x"), *g = images(dy, "dy");
-  const DepthwiseConvShape s =
-      shape_of(x, x.size(2), x.size(3), x.size(1), dy.size(1), kh, kw, stride, padding, dilation);
+  const DepthwiseConvShape s = depthwise_shape(x, x.size(2), x.size(3), x.size(1), dy.size(1), kh,
+                                               kw, stride, padding, dilation);
   check_sizes(dy, {s.N, s.K, s.OH, s.OW}, "dy");
   STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "x and dy are of different types");
   const OnDevice device(x);

@@ -22,7 +22,8 @@ struct Problem {
     chunk = static_cast<int>(Chunks(count, tile, per_processor).size);
   }
 
-  dim3 grid(const Tile& tile) const { return dim3(ceil_div(count, chunk), tile.slices); }
+  int blocks() const { return ceil_div(count, chunk); }
+  dim3 grid(const Tile& tile) const { return dim3(blocks(), tile.slices); }
 
   // Which image, row and strip of the row.
   __device__ void locate(int strip, int& n, int& row, int& at) const {
@@ -53,6 +54,41 @@ __device__ void load_columns(Vec<T, V> (&columns)[N], const T* first, int step, 
     const bool inside = static_cast<unsigned>(left + i) < static_cast<unsigned>(width);
     columns[i] = inside ? Vec<T, V>::load(first + i * step) : Vec<T, V>::zero();
   }
+}
+
+// The block's slice of the weight (K, taps), tap after tap. `by_source`: channel c's filter is
+// source[c], and the last tap is first if `flipped`.
+template <int TAPS, int WIDTH, class S, class T>
+__device__ void stage_weight(S (&staged)[TAPS * WIDTH], const T* weight, int first, int width,
+                             int channels, int filters, const int64_t* source, bool by_source,
+                             bool flipped) {
+  for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < width * TAPS;
+       i += blockDim.x * blockDim.y) {
+    const int channel = i / TAPS, tap = i % TAPS, c = first + channel;
+    const int filter = c < channels && by_source ? source_of(source, c, filters) : c;
+    const bool there = c < channels && filter >= 0;
+    staged[(flipped ? TAPS - 1 - tap : tap) * WIDTH + channel] =
+        from_float<S>(there ? to_float(weight[static_cast<int64_t>(filter) * TAPS + tap]) : 0.0f);
+  }
+}
+
+// dweight (K, taps) of partial (count, taps, K).
+template <class T>
+__global__ void finish_weight(const float* partial, int count, int taps, int K, T* dweight) {
+  const int column = blockIdx.x * kColumns + threadIdx.x, columns = taps * K;
+  const bool inside = column < columns;
+  const double sum = sum_of_column(partial, count, columns, column, inside);
+  if (inside && threadIdx.y == 0)
+    dweight[static_cast<int64_t>(column % K) * taps + column / K] =
+        from_float<T>(static_cast<float>(sum));
+}
+
+template <class T>
+const char* add_up_weight(const float* partial, int count, const DepthwiseConvShape& s, T* dweight,
+                          void* stream) {
+  const int taps = s.kh * s.kw;
+  return launch(&finish_weight<T>, dim3(ceil_div(taps * s.K, kColumns)),
+                dim3(kColumns, kColumnRows), stream, partial, count, taps, s.K, dweight);
 }
 
 template <int K, int S>

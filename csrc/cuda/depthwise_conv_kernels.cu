@@ -56,22 +56,6 @@ struct Staged {
   }
 };
 
-// The block's slice of the weight (K, taps), tap after tap. `by_source`: channel c's filter is
-// source[c], and the last tap is first if `flipped`.
-template <int TAPS, int WIDTH, class S, class T>
-__device__ void stage_weight(S (&staged)[TAPS * WIDTH], const T* weight, int first, int width,
-                             int channels, int filters, const int64_t* source, bool by_source,
-                             bool flipped) {
-  for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < width * TAPS;
-       i += blockDim.x * blockDim.y) {
-    const int channel = i / TAPS, tap = i % TAPS, c = first + channel;
-    const int filter = c < channels && by_source ? source_of(source, c, filters) : c;
-    const bool there = c < channels && filter >= 0;
-    staged[(flipped ? TAPS - 1 - tap : tap) * WIDTH + channel] =
-        from_float<S>(there ? to_float(weight[static_cast<int64_t>(filter) * TAPS + tap]) : 0.0f);
-  }
-}
-
 // y (N, OH, OW, K) = window over x (N, H, W, C), channel source[c] of it for channel c.
 template <class T, int V, int K, int S>
 __global__ void __launch_bounds__(kThreads, 2)

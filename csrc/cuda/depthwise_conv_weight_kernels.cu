@@ -77,17 +77,6 @@ __global__ void __launch_bounds__(kWeightThreads, 3)
   }
 }
 
-// dweight (K, taps) of partial (count, taps, K).
-template <class T>
-__global__ void finish_weight(const float* partial, int count, int taps, int K, T* dweight) {
-  const int column = blockIdx.x * kColumns + threadIdx.x, columns = taps * K;
-  const bool inside = column < columns;
-  const double sum = sum_of_column(partial, count, columns, column, inside);
-  if (inside && threadIdx.y == 0)
-    dweight[static_cast<int64_t>(column % K) * taps + column / K] =
-        from_float<T>(static_cast<float>(sum));
-}
-
 // blockIdx.z: the tap.
 template <class T>
 __global__ void weight_sums_any(Problem p, const T* x, const T* dy, const int64_t* source,
@@ -125,7 +114,7 @@ struct WeightLaunch {
       : tile(s.K, V, depth, kWeightThreads), p(s, s.OW, s.OH, strip, 0, tile, kPerProcessor),
         depth(depth) {}
 
-  int blocks() const { return ceil_div(p.count, p.chunk); }
+  int blocks() const { return p.blocks(); }
   dim3 block() const { return dim3(tile.groups, tile.rows, depth); }
 };
 
@@ -164,9 +153,7 @@ const char* weight_gradient(const DepthwiseConvShape& s, const T* x, const T* dy
                       in_index, partial);
       });
   if (failure) return failure;
-  const int taps = s.kh * s.kw;
-  return launch(&finish_weight<T>, dim3(ceil_div(taps * s.K, kColumns)),
-                dim3(kColumns, kColumnRows), stream, partial, blocks, taps, s.K, dweight);
+  return add_up_weight(partial, blocks, s, dweight, stream);
 }
 
 }  // namespace

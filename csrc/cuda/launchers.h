@@ -24,6 +24,12 @@ struct DepthwiseConvShape {
   int kh, kw, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
 };
 
+// How many sets of gsums the backward pass of norm_depthwise leaves, and the floats of its scratch.
+struct NormDepthwiseSums {
+  int sets;
+  int64_t scratch;
+};
+
 struct BatchNormActShape {
   int dtype;  // of activations and of the rest; all else is float32
   int act;
@@ -113,6 +119,27 @@ const char* sacl_cuda_depthwise_conv_backward_weight(sacl::cuda::DepthwiseConvSh
                                                      const void* x, const void* dy,
                                                      const int64_t* in_index, void* dweight,
                                                      float* partial, void* stream);
+
+// y (N, OH, OW, K) of the operand of x (N, H, W, C), with affine (4, C) or null, and sums
+// (sets, 3, K); as many sets as this says.
+int sacl_cuda_norm_depthwise_sets(sacl::cuda::DepthwiseConvShape shape, const void* x,
+                                  const int64_t* in_index);
+const char* sacl_cuda_norm_depthwise(sacl::cuda::DepthwiseConvShape shape, const void* x,
+                                     const float* affine, int act, const void* weight,
+                                     const int64_t* in_index, void* y, float* sums, void* stream);
+
+// dx (N, H, W, C), gsums (sets, 2, C) and dweight (K, kh, kw) of g, y (N, OH, OW, K), the operand
+// of x, and coefficients (4, K); y and coefficients may be null. gsums null: dx is the gradient of
+// the operand. positions: scratch of C where there is in_index, else null; partial: scratch.
+sacl::cuda::NormDepthwiseSums sacl_cuda_norm_depthwise_backward_sums(
+    sacl::cuda::DepthwiseConvShape shape, const void* g, const void* y, const void* x,
+    const int64_t* in_index);
+const char* sacl_cuda_norm_depthwise_backward(sacl::cuda::DepthwiseConvShape shape, const void* g,
+                                              const void* y, const float* coefficients,
+                                              const void* x, const float* affine, int act,
+                                              const void* weight, const int64_t* in_index,
+                                              int64_t* positions, void* dx, float* gsums,
+                                              void* dweight, float* partial, void* stream);
 
 // Floats of scratch that both passes of batch norm take.
 int64_t sacl_cuda_batch_norm_act_scratch(sacl::cuda::BatchNormActShape shape);

@@ -106,7 +106,7 @@ def _affine(
     var = (squares.sum(0) + (counts * (means - mean).square()).sum(0)) / total
     none = mean.new_zeros(0 if zeroed_index is None else len(zeroed_index))
     shifted = mean if mean_shift is None else mean + mean_shift
-    for running, own in ((running_mean, shifted), (running_var, var * (count / (count - 1)))):
+    for running, own in ((running_mean, shifted), (running_var, var * (count / max(count - 1, 1)))):
         if running is not None:
             for index, value in ((kept_index, own), (zeroed_index, none)):
                 if index is None and value is none:
