@@ -1,6 +1,7 @@
 // The sum of two slim activations on a CUDA device; see ../operators.cpp. All tensors of values are
 // of one type. Whether an index list is in order is not looked at: only without one is the gradient
 // of an operand dy itself.
+#include "cuda/positions.h"
 #include "cuda/slim.h"
 #include "cuda/sums.h"
 
@@ -32,8 +33,8 @@ std::tuple<Tensor, Tensor> operand_gradients(const Tensor& dy, int64_t live, int
   Tensor drest = new_tensor(dy, {constants}, dy.scalar_type());
   if (!index) return {new_tensor(dy, {0}, dy.scalar_type()), drest};
   const int U = static_cast<int>(dy.size(1));
-  const Tensor from = inverse(dy, *index, std::nullopt, live + constants, stream);
-  const auto* channels = static_cast<const int64_t*>(from.const_data_ptr());
+  const Positions from(dy, std::nullopt, index, std::nullopt, live + constants, stream);
+  const int64_t* channels = from.data();
   Tensor dx = new_images(dy, dy.size(0), live, dy.size(2), dy.size(3));
   check(sacl_cuda_select(dtype_of(dy), pixels(dy), U, static_cast<int>(live), dy.const_data_ptr(),
                          channels, dx.mutable_data_ptr(), stream));
