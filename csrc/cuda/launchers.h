@@ -79,12 +79,14 @@ struct WeightShape {
 };
 
 // One operand of a sum: the result's channel u is index[u] of its live channels (M, live), or
-// beyond those of its constants; index null: all live ones in order.
+// beyond those of its constants; index null: all live ones in order. affine (4, live), or null for
+// values that are not raw.
 struct Operand {
   const void* values;
   const void* constants;
   const int64_t* index;
   int live, constant;
+  const float* affine;
 };
 
 struct GateShape {
@@ -178,8 +180,9 @@ const char* sacl_cuda_norm_act_apply(sacl::cuda::NormActShape shape, const void*
                                      const float* other_affine, int act_after, void* y,
                                      void* stream);
 
-// gate, dmean may be null, and g too, which then is not written.
-const char* sacl_cuda_norm_act_gradient(sacl::cuda::NormActShape shape, const void* dy,
+// dy (N, HW, width), the first K count. gate, dmean may be null, and g too, which then is not
+// written.
+const char* sacl_cuda_norm_act_gradient(sacl::cuda::NormActShape shape, const void* dy, int width,
                                         const void* x, const float* affine, int act,
                                         const void* gate, const void* dmean, void* g, float* gsums,
                                         void* stream);
@@ -254,12 +257,16 @@ const char* sacl_cuda_slim_add(int dtype, int64_t M, int U, sacl::cuda::Operand 
 const char* sacl_cuda_select(int dtype, int64_t M, int C_in, int C_out, const void* in,
                              const int64_t* source, void* out, void* stream);
 
-// y (N, HW, K + R) = x (N, HW, K) and map (HW, R) times their factors of gate (N, C).
-const char* sacl_cuda_slim_gate(sacl::cuda::GateShape shape, const void* x, const void* map,
-                                const void* gate, const int64_t* x_index, const int64_t* map_index,
-                                void* y, void* stream);
+// y (N, HW, K + R) = act(x) (N, HW, K) and map (HW, R) times their factors of gate (N, C); affine
+// (4, K), or null for x itself.
+const char* sacl_cuda_slim_gate(sacl::cuda::GateShape shape, const void* x, const float* affine,
+                                int act, const void* map, const void* gate, const int64_t* x_index,
+                                const int64_t* map_index, void* y, void* stream);
+
+// With affine, dx is null and not formed, and dgate is float32.
 const char* sacl_cuda_slim_gate_backward(sacl::cuda::GateShape shape, const void* dy, const void* x,
-                                         const void* map, const void* gate, const int64_t* x_index,
+                                         const float* affine, int act, const void* map,
+                                         const void* gate, const int64_t* x_index,
                                          const int64_t* map_index, void* dx, void* dmap,
                                          void* dgate, void* stream);
 }

@@ -17,33 +17,42 @@ struct ChannelRows {
 
 __device__ inline int first_channel(int V) { return (blockIdx.y * blockDim.x + threadIdx.x) * V; }
 
-// use(row, where its V channels are, their values in each of `inputs`) for the block's rows,
-// several loads ahead; rows are counted from the last one if `backwards`.
-template <class T, int V, int INPUTS, class Use>
-__device__ void for_rows(const ChannelRows& rows, const T* const (&inputs)[INPUTS], int channel,
-                         bool backwards, const Use& use) {
-  const int64_t stop = rows.stop();
-  for (int64_t start = rows.first() + threadIdx.y; start < stop; start += kLoads<V> * blockDim.y) {
+// use(row, values) for the block's rows, several loads ahead: those of the V channels that lie at
+// at(k, row), for each of the INPUTS images k. Rows are counted from the last one if `backwards`.
+template <class T, int V, int INPUTS, class At, class Use>
+__device__ void for_rows_at(const ChannelRows& rows, bool backwards, const At& at, const Use& use) {
+  const int last = static_cast<int>(rows.M) - 1, stop = static_cast<int>(rows.stop());
+  for (int start = static_cast<int>(rows.first()) + threadIdx.y; start < stop;
+       start += kLoads<V> * blockDim.y) {
     Vec<T, V> loaded[kLoads<V>][INPUTS];
-    int64_t at[kLoads<V>];
 #pragma unroll
     for (int i = 0; i < kLoads<V>; ++i) {
-      const int64_t row = start + static_cast<int64_t>(i) * blockDim.y;
-      at[i] = (backwards ? rows.M - 1 - row : row) * rows.K + channel;
+      const int row = start + i * blockDim.y;
 #pragma unroll
       for (int k = 0; k < INPUTS; ++k)
-        if (row < stop) loaded[i][k] = Vec<T, V>::load(inputs[k] + at[i]);
+        if (row < stop) loaded[i][k] = Vec<T, V>::load(at(k, backwards ? last - row : row));
     }
 #pragma unroll
     for (int i = 0; i < kLoads<V>; ++i) {
-      const int64_t row = start + static_cast<int64_t>(i) * blockDim.y;
+      const int row = start + i * blockDim.y;
       if (row >= stop) break;
       float values[INPUTS][V];
 #pragma unroll
       for (int k = 0; k < INPUTS; ++k) loaded[i][k].unpack(values[k]);
-      use(backwards ? rows.M - 1 - row : row, at[i], values);
+      use(backwards ? last - row : row, values);
     }
   }
+}
+
+// use(row, where its V channels are, their values in each of `inputs`), of K channels each.
+template <class T, int V, int INPUTS, class Use>
+__device__ void for_rows(const ChannelRows& rows, const T* const (&inputs)[INPUTS], int channel,
+                         bool backwards, const Use& use) {
+  for_rows_at<T, V, INPUTS>(
+      rows, backwards, [&](int k, int row) { return inputs[k] + int64_t{row} * rows.K + channel; },
+      [&](int row, const float (&in)[INPUTS][V]) {
+        use(row, int64_t{row} * rows.K + channel, in);
+      });
 }
 
 // V values of a vector of channels.
@@ -61,10 +70,15 @@ struct Affine {
   __device__ float at(int v, float x) const { return (x - mean[v]) * scale[v] + bias[v]; }
 };
 
-// rows: scale, bias, mean, 1 / deviation (4, K).
+// rows: scale, bias, mean, 1 / deviation (4, K), or null, for x itself.
 template <int V>
 __device__ Affine<V> affine_of(const float* rows, int K, int channel) {
   Affine<V> affine;
+  if (!rows) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) affine.scale[v] = 1, affine.bias[v] = affine.mean[v] = 0;
+    return affine;
+  }
   load_channels(rows, channel, affine.scale);
   load_channels(rows + K, channel, affine.bias);
   load_channels(rows + 2 * K, channel, affine.mean);

@@ -114,17 +114,21 @@ Tensor norm_act_mean(Tensor x, Tensor affine, int64_t act) {
 std::tuple<Tensor, Tensor> norm_act_gradient(Tensor dy, Tensor x, Tensor affine, int64_t act,
                                              std::optional<Tensor> gate,
                                              std::optional<Tensor> dmean) {
-  const void *in = images(x, "x"), *gradient = like(dy, x, "dy");
+  const void *in = images(x, "x"), *gradient = images(dy, "dy");
   const NormActShape s = shape_of(x);
-  const bool unchanged = act == kNone && !gate && !dmean;
+  const int width = static_cast<int>(dy.size(1));
+  STD_TORCH_CHECK(width >= s.K, "dy has ", width, " channels, fewer than x's ", s.K);
+  check_sizes(dy, {s.N, width, x.size(2), x.size(3)}, "dy");
+  STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "dy is of another type than x");
+  const bool unchanged = act == kNone && !gate && !dmean && width == s.K;
   const OnDevice device(x);
   Tensor g = unchanged ? new_tensor(x, {0}, x.scalar_type())
                        : new_images(x, s.N, s.K, x.size(2), x.size(3));
   Tensor gsums = new_tensor(x, {sacl_cuda_norm_act_sets(s), 2, s.K}, ScalarType::Float);
   check(sacl_cuda_norm_act_gradient(
-      s, gradient, in, rows(affine, x, "affine"), static_cast<int>(act), by_sample(gate, x, "gate"),
-      by_sample(dmean, x, "dmean"), unchanged ? nullptr : g.mutable_data_ptr(), floats_out(gsums),
-      device.stream()));
+      s, gradient, width, in, rows(affine, x, "affine"), static_cast<int>(act),
+      by_sample(gate, x, "gate"), by_sample(dmean, x, "dmean"),
+      unchanged ? nullptr : g.mutable_data_ptr(), floats_out(gsums), device.stream()));
   return {g, gsums};
 }
 

@@ -45,14 +45,7 @@ __global__ void __launch_bounds__(kThreads)
   if (channel >= rows.K) return;
   const Affine<V> own = affine_of<V>(affine, rows.K, channel);
   Affine<V> others;
-  if (INPUTS == 2) {
-    if (other_affine) {
-      others = affine_of<V>(other_affine, rows.K, channel);
-    } else {
-#pragma unroll
-      for (int v = 0; v < V; ++v) others.scale[v] = 1, others.bias[v] = others.mean[v] = 0;
-    }
-  }
+  if (INPUTS == 2) others = affine_of<V>(other_affine, rows.K, channel);
   const T* const all[] = {x, other};
   const T* inputs[INPUTS];
 #pragma unroll
@@ -103,19 +96,22 @@ struct Gate {
   }
 };
 
-// gsums (blocks, 2, K), and g where it is not null.
+// gsums (blocks, 2, K), and g where it is not null. dy has `width` channels, of which K count.
 template <class T, int V, bool GATED>
 __global__ void __launch_bounds__(kThreads, 2)
-    operand_gradient(ChannelRows rows, Divisor image, const T* dy, const T* x, const float* affine,
-                     int act, const T* gate, const T* dmean, T* g, float* gsums) {
+    operand_gradient(ChannelRows rows, Divisor image, const T* dy, int width, const T* x,
+                     const float* affine, int act, const T* gate, const T* dmean, T* g,
+                     float* gsums) {
   const int channel = first_channel(V);
   float sums[2 * V];  // of g, of g (x - mean)
   clear(sums);
   if (channel < rows.K) {
     const Affine<V> own = affine_of<V>(affine, rows.K, channel);
     Gate<T, V> gates{gate, dmean, 1.0f / image.divisor};
-    const T* const inputs[] = {dy, x};
-    const auto use = [&](int64_t row, int64_t at, const float (&in)[2][V]) {
+    const auto at = [&](int k, int row) {
+      return (k == 0 ? dy + int64_t{row} * width : x + int64_t{row} * rows.K) + channel;
+    };
+    const auto use = [&](int row, const float (&in)[2][V]) {
       float out[V], z[V];
 #pragma unroll
       for (int v = 0; v < V; ++v) {
@@ -123,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         z[v] = own.at(v, in[1][v]);
       }
       if (GATED) {
-        gates.move_to(image.quotient(static_cast<int>(row)), rows.K, channel);
+        gates.move_to(image.quotient(row), rows.K, channel);
         gates.apply(out);
       }
       through_activation(act, out, z);
@@ -132,9 +128,9 @@ __global__ void __launch_bounds__(kThreads, 2)
         sums[v] += out[v];
         sums[V + v] += out[v] * (in[1][v] - own.mean[v]);
       }
-      if (g) Vec<T, V>::store(g + at, out);
+      if (g) Vec<T, V>::store(g + int64_t{row} * rows.K + channel, out);
     };
-    for_rows<T, V>(rows, inputs, channel, true, use);
+    for_rows_at<T, V, 2>(rows, true, at, use);
     float rstd[V];
     load_channels(affine + 3 * rows.K, channel, rstd);
 #pragma unroll
@@ -170,19 +166,25 @@ Chunks chunks_of_sums(const NormActShape& s) {
   return RowBlocks(rows_of(s), s.K, s.K % kLanes<T> ? 1 : kLanes<T>).sums;
 }
 
-// Calls `f` with a null pointer to the type, the width of a vector that fits the images, and the
-// blocks over their rows.
+// Calls `f` with a null pointer to the type, the width of a vector that fits the images, of K or
+// `width` channels, and the blocks over their rows.
 template <class F>
-const char* over_rows(const NormActShape& s, std::initializer_list<const void*> images,
+const char* over_rows(const NormActShape& s, int width, std::initializer_list<const void*> images,
                       const F& f) {
   return with_type(s.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const bool fit = s.K % kLanes<T> == 0 && std::all_of(images.begin(), images.end(), aligned);
+    const bool fit = s.K % kLanes<T> == 0 && width % kLanes<T> == 0 &&
+                     std::all_of(images.begin(), images.end(), aligned);
     using Wide = std::integral_constant<int, kLanes<T>>;
     using Single = std::integral_constant<int, 1>;
     return fit ? f(type, Wide(), RowBlocks(rows_of(s), s.K, kLanes<T>))
                : f(type, Single(), RowBlocks(rows_of(s), s.K, 1));
   });
+}
+template <class F>
+const char* over_rows(const NormActShape& s, std::initializer_list<const void*> images,
+                      const F& f) {
+  return over_rows(s, s.K, images, f);
 }
 
 }  // namespace
@@ -225,19 +227,20 @@ const char* sacl_cuda_norm_act_apply(NormActShape shape, const void* x, const fl
   });
 }
 
-const char* sacl_cuda_norm_act_gradient(NormActShape shape, const void* dy, const void* x,
-                                        const float* affine, int act, const void* gate,
-                                        const void* dmean, void* g, float* gsums, void* stream) {
+const char* sacl_cuda_norm_act_gradient(NormActShape shape, const void* dy, int width,
+                                        const void* x, const float* affine, int act,
+                                        const void* gate, const void* dmean, void* g, float* gsums,
+                                        void* stream) {
   if (const char* failure = unknown_activation(act)) return failure;
   return over_rows(
-      shape, {dy, x, gate, dmean, g}, [&](auto* type, auto V, const RowBlocks& blocks) {
+      shape, width, {dy, x, gate, dmean, g}, [&](auto* type, auto V, const RowBlocks& blocks) {
         using T = std::remove_pointer_t<decltype(type)>;
         const Chunks chunks = chunks_of_sums<T>(shape);
         const bool gated = gate || dmean;
         const auto kernel =
             gated ? &operand_gradient<T, V(), true> : &operand_gradient<T, V(), false>;
         return launch(kernel, blocks.grid(chunks), blocks.block(), stream, blocks.rows(chunks),
-                      Divisor(shape.HW), static_cast<const T*>(dy), static_cast<const T*>(x),
+                      Divisor(shape.HW), static_cast<const T*>(dy), width, static_cast<const T*>(x),
                       affine, act, static_cast<const T*>(gate), static_cast<const T*>(dmean),
                       static_cast<T*>(g), gsums);
       });

@@ -1,29 +1,11 @@
 // Sums over the image or the samples of what a norm's neighbours leave raw, formed as it is loaded:
 // the mean for a squeeze, the gradient of a gate, the gradient of an offset.
-#include "cuda/activations.h"
-#include "cuda/norm.h"
 #include "cuda/sum_to_offset.h"
 
 namespace sacl::cuda {
 namespace {
 
 constexpr int kEnough = 1;  // blocks of a multiprocessor from which on a sum is not cut into parts
-
-// Of the rows of affine.
-template <int V>
-struct Activated {
-  static constexpr int kInputs = 1;
-  Affine<V> affine;
-  int act;
-
-  __device__ Activated(const ValueArguments& arguments, int K, int channel)
-      : affine(affine_of<V>(arguments.rows, K, channel)), act(arguments.act) {}
-  __device__ void operator()(const float (&in)[1][V], float (&out)[V]) const {
-#pragma unroll
-    for (int v = 0; v < V; ++v) out[v] = affine.at(v, in[0][v]);
-    activate(act, out);
-  }
-};
 
 // dy times the operand.
 template <int V>

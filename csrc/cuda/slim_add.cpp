@@ -1,9 +1,8 @@
 // The sum of two slim activations on a CUDA device; see ../operators.cpp. All tensors of values are
 // of one type. Whether an index list is in order is not looked at: only without one is the gradient
 // of an operand dy itself.
-#include <tuple>
-
 #include "cuda/positions.h"
+#include "cuda/slim.h"
 #include "cuda/sums.h"
 
 namespace sacl::cuda {
@@ -11,17 +10,21 @@ namespace {
 
 int pixels(const Tensor& x) { return static_cast<int>(x.numel() / x.size(1)); }
 
-Operand operand_of(const Tensor& x, const std::optional<Tensor>& rest,
-                   const std::optional<Tensor>& index, const Tensor& like) {
+Operand operand_of(const Tensor& x, const std::optional<Tensor>& affine,
+                   const std::optional<Tensor>& rest, const std::optional<Tensor>& index,
+                   const Tensor& like) {
   images(x, "an operand");
   STD_TORCH_CHECK(x.scalar_type() == like.scalar_type() && pixels(x) == pixels(like),
                   "both operands must be of one type and have the same number of values");
   const int64_t constants = rest ? rest->numel() : 0;
   const void* values =
       rest ? plain(*rest, {constants}, like.scalar_type(), "a_rest or b_rest") : nullptr;
-  return {x.const_data_ptr(), values,
+  return {x.const_data_ptr(),
+          values,
           index ? indices(index, index->numel(), "a_index or b_index") : nullptr,
-          static_cast<int>(x.size(1)), static_cast<int>(constants)};
+          static_cast<int>(x.size(1)),
+          static_cast<int>(constants),
+          affine_of(affine, x)};
 }
 
 // Gradients of an operand with `live` channels and constants; empty where it is dy itself.
@@ -45,10 +48,11 @@ std::tuple<Tensor, Tensor> operand_gradients(const Tensor& dy, int64_t live, int
 
 }  // namespace
 
-Tensor slim_add(Tensor a, std::optional<Tensor> a_rest, std::optional<Tensor> a_index, Tensor b,
-                std::optional<Tensor> b_rest, std::optional<Tensor> b_index) {
-  const Operand left = operand_of(a, a_rest, a_index, a);
-  const Operand right = operand_of(b, b_rest, b_index, a);
+Tensor add_operands(Tensor a, std::optional<Tensor> a_affine, std::optional<Tensor> a_rest,
+                    std::optional<Tensor> a_index, Tensor b, std::optional<Tensor> b_affine,
+                    std::optional<Tensor> b_rest, std::optional<Tensor> b_index) {
+  const Operand left = operand_of(a, a_affine, a_rest, a_index, a);
+  const Operand right = operand_of(b, b_affine, b_rest, b_index, a);
   const int64_t U = a_index ? a_index->numel() : a.size(1);
   STD_TORCH_CHECK((b_index ? b_index->numel() : b.size(1)) == U,
                   "both operands must have the same number of values");
@@ -57,6 +61,11 @@ Tensor slim_add(Tensor a, std::optional<Tensor> a_rest, std::optional<Tensor> a_
   check(sacl_cuda_slim_add(dtype_of(a), pixels(a), static_cast<int>(U), left, right,
                            y.mutable_data_ptr(), device.stream()));
   return y;
+}
+
+Tensor slim_add(Tensor a, std::optional<Tensor> a_rest, std::optional<Tensor> a_index, Tensor b,
+                std::optional<Tensor> b_rest, std::optional<Tensor> b_index) {
+  return add_operands(a, std::nullopt, a_rest, a_index, b, std::nullopt, b_rest, b_index);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> slim_add_backward(Tensor dy, int64_t a_live,

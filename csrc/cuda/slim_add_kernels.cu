@@ -3,39 +3,50 @@
 // With index lists a thread takes one channel of some rows, looks up once where it comes from, and
 // neighbouring threads read neighbouring channels; without them it takes 16 bytes of channels.
 #include "cuda/rows.h"
+#include "cuda/values.h"
 
 namespace sacl::cuda {
 namespace {
 
-// Where V channels of one operand come from.
-template <class T, int V>
+// Where V channels of one operand come from; what is live is formed by a Value.
+template <class T, int V, template <int> class Value>
 struct Column {
   const T* values;  // of row 0; null: the constant
   int live;
   float constant;
+  Value<V> value;
 
-  __device__ Column(const Operand& operand, int channel) : live(operand.live), constant(0) {
-    const T* all = static_cast<const T*>(operand.values);
-    values = all + channel;
-    if (V > 1 || !operand.index) return;
+  __device__ Column(const Operand& operand, int channel)
+      : Column(operand, static_cast<const T*>(operand.values), source(operand, channel)) {}
+  __device__ void read(int64_t row, float (&out)[V]) const {
+    if (V > 1 || values) {
+      float in[1][V];
+      Vec<T, V>::load(values + row * live).unpack(in[0]);
+      value(in, out);
+    } else {
+      out[0] = constant;
+    }
+  }
+
+ private:
+  __device__ Column(const Operand& operand, const T* all, int from)
+      : values(from < operand.live ? all + from : nullptr), live(operand.live), constant(0),
+        value({values ? operand.affine : nullptr, kNone}, live, from) {
+    if (!values) constant = to_float(static_cast<const T*>(operand.constants)[from - live]);
+  }
+  __device__ static int source(const Operand& operand, int channel) {
+    if (V > 1 || !operand.index) return channel;
     const int64_t from = operand.index[channel];
     if (from < 0 || from >= operand.live + operand.constant) __trap();
-    values = from < operand.live ? all + from : nullptr;
-    if (!values) constant = to_float(static_cast<const T*>(operand.constants)[from - operand.live]);
-  }
-  __device__ void read(int64_t row, float (&out)[V]) const {
-    if (V > 1 || values)
-      Vec<T, V>::load(values + row * live).unpack(out);
-    else
-      out[0] = constant;
+    return static_cast<int>(from);
   }
 };
 
-template <class T, int V>
+template <class T, int V, template <int> class Value>
 __global__ void __launch_bounds__(kThreads) add(Rows rows, int U, Operand a, Operand b, T* y) {
   const int channel = (blockIdx.y * blockDim.x + threadIdx.x) * V;
   if (channel >= U) return;
-  const Column<T, V> left(a, channel), right(b, channel);
+  const Column<T, V, Value> left(a, channel), right(b, channel);
 #pragma unroll 4
   for (int64_t row = rows.first(); row < rows.stop(); row += blockDim.y) {
     float sum[V], other[V];
@@ -63,7 +74,8 @@ __global__ void __launch_bounds__(kThreads)
 template <class T, int V>
 const char* launch_add(int64_t M, int U, const Operand& a, const Operand& b, T* y, void* stream) {
   const RowLaunch over(M, U, V);
-  return launch(&add<T, V>, over.grid(), over.block(), stream, over.rows(), U, a, b, y);
+  const auto kernel = a.affine || b.affine ? &add<T, V, Activated> : &add<T, V, Itself>;
+  return launch(kernel, over.grid(), over.block(), stream, over.rows(), U, a, b, y);
 }
 
 }  // namespace

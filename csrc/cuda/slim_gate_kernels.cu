@@ -1,92 +1,167 @@
-// A slim activation times a gate, in one pass in NHWC memory. Which thread takes which channels is
-// as in slim_add_kernels.cu.
-#include "cuda/rows.h"
+// A slim activation times a gate, in one pass in NHWC memory.
+//
+// A thread takes V channels of x or of the map. They are 16 bytes where both K and R suit, index
+// lists or not: those say which of the gate's channels to read, which is done once a sample.
+#include <algorithm>
+#include <initializer_list>
+
+#include "cuda/values.h"
 
 namespace sacl::cuda {
 namespace {
 
-// The gate's factor for channel `c` of the K + R.
-__device__ inline int64_t factor_of(const GateShape& s, const int64_t* x_index,
-                                    const int64_t* map_index, int c) {
-  const int64_t factor = c < s.K ? (x_index ? x_index[c] : c) : map_index[c - s.K];
-  if (factor < 0 || factor >= s.C) __trap();
-  return factor;
-}
+// The K + R channels: x (N, HW, K), formed by a Value, and map (HW, R), which is taken as it is.
+template <class T>
+struct Gated {
+  GateShape s;
+  const T *x, *map, *gate;
+  const int64_t *x_index, *map_index;
+  ValueArguments of_x;
+  bool side_by_side;  // the factors of 16 bytes of channels are 16 bytes of the gate
 
-template <class T, int V>
-__global__ void __launch_bounds__(kThreads)
-    multiply(Rows rows, GateShape s, Divisor image, const T* x, const T* map, const T* gate,
-             const int64_t* x_index, const int64_t* map_index, T* y) {
-  const int all = s.K + s.R, channel = (blockIdx.y * blockDim.x + threadIdx.x) * V;
-  if (channel >= all) return;
-  const int64_t factor = V > 1 ? channel : factor_of(s, x_index, map_index, channel);
-#pragma unroll 4
-  for (int64_t row = rows.first(); row < rows.stop(); row += blockDim.y) {
-    int pixel = static_cast<int>(row);
-    const int64_t n = image.split(pixel);
-    const T* in = channel < s.K ? x + row * s.K + channel
-                                : map + static_cast<int64_t>(pixel) * s.R + channel - s.K;
-    float value[V], own[V];
-    Vec<T, V>::load(in).unpack(value);
-    Vec<T, V>::load(gate + n * s.C + factor).unpack(own);
-#pragma unroll
-    for (int v = 0; v < V; ++v) value[v] *= own[v];
-    Vec<T, V>::store(y + row * all + channel, value);
+  __device__ const T* at(int row, int pixel, int channel) const {
+    return channel < s.K ? x + static_cast<int64_t>(row) * s.K + channel
+                         : map + static_cast<int64_t>(pixel) * s.R + channel - s.K;
   }
+  template <template <int> class Value, int V>
+  __device__ Value<V> value_of(int channel) const {
+    return Value<V>(channel < s.K ? of_x : ValueArguments{nullptr, kNone}, s.K, channel);
+  }
+  // The gate's channel by which `channel` is multiplied.
+  __device__ int factor_of(int channel) const {
+    const int64_t factor = channel >= s.K ? map_index[channel - s.K]
+                           : x_index      ? x_index[channel]
+                                          : channel;
+    if (factor < 0 || factor >= s.C) __trap();
+    return static_cast<int>(factor);
+  }
+};
+
+// The factors of V channels for one sample.
+template <class T, int V>
+struct Factors {
+  const T* gate;
+  int C;
+  bool side_by_side;
+  int channel[V];  // of the gate
+  int sample = -1;
+  float own[V];
+
+  __device__ Factors(const Gated<T>& in, int first)
+      : gate(in.gate), C(in.s.C), side_by_side(in.side_by_side) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) channel[v] = in.factor_of(first + v);
+  }
+  __device__ void move_to(int n) {
+    if (n == sample) return;
+    sample = n;
+    if (V > 1 && side_by_side)
+      Vec<T, V>::load(of(n) + channel[0]).unpack(own);
+    else
+      load(n);
+  }
+  __device__ void load(int n) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) own[v] = to_float(load_one(of(n) + channel[v]));
+  }
+  __device__ void apply(float (&values)[V]) const {
+#pragma unroll
+    for (int v = 0; v < V; ++v) values[v] *= own[v];
+  }
+
+ private:
+  __device__ const T* of(int n) const { return gate + static_cast<int64_t>(n) * C; }
+};
+
+template <class T, int V, template <int> class Value>
+__global__ void __launch_bounds__(kThreads, 2)
+    multiply(ChannelRows rows, Divisor image, Gated<T> in, T* y) {
+  const int channel = first_channel(V);
+  if (channel >= rows.K) return;
+  const auto value = in.template value_of<Value, V>(channel);
+  Factors<T, V> factors(in, channel);
+  const auto at = [&](int, int row) {
+    int pixel = row;
+    image.split(pixel);
+    return in.at(row, pixel, channel);
+  };
+  const auto use = [&](int row, const float (&loaded)[1][V]) {
+    float out[V];
+    value(loaded, out);
+    factors.move_to(image.quotient(row));
+    factors.apply(out);
+    Vec<T, V>::store(y + static_cast<int64_t>(row) * rows.K + channel, out);
+  };
+  for_rows_at<T, V, 1>(rows, true, at, use);
 }
 
-// dx, and the products of dy with what was multiplied, summed over the image blockIdx.x.
-template <class T, int V>
+// The products of dy with what was multiplied, summed over the image blockIdx.x, whose rows these
+// are, and dx, where it is not null.
+template <class T, int V, template <int> class Value, class Out>
 __global__ void __launch_bounds__(kThreads)
-    multiply_backward(GateShape s, const T* dy, const T* x, const T* map, const T* gate,
-                      const int64_t* x_index, const int64_t* map_index, T* dx, T* dgate) {
+    multiply_backward(ChannelRows rows, Gated<T> in, const T* dy, T* dx, Out* dgate) {
   __shared__ float buffer[kSumBuffer<V>];
-  const int all = s.K + s.R, channel = (blockIdx.y * blockDim.x + threadIdx.x) * V;
-  const int64_t n = blockIdx.x;
-  float sums[V], own[V];
+  const int channel = first_channel(V);
+  const bool inside = channel < rows.K;
+  float sums[V];
   clear(sums);
-  const bool inside = channel < all;
-  int64_t factor = channel;
   if (inside) {
-    if (V == 1) factor = factor_of(s, x_index, map_index, channel);
-    Vec<T, V>::load(gate + n * s.C + factor).unpack(own);
-  }
-  const int stop = inside ? s.HW : 0;
-#pragma unroll 4
-  for (int pixel = threadIdx.y; pixel < stop; pixel += blockDim.y) {
-    const int64_t row = n * s.HW + pixel;
-    const T* in = channel < s.K ? x + row * s.K + channel
-                                : map + static_cast<int64_t>(pixel) * s.R + channel - s.K;
-    float gradient[V], value[V];
-    Vec<T, V>::load(dy + row * all + channel).unpack(gradient);
-    Vec<T, V>::load(in).unpack(value);
+    const auto value = in.template value_of<Value, V>(channel);
+    Factors<T, V> factors(in, channel);
+    const bool writes = dx && channel < in.s.K;
+    if (writes) factors.move_to(blockIdx.x);
+    const int first = static_cast<int>(rows.first());
+    const auto at = [&](int k, int row) {
+      return k == 0 ? dy + static_cast<int64_t>(row) * rows.K + channel
+                    : in.at(row, row - first, channel);
+    };
+    const auto use = [&](int row, const float (&loaded)[2][V]) {
+      float gradient[V], given[1][V], out[V];
 #pragma unroll
-    for (int v = 0; v < V; ++v) {
-      sums[v] += gradient[v] * value[v];
-      gradient[v] *= own[v];
-    }
-    if (channel < s.K) Vec<T, V>::store(dx + row * s.K + channel, gradient);
+      for (int v = 0; v < V; ++v) gradient[v] = loaded[0][v], given[0][v] = loaded[1][v];
+      value(given, out);
+#pragma unroll
+      for (int v = 0; v < V; ++v) sums[v] += gradient[v] * out[v];
+      if (!writes) return;
+      factors.apply(gradient);
+      Vec<T, V>::store(dx + static_cast<int64_t>(row) * in.s.K + channel, gradient);
+    };
+    for_rows_at<T, V, 2>(rows, false, at, use);
   }
   sum_rows_of_block(buffer, sums);
-  if (threadIdx.y == 0 && inside) Vec<T, V>::store(dgate + n * s.C + factor, sums);
+  if (threadIdx.y != 0 || !inside) return;
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    dgate[static_cast<int64_t>(blockIdx.x) * in.s.C + in.factor_of(channel + v)] =
+        from_float<Out>(sums[v]);
+  }
 }
 
-// dmap (HW, R): the sum over samples.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    map_backward(Rows rows, GateShape s, const T* dy, const T* gate, const int64_t* map_index,
-                 T* dmap) {
-  const int all = s.K + s.R, channel = blockIdx.y * blockDim.x + threadIdx.x;
-  if (channel >= s.R) return;
-  const int64_t factor = factor_of(s, nullptr, map_index, s.K + channel);
-  for (int64_t pixel = rows.first(); pixel < rows.stop(); pixel += blockDim.y) {
-    float sum = 0;
+// dmap (HW, R): the sum over the samples, which the rows of a block share; its depth is pixels.
+template <class T, int V>
+__global__ void __launch_bounds__(kThreads) map_backward(Gated<T> in, const T* dy, T* dmap) {
+  __shared__ float buffer[kSumBuffer<V>];
+  const GateShape& s = in.s;
+  const int channel = first_channel(V), pixel = blockIdx.x * blockDim.z + threadIdx.z;
+  const bool inside = channel < s.R && pixel < s.HW;
+  float sums[V];
+  clear(sums);
+  if (inside) {
+    Factors<T, V> factors(in, s.K + channel);
 #pragma unroll 4
-    for (int64_t n = 0; n < s.N; ++n)
-      sum += to_float(load_one(dy + (n * s.HW + pixel) * all + s.K + channel)) *
-             to_float(load_one(gate + n * s.C + factor));
-    dmap[pixel * s.R + channel] = from_float<T>(sum);
+    for (int n = threadIdx.y; n < s.N; n += blockDim.y) {
+      const int64_t row = static_cast<int64_t>(n) * s.HW + pixel;
+      float gradient[V];
+      Vec<T, V>::load(dy + row * (s.K + s.R) + s.K + channel).unpack(gradient);
+      factors.load(n);
+      factors.apply(gradient);
+#pragma unroll
+      for (int v = 0; v < V; ++v) sums[v] += gradient[v];
+    }
   }
+  sum_rows_of_block(buffer, sums);
+  if (threadIdx.y == 0 && inside)
+    Vec<T, V>::store(dmap + static_cast<int64_t>(pixel) * s.R + channel, sums);
 }
 
 template <class T>
@@ -97,28 +172,71 @@ __global__ void fill_zero(T* values, int64_t count) {
 
 // Launches.
 
-template <class T, int V>
-const char* launch_gate(const GateShape& s, const T* x, const T* map, const T* gate,
-                        const int64_t* x_index, const int64_t* map_index, T* y, void* stream) {
-  const RowLaunch over(static_cast<int64_t>(s.N) * s.HW, s.K + s.R, V);
-  return launch(&multiply<T, V>, over.grid(), over.block(), stream, over.rows(), s, Divisor(s.HW),
-                x, map, gate, x_index, map_index, y);
-}
-
-template <class T, int V>
-const char* launch_gate_backward(const GateShape& s, const T* dy, const T* x, const T* map,
-                                 const T* gate, const int64_t* x_index, const int64_t* map_index,
-                                 T* dx, T* dgate, void* stream) {
-  const Tile tile(s.K + s.R, V);
-  return launch(&multiply_backward<T, V>, dim3(s.N, tile.slices), dim3(tile.groups, tile.rows),
-                stream, s, dy, x, map, gate, x_index, map_index, dx, dgate);
-}
-
+// Without `affine`, x is taken as it is.
 template <class T>
-bool vectors_fit(const GateShape& s, const int64_t* x_index, const void* a, const void* b,
-                 const void* c, const void* d) {
-  return !x_index && !s.R && s.K % kLanes<T> == 0 && aligned(a) && aligned(b) && aligned(c) &&
-         aligned(d);
+Gated<T> gated(const GateShape& s, const void* x, const float* affine, int act, const void* map,
+               const void* gate, const int64_t* x_index, const int64_t* map_index) {
+  const bool side_by_side = !x_index && !s.R && s.C % kLanes<T> == 0 && aligned(gate);
+  return {s,
+          static_cast<const T*>(x),
+          static_cast<const T*>(map),
+          static_cast<const T*>(gate),
+          x_index,
+          map_index,
+          {affine, act},
+          side_by_side};
+}
+
+// Whether vectors fit the channels and these images.
+template <class T>
+bool vectors_fit(const Gated<T>& in, std::initializer_list<const void*> images) {
+  return in.s.K % kLanes<T> == 0 && in.s.R % kLanes<T> == 0 && aligned(in.x) && aligned(in.map) &&
+         std::all_of(images.begin(), images.end(), aligned);
+}
+
+int64_t rows_of(const GateShape& s) { return static_cast<int64_t>(s.N) * s.HW; }
+
+template <class T, int V>
+const char* launch_gate(const Gated<T>& in, T* y, void* stream) {
+  const RowBlocks blocks(rows_of(in.s), in.s.K + in.s.R, V);
+  const auto kernel = in.of_x.rows ? &multiply<T, V, Activated> : &multiply<T, V, Itself>;
+  return launch(kernel, blocks.grid(blocks.images), blocks.block(), stream,
+                blocks.rows(blocks.images), Divisor(in.s.HW), in, y);
+}
+
+template <class T, int V, template <int> class Value, class Out>
+const char* launch_gate_backward(const Gated<T>& in, const T* dy, T* dx, T* dmap, Out* dgate,
+                                 void* stream) {
+  const GateShape& s = in.s;
+  const int all = s.K + s.R;
+  const Tile tile(all, V);
+  const char* failure = launch(&multiply_backward<T, V, Value, Out>, dim3(s.N, tile.slices),
+                               dim3(tile.groups, tile.rows), stream,
+                               ChannelRows{rows_of(s), s.HW, all}, in, dy, dx, dgate);
+  if (failure || !s.R) return failure;
+  constexpr int kSamples = 32;  // that a thread sums up, where there are pixels enough
+  const int pixels = std::clamp(Tile(s.R, V).rows / ceil_div(s.N, kSamples), 1, s.HW);
+  const Tile of_map(s.R, V, pixels);
+  return launch(&map_backward<T, V>, dim3(ceil_div(s.HW, pixels), of_map.slices),
+                dim3(of_map.groups, of_map.rows, pixels), stream, in, dy, dmap);
+}
+
+template <template <int> class Value, class T, class Out>
+const char* gate_backward(const Gated<T>& in, const void* dy, void* dx, void* dmap, void* dgate,
+                          void* stream) {
+  const int64_t factors = static_cast<int64_t>(in.s.N) * in.s.C;
+  Out* const sums = static_cast<Out*>(dgate);
+  if (in.s.K + in.s.R < in.s.C) {  // factors that no channel was multiplied by
+    const dim3 blocks(static_cast<unsigned>(ceil_div<int64_t>(factors, kThreads)));
+    if (const char* failure =
+            launch(&fill_zero<Out>, blocks, dim3(kThreads), stream, sums, factors)) {
+      return failure;
+    }
+  }
+  const auto run = vectors_fit(in, {dy, dx, dmap}) ? &launch_gate_backward<T, kLanes<T>, Value, Out>
+                                                   : &launch_gate_backward<T, 1, Value, Out>;
+  return run(in, static_cast<const T*>(dy), static_cast<T*>(dx), static_cast<T*>(dmap), sums,
+             stream);
 }
 
 }  // namespace
@@ -128,43 +246,29 @@ using namespace sacl::cuda;
 
 extern "C" {
 
-const char* sacl_cuda_slim_gate(GateShape shape, const void* x, const void* map, const void* gate,
-                                const int64_t* x_index, const int64_t* map_index, void* y,
-                                void* stream) {
+const char* sacl_cuda_slim_gate(GateShape shape, const void* x, const float* affine, int act,
+                                const void* map, const void* gate, const int64_t* x_index,
+                                const int64_t* map_index, void* y, void* stream) {
+  if (const char* failure = unknown_activation(act)) return failure;
   return with_type(shape.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const bool vectors = shape.K == shape.C && vectors_fit<T>(shape, x_index, x, gate, y, nullptr);
-    const auto run = vectors ? &launch_gate<T, kLanes<T>> : &launch_gate<T, 1>;
-    return run(shape, static_cast<const T*>(x), static_cast<const T*>(map),
-               static_cast<const T*>(gate), x_index, map_index, static_cast<T*>(y), stream);
+    const auto in = gated<T>(shape, x, affine, act, map, gate, x_index, map_index);
+    const auto run = vectors_fit(in, {y}) ? &launch_gate<T, kLanes<T>> : &launch_gate<T, 1>;
+    return run(in, static_cast<T*>(y), stream);
   });
 }
 
 const char* sacl_cuda_slim_gate_backward(GateShape shape, const void* dy, const void* x,
-                                         const void* map, const void* gate, const int64_t* x_index,
+                                         const float* affine, int act, const void* map,
+                                         const void* gate, const int64_t* x_index,
                                          const int64_t* map_index, void* dx, void* dmap,
                                          void* dgate, void* stream) {
+  if (const char* failure = unknown_activation(act)) return failure;
   return with_type(shape.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const int64_t factors = static_cast<int64_t>(shape.N) * shape.C;
-    if (shape.K + shape.R < shape.C) {  // factors that no channel was multiplied by
-      const dim3 blocks(static_cast<unsigned>(ceil_div<int64_t>(factors, kThreads)));
-      if (const char* failure = launch(&fill_zero<T>, blocks, dim3(kThreads), stream,
-                                       static_cast<T*>(dgate), factors)) {
-        return failure;
-      }
-    }
-    const bool vectors =
-        shape.K == shape.C && aligned(dgate) && vectors_fit<T>(shape, x_index, dy, x, gate, dx);
-    const auto run = vectors ? &launch_gate_backward<T, kLanes<T>> : &launch_gate_backward<T, 1>;
-    const char* failure = run(shape, static_cast<const T*>(dy), static_cast<const T*>(x),
-                              static_cast<const T*>(map), static_cast<const T*>(gate), x_index,
-                              map_index, static_cast<T*>(dx), static_cast<T*>(dgate), stream);
-    if (failure || !shape.R) return failure;
-    const RowLaunch over(shape.HW, shape.R, 1);
-    return launch(&map_backward<T>, over.grid(), over.block(), stream, over.rows(), shape,
-                  static_cast<const T*>(dy), static_cast<const T*>(gate), map_index,
-                  static_cast<T*>(dmap));
+    const auto in = gated<T>(shape, x, affine, act, map, gate, x_index, map_index);
+    const auto run = affine ? &gate_backward<Activated, T, float> : &gate_backward<Itself, T, T>;
+    return run(in, dy, dx, dmap, dgate, stream);
   });
 }
 }

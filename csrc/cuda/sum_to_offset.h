@@ -2,7 +2,7 @@
 // offset (n, h, w, O).
 #pragma once
 
-#include "cuda/device.h"
+#include "cuda/values.h"
 
 namespace sacl::cuda {
 
@@ -75,24 +75,6 @@ struct Summed {
     int own_h = width.split(own_w);
     n += height.split(own_h);
     return (static_cast<int64_t>(n) * s.H + h + own_h) * s.W + w + own_w;
-  }
-};
-
-// What is summed up: a class Value<V> is made of these for V channels, and calculates their values
-// from those of kInputs images.
-struct ValueArguments {
-  const float* rows;  // vectors of the channels
-  int act;
-};
-
-template <int V>
-struct Itself {
-  static constexpr int kInputs = 1;
-
-  __device__ Itself(const ValueArguments&, int, int) {}
-  __device__ void operator()(const float (&in)[1][V], float (&out)[V]) const {
-#pragma unroll
-    for (int v = 0; v < V; ++v) out[v] = in[0][v];
   }
 };
 

@@ -141,12 +141,14 @@ def _mean(x: Tensor, affine: Tensor, act: int) -> Tensor:
 def _gradient(
     dy: Tensor, x: Tensor, affine: Tensor, act: int, gate: Tensor | None, dmean: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    unchanged = not act and gate is None and dmean is None and dy.shape == x.shape
+    if dy.shape != x.shape:
+        dy = dy[:, : x.shape[1]].clone(memory_format=torch.channels_last)
     g = dy if gate is None else dy * gate[:, :, None, None]
     if dmean is not None:
         g = g + (dmean / (x.shape[2] * x.shape[3]))[:, :, None, None]
     g = before_activation(g, x, affine, act)
     sums = gradient_sums(g, x, affine)
-    unchanged = not act and gate is None and dmean is None
     return dy.new_empty(0) if unchanged else images_like(g), sums
 
 

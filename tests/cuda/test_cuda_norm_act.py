@@ -187,6 +187,27 @@ def test_gradient(device, shape, act):
 
 @both()
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("more", [1, 8])
+def test_gradient_of_the_first_channels(device, shape, more):
+    N, K, H, W = shape
+    for dtype in DTYPES:
+        x = around(1000.0, *shape, dtype=dtype)
+        dy = images(N, K + more, H, W, dtype=dtype, seed=1)
+        gate = 3 * images(N, K, 1, 1, dtype=dtype, seed=2)[:, :, 0, 0]
+        for act, own_gate in ((0, None), (0, gate), (4, None), (2, gate)):
+            given = [dy, x, vectors(K, 1000.0), act, own_gate, own_gate]
+            put = [device.put(t) if isinstance(t, torch.Tensor) else t for t in given]
+            g, gsums = device.ops.norm_act_gradient(*put)
+            exact, exact_sums = EXACT["gradient"](*map(double, given))
+            assert g.dtype == dtype and g.shape == x.shape
+            assert g.is_contiguous(memory_format=torch.channels_last)
+            assert_near(g, exact, dtype, 3)
+            for got, expected in zip(gsums.cpu().double().sum(0), exact_sums[0], strict=True):
+                assert_near(got, expected, torch.float32, 10)
+
+
+@both()
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_input_gradient(device, shape):
     for dtype in DTYPES:
         g, y = images(*shape, dtype=dtype, seed=1), around(1000.0, *shape, dtype=dtype)
@@ -331,6 +352,8 @@ def test_wrong_arguments_are_errors(device):
         ops.norm_act_mean(x, affine[:3], 0)
     with pytest.raises(RuntimeError, match="dy is of another type"):
         ops.norm_act_gradient(x.float(), x, affine, 0, None, None)
+    with pytest.raises(RuntimeError, match="dy has 16 channels, fewer than x's 32"):
+        ops.norm_act_gradient(x, torch.cat([x, x], 1), affine, 0, None, None)
     with pytest.raises(RuntimeError, match="gate is not contiguous, of the expected type"):
         ops.norm_act_gradient(x, x, affine, 0, affine[:3].contiguous(), None)
     with pytest.raises(RuntimeError, match="y goes with coefficients"):
