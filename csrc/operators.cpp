@@ -32,8 +32,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sacl_fast, m) {
   m.def("depthwise_conv(Tensor x, Tensor weight, Tensor? in_index, int[] stride, int[] padding, "
         "int[] dilation) -> Tensor");
   // dy (N, K, OH, OW) -> dx (N, C, H, W)
+  // positions (C) int64: where in in_index each channel is, or -1; not given, it is worked out (as
+  // it is on CPUs, where it costs nothing).
   m.def("depthwise_conv_backward_input(Tensor dy, Tensor weight, Tensor? in_index, int H, int W, "
-        "int C, int[] stride, int[] padding, int[] dilation) -> Tensor");
+        "int C, int[] stride, int[] padding, int[] dilation, *, Tensor? positions=None) -> Tensor");
   // -> dweight (K, kh, kw)
   m.def("depthwise_conv_backward_weight(Tensor x, Tensor dy, Tensor? in_index, int kh, int kw, "
         "int[] stride, int[] padding, int[] dilation) -> Tensor");
@@ -44,10 +46,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sacl_fast, m) {
   // -> (N, O, H, W)
   m.def("slim_pointwise(Tensor x, Tensor weight, Tensor? in_index, Tensor? out_index, "
         "Tensor? rest, Tensor? rest_index, Tensor? offset) -> Tensor");
-  // offset_shape: of the forward pass, empty without one.
+  // offset_shape: of the forward pass, empty without one. out_positions (Cout) and in_positions
+  // (Cin): as positions above, of out_index, and of in_index with rest_index after it.
   // -> dx, dweight (Cout, Cin), drest, doffset; empty (0) tensors for what there was none of
   m.def("slim_pointwise_backward(Tensor dy, Tensor x, Tensor weight, Tensor? in_index, "
-        "Tensor? out_index, Tensor? rest, Tensor? rest_index, int[] offset_shape) -> "
+        "Tensor? out_index, Tensor? rest, Tensor? rest_index, int[] offset_shape, *, "
+        "Tensor? out_positions=None, Tensor? in_positions=None) -> "
         "(Tensor, Tensor, Tensor, Tensor)");
 
   // The sum of two activations of which each channel may be live or constant over samples and

@@ -76,9 +76,7 @@ def train(source: NumpySource, config: Config) -> tuple[SaclXd, list[float]]:
         )
         steps = loader.steps_per_epoch
         torch.manual_seed(config.seed)
-        method = build_method(
-            config, choose_passes(config, ranks.device, steps_per_epoch=steps)
-        )
+        method = build_method(config, choose_passes(config, ranks.device, steps_per_epoch=steps))
         step = TrainingStep(method, config, ranks, steps_per_epoch=steps)
         for epoch in range(config.epochs):
             for batch in loader.epoch(epoch):

@@ -163,7 +163,8 @@ Tensor depthwise_conv(Tensor x, Tensor weight, std::optional<Tensor> in_index,
 // dy (N, K, OH, OW), weight (K, kh, kw) -> dx (N, C, H, W)
 Tensor depthwise_conv_backward_input(Tensor dy, Tensor weight, std::optional<Tensor> in_index,
                                      int64_t H, int64_t W, int64_t C, std::vector<int64_t> stride,
-                                     std::vector<int64_t> padding, std::vector<int64_t> dilation) {
+                                     std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                                     std::optional<Tensor> /*positions*/) {
   const int64_t N = dy.size(0), filters = dy.size(1), OH = dy.size(2), OW = dy.size(3);
   const int64_t kh = weight.size(1), kw = weight.size(2), K = padded_channels(filters);
   const auto selected = Selected::of(in_index, C, filters);

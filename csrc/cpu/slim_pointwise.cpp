@@ -216,7 +216,8 @@ Tensor slim_pointwise(Tensor x, Tensor weight, std::optional<Tensor> in_index,
 std::tuple<Tensor, Tensor, Tensor, Tensor> slim_pointwise_backward(
     Tensor dy, Tensor x, Tensor weight, std::optional<Tensor> in_index,
     std::optional<Tensor> out_index, std::optional<Tensor> rest, std::optional<Tensor> rest_index,
-    std::vector<int64_t> offset_shape) {
+    std::vector<int64_t> offset_shape, std::optional<Tensor> /*out_positions*/,
+    std::optional<Tensor> /*in_positions*/) {
   const ChannelIndex in(in_index, x.size(1), weight.size(1));
   const ChannelIndex out = all_or_listed(out_index, weight.size(0));
   nhwc(dy), nhwc(x);

@@ -2,6 +2,7 @@
 // so is their gradient. An in_index that is out of range or names a channel twice is not looked
 // for.
 #include "cuda/depthwise_conv_shape.h"
+#include "cuda/positions.h"
 
 namespace sacl::cuda {
 
@@ -22,7 +23,8 @@ Tensor depthwise_conv(Tensor x, Tensor weight, std::optional<Tensor> in_index,
 
 Tensor depthwise_conv_backward_input(Tensor dy, Tensor weight, std::optional<Tensor> in_index,
                                      int64_t H, int64_t W, int64_t C, std::vector<int64_t> stride,
-                                     std::vector<int64_t> padding, std::vector<int64_t> dilation) {
+                                     std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                                     std::optional<Tensor> positions) {
   const void* g = images(dy, "dy");
   STD_TORCH_CHECK(weight.dim() == 3, "weight is not (K, kh, kw)");
   const int64_t K = dy.size(1), kh = weight.size(1), kw = weight.size(2);
@@ -30,12 +32,11 @@ Tensor depthwise_conv_backward_input(Tensor dy, Tensor weight, std::optional<Ten
   check_sizes(dy, {s.N, K, s.OH, s.OW}, "dy");
   const OnDevice device(dy);
   Tensor dx = new_images(dy, s.N, C, H, W);
-  std::optional<Tensor> positions;
-  if (in_index) positions = new_tensor(dy, {C}, ScalarType::Long);
+  in_index_of(in_index, s);  // checks
+  const Positions in(dy, positions, in_index, std::nullopt, C, device.stream());
   check(sacl_cuda_depthwise_conv_backward_input(
-      s, g, plain(weight, {K, kh, kw}, dy.scalar_type(), "weight"), in_index_of(in_index, s),
-      dx.mutable_data_ptr(),
-      positions ? static_cast<int64_t*>(positions->mutable_data_ptr()) : nullptr, device.stream()));
+      s, g, plain(weight, {K, kh, kw}, dy.scalar_type(), "weight"), in.data(),
+      dx.mutable_data_ptr(), device.stream()));
   return dx;
 }
 

@@ -10,7 +10,7 @@
 //
 // With an index list channels are gathered one by one, 32 threads taking 32 channels in a row (2 or
 // 4 bytes each), and so they are where the number of channels or an address does not suit vectors.
-// In the input's gradient the list is inverted first; channels that no filter reads get 0.
+// In the input's gradient that is the inverted list; channels that no filter reads get 0.
 //
 // Windows other than 3x3, 5x5, 7x7 of stride 1, 2 and dilation 1 go through plain loops.
 #include "cuda/depthwise_conv.h"
@@ -301,18 +301,12 @@ const char* sacl_cuda_depthwise_conv(DepthwiseConvShape shape, const void* x, co
 }
 
 const char* sacl_cuda_depthwise_conv_backward_input(DepthwiseConvShape shape, const void* dy,
-                                                    const void* weight, const int64_t* in_index,
-                                                    void* dx, int64_t* positions, void* stream) {
-  if (in_index) {
-    if (const char* failure =
-            sacl_cuda_invert_index(in_index, shape.K, nullptr, 0, positions, shape.C, stream)) {
-      return failure;
-    }
-  }
+                                                    const void* weight, const int64_t* positions,
+                                                    void* dx, void* stream) {
   return with_type(shape.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     return input_gradient<T>(shape, static_cast<const T*>(dy), static_cast<const T*>(weight),
-                             in_index ? positions : nullptr, static_cast<T*>(dx), stream);
+                             positions, static_cast<T*>(dx), stream);
   });
 }
 }

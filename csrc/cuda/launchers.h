@@ -141,11 +141,12 @@ const char* sacl_cuda_depthwise_conv(sacl::cuda::DepthwiseConvShape shape, const
                                      const void* weight, const int64_t* in_index, void* y,
                                      void* stream);
 
-// dx (N, H, W, C) of dy (N, OH, OW, K). positions: scratch of C where there is in_index, else null.
+// dx (N, H, W, C) of dy (N, OH, OW, K). positions (C): the filter that reads a channel, or -1; null
+// where they are as many, in order.
 const char* sacl_cuda_depthwise_conv_backward_input(sacl::cuda::DepthwiseConvShape shape,
                                                     const void* dy, const void* weight,
-                                                    const int64_t* in_index, void* dx,
-                                                    int64_t* positions, void* stream);
+                                                    const int64_t* positions, void* dx,
+                                                    void* stream);
 
 // dweight (K, kh, kw). partial: scratch of as many floats as this says.
 int64_t sacl_cuda_depthwise_conv_backward_weight_scratch(sacl::cuda::DepthwiseConvShape shape);

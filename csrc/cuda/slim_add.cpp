@@ -3,6 +3,7 @@
 // of an operand dy itself.
 #include <tuple>
 
+#include "cuda/positions.h"
 #include "cuda/sums.h"
 
 namespace sacl::cuda {
@@ -29,8 +30,8 @@ std::tuple<Tensor, Tensor> operand_gradients(const Tensor& dy, int64_t live, int
   Tensor drest = new_tensor(dy, {constants}, dy.scalar_type());
   if (!index) return {new_tensor(dy, {0}, dy.scalar_type()), drest};
   const int U = static_cast<int>(dy.size(1));
-  const Tensor from = inverse(dy, *index, std::nullopt, live + constants, stream);
-  const auto* channels = static_cast<const int64_t*>(from.const_data_ptr());
+  const Positions from(dy, std::nullopt, index, std::nullopt, live + constants, stream);
+  const int64_t* channels = from.data();
   Tensor dx = new_images(dy, dy.size(0), live, dy.size(2), dy.size(3));
   check(sacl_cuda_select(dtype_of(dy), pixels(dy), U, static_cast<int>(live), dy.const_data_ptr(),
                          channels, dx.mutable_data_ptr(), stream));

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "cuda/positions.h"
 #include "cuda/sums.h"
 
 namespace sacl::cuda {
@@ -94,21 +95,16 @@ struct Convolution {
   Tensor inputs() const { return matrix(x, M, K); }
 };
 
-const int64_t* positions_in(const std::optional<Tensor>& t) {
-  return t ? static_cast<const int64_t*>(t->const_data_ptr()) : nullptr;
-}
-
 // dweight (Cout, Cin) from the gradients of its parts.
 Tensor put(const Convolution& c, const Tensor& live, const std::optional<Tensor>& rest,
+           const std::optional<Tensor>& out_positions, const std::optional<Tensor>& in_positions,
            void* stream) {
   Tensor dweight = new_tensor(c.x, {c.Cout, c.Cin}, c.weight.scalar_type());
-  std::optional<Tensor> out_positions, in_positions;
-  if (c.out_index) out_positions = inverse(c.x, *c.out_index, std::nullopt, c.Cout, stream);
-  if (c.in_index) in_positions = inverse(c.x, *c.in_index, c.rest_index, c.Cin, stream);
+  const Positions out(c.x, out_positions, c.out_index, std::nullopt, c.Cout, stream);
+  const Positions in(c.x, in_positions, c.in_index, c.rest_index, c.Cin, stream);
   check(sacl_cuda_put_weight(c.weight_shape(c.K), live.const_data_ptr(),
                              rest ? rest->const_data_ptr() : nullptr, static_cast<int>(c.R),
-                             positions_in(out_positions), positions_in(in_positions),
-                             dweight.mutable_data_ptr(), stream));
+                             out.data(), in.data(), dweight.mutable_data_ptr(), stream));
   return dweight;
 }
 
@@ -156,7 +152,8 @@ Tensor slim_pointwise(Tensor x, Tensor weight, std::optional<Tensor> in_index,
 std::tuple<Tensor, Tensor, Tensor, Tensor> slim_pointwise_backward(
     Tensor dy, Tensor x, Tensor weight, std::optional<Tensor> in_index,
     std::optional<Tensor> out_index, std::optional<Tensor> rest, std::optional<Tensor> rest_index,
-    std::vector<int64_t> offset_shape) {
+    std::vector<int64_t> offset_shape, std::optional<Tensor> out_positions,
+    std::optional<Tensor> in_positions) {
   drop_if_empty(rest, rest_index);
   const Convolution c(x, weight, in_index, out_index, rest, rest_index);
   images(dy, "dy");
@@ -183,7 +180,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> slim_pointwise_backward(
     dtaps = new_tensor(x, {c.O, c.R}, x.scalar_type());
     multiply(*dtaps, transposed(summed, n, c.O), *rest);
   }
-  const Tensor dweight = whole ? dlive : put(c, dlive, dtaps, stream);
+  const Tensor dweight = whole ? dlive : put(c, dlive, dtaps, out_positions, in_positions, stream);
 
   Tensor doffset = none;
   if (!offset_shape.empty()) {

@@ -1,4 +1,4 @@
-// Sums over images and inverted index lists, for gradients of more than one operator.
+// Sums over images, for gradients of more than one operator.
 #pragma once
 
 #include "cuda/host.h"
@@ -25,18 +25,6 @@ inline Tensor sums(const Tensor& dy, int64_t n, int64_t h, int64_t w, void* stre
   const Tensor partial = scratch(dy, sacl_cuda_sum_to_offset_scratch(s));
   check(sacl_cuda_sum_to_offset(s, dy.const_data_ptr(), out.mutable_data_ptr(), floats_out(partial),
                                 stream));
-  return out;
-}
-
-// The inverse of two lists, one after the other: where in them each of C channels is, or -1.
-inline Tensor inverse(const Tensor& like, const Tensor& first, const std::optional<Tensor>& second,
-                      int64_t C, void* stream) {
-  Tensor out = new_tensor(like, {C}, ScalarType::Long);
-  const int64_t count = first.numel(), more = second ? second->numel() : 0;
-  check(sacl_cuda_invert_index(indices(first, count, "index"), static_cast<int>(count),
-                               indices(second, more, "index"), static_cast<int>(more),
-                               static_cast<int64_t*>(out.mutable_data_ptr()), static_cast<int>(C),
-                               stream));
   return out;
 }
 

@@ -27,6 +27,7 @@ from sacl_fast import _version
 from sacl_fast.config import Config, to_dict
 from sacl_fast.config.choices import Plan
 from sacl_fast.engine.step import TrainingStep
+from sacl_fast.errors import UserError
 from sacl_fast.files import whole_file
 from sacl_fast.ops.collectives import world_size
 from sacl_fast.passes import Passes, passes_of, plan_obstacle
@@ -63,7 +64,7 @@ def take_plan(config: Config, step: TrainingStep, resumed: Plan | None) -> None:
     Args:
         resumed: the plan of the checkpoint that the run goes on from; None where it starts.
     """
-    if config.engine.plan != "auto" or step.device.type != "cuda" or world_size() > 1:
+    if config.engine.plan != "auto" or not _may_try(step):
         return
     if resumed is not None and not plan_obstacle(resumed, config, step.device):
         plan, reason = resumed, "as before it was resumed"
@@ -72,6 +73,12 @@ def take_plan(config: Config, step: TrainingStep, resumed: Plan | None) -> None:
     per_epoch = step.steps_per_epoch
     passes = passes_of(plan, config, step.device, steps_per_epoch=per_epoch, reason=reason)
     step.method.run_by(passes)
+
+
+def _may_try(step: TrainingStep) -> bool:
+    """On a CPU the same plan runs everywhere, so that the same run gives the same figures; ranks
+    would have to agree."""
+    return step.device.type == "cuda" and world_size() == 1
 
 
 def _fastest(config: Config, step: TrainingStep) -> tuple[Plan, str]:
@@ -108,6 +115,11 @@ def try_plans(
                     raise  # the reference itself
                 logger.debug("plan %s", plan, exc_info=True)
                 first, *_ = str(error).splitlines() or [""]
+                if first.startswith("CUDA error"):  # which no later call gets over
+                    raise UserError(
+                        f"trying engine.plan {plan} ended in '{first[:120]}', after which the GPU "
+                        "cannot be used in this process; --engine.plan eager works"
+                    ) from error
                 trials.append(Trial(plan, None, f"{type(error).__name__}: {first[:120]}"))
     finally:
         method.run_by(own)

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sacl_fast.ops import compiled
 from sacl_fast.ops.backend import is_faster
-from sacl_fast.ops.slim_channels import take_channels
+from sacl_fast.ops.slim_channels import positions_in, take_channels
 
 
 def depthwise_conv(
@@ -40,7 +40,8 @@ def depthwise_conv(
         x: (N, C, H, W).
         weight: (Cout, 1, kh, kw).
         in_index: (K,) int64, no channel twice; None: K = C, in order.
-        out_index: (K,) int64; None: K = Cout, in order.
+        out_index: (K,) int64; None: K = Cout, in order. Where there are fewer than channels read,
+            the last ones are read by filters of zeros, so that their outputs are 0.
         size: (H, W) of the image that x, constant (N, C, 1, 1), fills.
         backend: ``cpu`` (compiled: float32, channels-last memory), ``cuda`` (compiled: also
             bfloat16 and float16), ``torch``, or ``auto``.
@@ -53,11 +54,19 @@ def depthwise_conv(
         return _DepthwiseConv.apply(x, weight, in_index, out_index, size, stride, padding, dilation)
     if size is not None:
         x = x.expand(-1, -1, *size)
-    if out_index is not None:
-        weight = weight.index_select(0, out_index)
     if in_index is not None:
         x = take_channels(x, in_index)
+    weight = _chosen(weight, out_index, x.shape[1])
     return F.conv2d(x, weight, None, stride, padding, dilation, groups=len(weight))
+
+
+def _chosen(weight: Tensor, out_index: Tensor | None, count: int) -> Tensor:
+    """So many filters of (Cout, ...): those of an index, and zeros after them."""
+    if out_index is None:
+        return weight
+    chosen = weight.index_select(0, out_index)
+    zeros = count - len(out_index)
+    return F.pad(chosen, (0, 0) * (weight.ndim - 1) + (0, zeros)) if zeros else chosen
 
 
 def _unfit(x: Tensor, weight: Tensor) -> str | None:
@@ -77,8 +86,8 @@ class _DepthwiseConv(torch.autograd.Function):
     ) -> Tensor:
         if size is not None:
             x = x.expand(-1, -1, *size).contiguous(memory_format=torch.channels_last)
-        chosen = weight.squeeze(1)
-        chosen = chosen.contiguous() if out_index is None else chosen.index_select(0, out_index)
+        count = x.shape[1] if in_index is None else len(in_index)
+        chosen = _chosen(weight.squeeze(1), out_index, count).contiguous()
         ctx.save_for_backward(x, chosen)
         ctx.in_index, ctx.out_index, ctx.window = in_index, out_index, window
         ctx.is_constant, ctx.full = size is not None, weight.shape
@@ -93,7 +102,10 @@ class _DepthwiseConv(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             _, channels, high, wide = x.shape
             size = high, wide, channels
-            dx = op.depthwise_conv_backward_input(dy, weight, ctx.in_index, *size, *ctx.window)
+            given = {"positions": positions_in(ctx.in_index, channels)} if dy.is_cuda else {}
+            dx = op.depthwise_conv_backward_input(
+                dy, weight, ctx.in_index, *size, *ctx.window, **given
+            )
             if ctx.is_constant:
                 dx = dx.sum((2, 3), keepdim=True)
         if ctx.needs_input_grad[1]:
@@ -102,7 +114,8 @@ class _DepthwiseConv(torch.autograd.Function):
             )
             if ctx.out_index is not None:
                 full = dweight.new_zeros(ctx.full[0], *dweight.shape[1:])
-                dweight = full.index_copy_(0, ctx.out_index, dweight)
+                own = dweight[: len(ctx.out_index)]
+                dweight = full.index_copy_(0, ctx.out_index, own)
             dweight = dweight.unsqueeze(1)
         return dx, dweight, *[None] * 6
 
@@ -119,7 +132,9 @@ def _describe() -> None:
         return compiled.images(x, x.shape[0], weight.shape[0], high, wide)
 
     @torch.library.register_fake("sacl_fast::depthwise_conv_backward_input")
-    def _(dy: Tensor, weight: Tensor, in_index: Any, H: int, W: int, C: int, *_: Any) -> Any:
+    def _(
+        dy: Tensor, weight: Tensor, in_index: Any, H: int, W: int, C: int, *_: Any, **__: Any
+    ) -> Any:
         return compiled.images(dy, dy.shape[0], C, H, W)
 
     @torch.library.register_fake("sacl_fast::depthwise_conv_backward_weight")

@@ -8,11 +8,14 @@ against 0.2 ms as the columns of a matrix, 2.0 against 0.4 in the backward), hen
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 def take_channels(x: Tensor, index: Tensor) -> Tensor:
@@ -31,6 +34,31 @@ def take_pixels(x: Tensor, stride: tuple[int, int]) -> Tensor:
     on CPUs where few channels are live (``encoders.onednn``).
     """
     return x if stride == (1, 1) else _TakePixels.apply(x, *stride)
+
+
+def positions_in(index: Tensor | None, count: int, after: Tensor | None = None) -> Tensor | None:
+    """Where in ``index`` (K,), and in ``after`` following it, each of ``count`` channels is, or -1:
+    (count,) int64; None without an index.
+
+    Kept as long as the index, so that later passes, and a recorded one, do not work it out again.
+    """
+    if index is None:
+        return None
+    known = _POSITIONS.setdefault(index, {})
+    key = count, id(after)
+    if key not in known:
+        with torch.inference_mode(False), torch.no_grad(), _disable_current_modes():
+            listed = index if after is None else torch.cat([index, after])
+            positions = torch.full((count,), -1, dtype=torch.int64, device=index.device)
+            positions[listed] = torch.arange(len(listed), device=index.device)
+        known[key] = positions, after
+    return known[key][0]
+
+
+_POSITIONS: MutableMapping[Tensor, dict[tuple[int, int], tuple[Tensor, Tensor | None]]]
+_POSITIONS = WeakTensorKeyDictionary()
+"""Index -> for each count and list after it, positions, and that list, so that its id stays its
+own."""
 
 
 def assemble(shape: torch.Size, values: list[Tensor], indices: list[Tensor]) -> Tensor:

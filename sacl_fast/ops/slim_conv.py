@@ -118,7 +118,8 @@ def slim_depthwise_conv(
         values: some channels of the activation.
         weight: full, (Cout, 1, kh, kw).
         in_index: for each output, which channel of ``values`` it reads.
-        out_index: the filters, as many as ``in_index``.
+        out_index: the filters, as many as ``in_index``; with ``multiplier`` 1 and no bias also
+            fewer, see ``depthwise_conv``.
         bias: full, (Cout,).
         multiplier: filters that read one channel of the full activation.
         size: of the image that ``values``, constant (b, K, 1, 1), fill.

@@ -40,7 +40,7 @@ def arranged(parts: Sequence[Part], shape: torch.Size) -> tuple[Part, ...]:
     live = by_form.pop(full, [])
     rest = [_join(group) for group in by_form.values()]
     if not live and rest and shape.numel():  # an operation needs at least one live channel
-        one, others = _split_first(rest[0])
+        one, others = split(rest[0], 1)
         live = [one._replace(values=one.values.expand(full[0], 1, *full[1:]).contiguous())]
         rest = [p for p in (others, *rest[1:]) if len(p.channels)]
     return (_join(live), *rest)
@@ -62,11 +62,12 @@ def _join(parts: list[Part]) -> Part:
     return Part(joined(*(p.channels for p in parts)), values)
 
 
-def _split_first(part: Part) -> tuple[Part, Part]:
-    numbers = part.channels.numbers
+def split(part: Part, count: int) -> tuple[Part, Part]:
+    """The first ``count`` channels of a part, and the others."""
+    numbers, values = part.channels.numbers, part.values
     return (
-        Part(channels(numbers[:1]), part.values[:, :1]),
-        Part(channels(numbers[1:]), part.values[:, 1:]),
+        Part(channels(numbers[:count]), values[:, :count]),
+        Part(channels(numbers[count:]), values[:, count:]),
     )
 
 

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from cuda_devices import DTYPES, assert_near, both, emulator, images
 
+from sacl_fast.ops.slim_channels import positions_in
+
 # (shape of x, filters, kernel, stride, padding, dilation): vectors of channels and single ones,
 # more channels than a block takes, index lists, odd sizes, windows larger than the image, an even
 # and an oblong window.
@@ -62,7 +64,9 @@ def run(device, x, weight, index, dy, window):
     x, weight, index, dy = map(device.put, (x, weight, index, dy))
     channels, high, wide = x.shape[1:]
     y = device.ops.depthwise_conv(x, weight, index, *window)
-    dx = device.ops.depthwise_conv_backward_input(dy, weight, index, high, wide, channels, *window)
+    given = dy, weight, index, high, wide, channels, *window
+    dx = device.ops.depthwise_conv_backward_input(*given, positions=positions_in(index, channels))
+    assert torch.equal(dx, device.ops.depthwise_conv_backward_input(*given))
     dweight = device.ops.depthwise_conv_backward_weight(x, dy, index, *weight.shape[1:], *window)
     return y, dx, dweight
 

@@ -53,9 +53,9 @@ def calls(device: Device, monkeypatch) -> dict[str, int]:
     def counted(name: str):
         operator = getattr(device.ops, name)
 
-        def call(*arguments):
+        def call(*arguments, **named):
             counts[name] += 1
-            return operator(*arguments)
+            return operator(*arguments, **named)
 
         return call
 

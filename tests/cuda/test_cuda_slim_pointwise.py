@@ -4,6 +4,8 @@ import pytest
 import torch
 from cuda_devices import DTYPES, assert_near, both, emulator, images
 
+from sacl_fast.ops.slim_channels import positions_in
+
 # (shape of x, Cin, Cout, outputs, constants (n, R) or None, offset's (n, h, w) or None); n, h, w
 # are 1 or "full". Cin and Cout larger than what is taken mean index lists.
 CASES = [
@@ -76,7 +78,15 @@ def run(device, given, dy):
     lists = (x, weight, in_index, out_index, rest, rest_index)
     y = device.ops.slim_pointwise(*lists, offset)
     shape = [] if offset is None else list(offset.shape)
-    return y, device.ops.slim_pointwise_backward(device.put(dy), *lists, shape)
+    given = device.put(dy), *lists, shape
+    outs, ins = weight.shape
+    positions = {
+        "out_positions": positions_in(out_index, outs),
+        "in_positions": positions_in(in_index, ins, rest_index),
+    }
+    grads = device.ops.slim_pointwise_backward(*given, **positions)
+    assert torch.equal(grads[1], device.ops.slim_pointwise_backward(*given)[1])
+    return y, grads
 
 
 def compare(device, case, dtype, weight_dtype):

@@ -163,3 +163,21 @@ def test_flops_are_counted():
     with FlopCounterMode(display=False) as counter:
         depthwise_conv(leaves[0], leaves[1], index, padding=(1, 1), backend="cpu").sum().backward()
     assert counter.get_total_flops() == 3 * 2 * (2 * 9 * 6 * 6) * 9
+
+
+def test_channels_after_those_of_filters_are_read_by_zeros():
+    torch.manual_seed(0)
+    in_index, out_index = torch.tensor([3, 0, 1, 5, 4]), torch.tensor([3, 0, 1])
+    x = torch.randn(2, 6, 5, 7).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(6, 1, 3, 3, requires_grad=True)
+    filters = weight[out_index], torch.zeros(2, 1, 3, 3)
+    expected = F.conv2d(x[:, in_index], torch.cat(filters), padding=1, groups=5)
+    for backend in ("cpu", "torch"):
+        y = depthwise_conv(x, weight, in_index, out_index, padding=(1, 1), backend=backend)
+        assert not y[:, 3:].any()
+        torch.testing.assert_close(y, expected)
+        both = [
+            torch.autograd.grad(out.square().sum(), (x, weight), retain_graph=True)
+            for out in (y, expected)
+        ]
+        torch.testing.assert_close(*both, rtol=1e-5, atol=1e-4)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from sacl_fast.ops import compiled
+from sacl_fast.ops.slim_channels import positions_in
 from sacl_fast.ops.slim_pointwise import is_compiled, slim_pointwise
 
 pytestmark = pytest.mark.skipif(not is_compiled(), reason=str(compiled.obstacle()))
@@ -116,4 +117,10 @@ def test_the_operators_keep_the_rules_of_torch_library():
     weight, offset = weight.flatten(1), offset.contiguous(memory_format=torch.channels_last)
     torch.library.opcheck(op.slim_pointwise, (x, weight, *lists, offset))
     y = op.slim_pointwise(x, weight, *lists, offset)
-    torch.library.opcheck(op.slim_pointwise_backward, (y, x, weight, *lists, list(offset.shape)))
+    given = y, x, weight, *lists, list(offset.shape)
+    positions = {
+        "out_positions": positions_in(out_index, weight.shape[0]),
+        "in_positions": positions_in(in_index, weight.shape[1], rest_index),
+    }
+    torch.library.opcheck(op.slim_pointwise_backward, given)
+    torch.library.opcheck(op.slim_pointwise_backward, given, positions)

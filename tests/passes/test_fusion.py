@@ -76,9 +76,9 @@ class Passes:
 
     @property
     def recordings(self):
-        found = [kind.confirmed for kind in self.fused._kinds.values()]
-        assert all(found), "not recorded"
-        return [recording for recording in found if recording is not None]
+        found = [kind.confirmed for kind in self.fused._kinds.values() if kind.confirmed]
+        assert len(found) >= 2, "with gradient and without"
+        return found
 
     def exact(self, x):
         with self.slicers[2].mode("mask" if self.mode == "skip" else "dense"):

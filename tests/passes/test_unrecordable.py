@@ -112,7 +112,9 @@ def test_passes_that_nobody_differentiates_are_not_recorded_for_ever(monkeypatch
         [],
         module.record,
     )
-    monkeypatch.setattr(module, "record", lambda *given: calls.append(1) or record(*given))
+    monkeypatch.setattr(
+        module, "record", lambda *given, **named: calls.append(1) or record(*given, **named)
+    )
     results = [recorded(images()) for _ in range(6)]
     assert len(calls) == 3
     for result in results:  # all at once, later

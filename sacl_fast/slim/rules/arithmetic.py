@@ -8,11 +8,21 @@ import torch
 from torch import Tensor
 
 from sacl_fast.ops.slim_add import slim_add
+from sacl_fast.ops.slim_channels import assemble
 from sacl_fast.ops.slim_conv import BACKEND
 from sacl_fast.ops.slim_gate import slim_gate
-from sacl_fast.slim.channels import all_channels, channels, common, joined, live_in_either
+from sacl_fast.slim.channels import (
+    all_channels,
+    channels,
+    common,
+    complement,
+    joined,
+    live_in_either,
+    missing,
+    shifted,
+)
 from sacl_fast.slim.operations import ARITHMETIC, BETWEEN, IN_PLACE, REVERSED
-from sacl_fast.slim.parts import Part, for_part, select
+from sacl_fast.slim.parts import Part, for_part, select, split
 from sacl_fast.slim.rules.elementwise import has_channels
 from sacl_fast.slim.rules.registry import forms, rule_for
 from sacl_fast.slim.tensor import KeptFilters, SlimTensor, by_part, dense, from_parts
@@ -57,14 +67,16 @@ def _sum(x: SlimTensor, y: Tensor) -> Tensor | None:
     (live_a, rest_a), (live_b, rest_b) = operands
     if live_a.values.dtype != live_b.values.dtype:
         return None
-    either, *positions = live_in_either(*(p.channels for operand in operands for p in operand))
+    lists = [p.channels for operand in operands for p in operand]
+    either, *positions = live_in_either(*lists, x.device)
     given = []
     for (live, rest), own in zip(operands, positions, strict=True):
         constants = rest.values if len(rest.channels) else None
         given += [live.values, constants, own.index(x.device, len(live.channels))]
-    both, in_a, in_b = common(rest_a.channels, rest_b.channels)
     parts = [Part(either, slim_add(*given, backend=BACKEND.get()))]
+    both, in_a, _ = common(rest_a.channels, complement(either, x.shape[1]))
     if len(both):
+        _, _, in_b = common(both, rest_b.channels)
         constants = select(rest_a, in_a, both).values + select(rest_b, in_b, both).values
         parts.append(Part(both, constants))
     return from_parts(parts, x.shape)
@@ -73,14 +85,39 @@ def _sum(x: SlimTensor, y: Tensor) -> Tensor | None:
 def _gated(x: SlimTensor, gate: Tensor) -> Tensor:
     """Times (N, C, 1, 1): what was the same for all samples is so no more."""
     live, *rest = x.parts
-    mapped = next((p for p in rest if p.values.shape == (1, len(p.channels), *x.shape[2:])), None)
+    is_map = [p.values.shape == (1, len(p.channels), *x.shape[2:]) for p in rest]
+    mapped = rest.pop(is_map.index(True)) if any(is_map) else None
+    is_constant = [p.values.shape == (1, len(p.channels), 1, 1) for p in rest]
+    if mapped and any(is_constant):
+        wanted = missing(len(live.channels) + len(mapped.channels), x.device)
+        mapped, others = _with_some(mapped, rest.pop(is_constant.index(True)), wanted)
+        rest.append(others)
     index = [None if p is None else p.channels.index(x.device, x.shape[1]) for p in (live, mapped)]
     values = slim_gate(
         *(live.values, mapped.values if mapped else None, gate, *index), backend=BACKEND.get()
     )
     own = joined(live.channels, mapped.channels) if mapped else live.channels
-    others = [p._replace(values=p.values * for_part(gate, p)) for p in rest if p is not mapped]
+    others = [p._replace(values=p.values * for_part(gate, p)) for p in rest]
     return from_parts([Part(own, values), *others], x.shape)
+
+
+def _with_some(mapped: Part, constant: Part, count: int) -> tuple[Part, Part]:
+    """The map and the first ``count`` constants, and the other constants; all of them where there
+    are not as many."""
+    if not 0 < count <= len(constant.channels):
+        return mapped, constant
+    chosen, others = split(constant, count)
+    own = joined(mapped.channels, chosen.channels)
+    positions = (
+        all_channels(len(mapped.channels)),
+        shifted(all_channels(count), len(mapped.channels)),
+    )
+    values = assemble(
+        torch.Size((1, len(own), *mapped.values.shape[2:])),
+        [mapped.values, chosen.values],
+        [p.on(mapped.values.device) for p in positions],
+    )
+    return Part(own, values), others
 
 
 def _ordered(func: Any, first: bool, x: Tensor, y: Any, kwargs: dict[str, Any]) -> Tensor:

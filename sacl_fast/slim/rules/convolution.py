@@ -3,8 +3,10 @@
 An ungrouped convolution sums over the parts of its input, each at its own size, and gives live
 channels for the kept filters and the constant 0 for the others. A depthwise filter reads one
 channel: what is kept and reads a live one is live, and what reads another part stays as small as
-that, or becomes a map where it is padded. Grouped convolutions between the two run dense on
-masked filters (a group's live inputs are not equally many), and their result is slim again.
+that, or becomes a map where it is padded. Some filters that are not kept are computed along with
+the live ones, as zeros, where kernels take so many at once (``channels.MULTIPLES``). Grouped
+convolutions between the two run dense on masked filters (a group's live inputs are not equally
+many), and their result is slim again.
 """
 
 from __future__ import annotations
@@ -28,7 +30,15 @@ from sacl_fast.ops.slim_conv import (
     take_filters,
 )
 from sacl_fast.ops.slim_pointwise import slim_pointwise
-from sacl_fast.slim.channels import Channels, all_channels, complement, readers
+from sacl_fast.slim.channels import (
+    Channels,
+    all_channels,
+    complement,
+    joined,
+    missing,
+    readers,
+    zeroed_readers,
+)
 from sacl_fast.slim.parts import Part, as_image, channels_at
 from sacl_fast.slim.rules.registry import rule_for
 from sacl_fast.slim.tensor import KeptFilters, SlimTensor, dense, with_zeros
@@ -70,7 +80,8 @@ def conv2d(
         outputs = [Part(kept, channels_at(y, kept))]
     size = output_size(_size(input), _size(weight), geometry)
     shape = torch.Size((input.shape[0], count, *size))
-    return with_zeros(outputs, complement(kept, count), shape)
+    zeroed = complement(joined(*(p.channels for p in outputs)), count)
+    return with_zeros(outputs, zeroed, shape)
 
 
 def _size(x: Tensor) -> tuple[int, int]:
@@ -148,7 +159,7 @@ def _depthwise(
     kept: Channels,
     geometry: Geometry,
 ) -> list[Part]:
-    """The kept outputs, by the parts that they read."""
+    """The kept outputs, by the parts that they read, and zeros that fill up the live ones."""
     device, count = weight.device, weight.shape[0]
     multiplier = count // x.shape[1]
     outputs = []
@@ -156,7 +167,11 @@ def _depthwise(
         own, positions = readers(p.channels, kept, multiplier)
         if not len(own):
             continue
-        out, read = own.index(device, count), positions.index(device, len(p.channels))
+        out = own.index(device, count)
+        if p is parts[0] and bias is None and multiplier == 1:
+            zeros, read_by_zeros = zeroed_readers(p.channels, kept, missing(len(own), device))
+            own, positions = joined(own, zeros), joined(positions, read_by_zeros)
+        read = positions.index(device, len(p.channels))
         if p.is_constant and p.values.shape[0] > 1:
             values, filters = channels_at(p.values, positions), take(weight, out)
             response = constant_response(values, filters, _size(x), geometry, depthwise=True)
