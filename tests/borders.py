@@ -41,9 +41,9 @@ class Call(NamedTuple):
     in_index: Tensor
     H: int
     W: int
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    stride: Any
+    padding: Any
+    dilation: Any
     norm_weight: Tensor
     norm_bias: Tensor
     norm_index: Tensor
@@ -67,21 +67,19 @@ class Call(NamedTuple):
 def call(window, act=2, sizes=(14, 6, 5, 7), dtype=torch.float64, with_rest=True) -> Call:
     """sizes: channels between the convolutions, filters that read a constant, outputs, constants
     of the rest."""
-    image, kernel, *geometry = window
+    (H, W), kernel, stride, padding, dilation = window
     C, S, outputs, R = sizes
-    generator = torch.Generator().manual_seed(sum(image) + S)
+    generator = torch.Generator().manual_seed(H + W + S)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    order, vectors = (
-        torch.randperm(C, generator=generator),
-        normal(4, C).to(torch.float64 if dtype == torch.float64 else torch.float32),
-    )
+    order = torch.randperm(C, generator=generator)
+    vectors = normal(4, C).to(torch.float64 if dtype == torch.float64 else torch.float32)
     vectors[3].abs_()
     return Call(
         normal(S + 3), normal(C, *kernel), order[:S],
-        torch.randperm(S + 3, generator=generator)[:S], *image, *geometry,
+        torch.randperm(S + 3, generator=generator)[:S], H, W, stride, padding, dilation,
         vectors[0].clone(), vectors[1].clone(), order[:S], vectors[2].clone(), vectors[3].clone(),
         COUNT, MOMENTUM, EPS, act,
         normal(outputs + 2, C), order[:S],

@@ -1,8 +1,6 @@
 """The CUDA slim_border against the operators that it stands for in float64: values, gradients,
 running statistics."""
 
-from typing import Any
-
 import pytest
 import torch
 from borders import PARAMETERS, STATISTICS, WINDOWS, Call, call, copied, exact, gradient_of
@@ -19,14 +17,13 @@ emulated = pytest.mark.parametrize("device", ["emulated"], indirect=True)
 SIZES = [(2, 1, 1, 1), (50, 19, 20, 23), (150, 70, 131, 66), (33, 33, 9, 0)]
 
 
-def on(device, given: Call, **changes: Any) -> Call:
-    """On the device, in channels-last memory where it is of images."""
-    given = given._replace(**changes)
-    return Call(*(device.put(v) if isinstance(v, Tensor) else v for v in given))
+def on(device, given: Call) -> Call:
+    tensors = {n: v for n, v in given._asdict().items() if isinstance(v, Tensor)}
+    return given._replace(**{n: device.put(v) for n, v in tensors.items()})
 
 
 def compare(device, given: Call) -> None:
-    offset, updated, grads = exact(given)
+    offset, updated, _ = exact(given)
     there = on(device, copied(given))
     ours, saved = device.ops.slim_border(*there)
     assert ours.dtype == given.constants.dtype
@@ -36,9 +33,9 @@ def compare(device, given: Call) -> None:
     for name in STATISTICS:
         if (found := getattr(there, name)) is not None:
             assert_near(found, getattr(updated, name), torch.float32)
-    doffset = device.put(gradient_of(offset).float())
-    _, _, grads = exact(given, gradient_of(offset).float())
-    found = device.ops.slim_border_backward(doffset, saved, *there.of_backward)
+    doffset = gradient_of(offset).float()
+    _, _, grads = exact(given, doffset)
+    found = device.ops.slim_border_backward(device.put(doffset), saved, *there.of_backward)
     for name, got, expected in zip(PARAMETERS, found, grads, strict=True):
         like = getattr(given, name)
         assert like is None or got.dtype == like.dtype
