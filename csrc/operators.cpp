@@ -74,6 +74,32 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sacl_fast, m) {
   m.def("slim_gate_backward(Tensor dy, Tensor x, Tensor? map, Tensor gate, Tensor? x_index, "
         "Tensor? map_index) -> (Tensor, Tensor, Tensor)");
 
+  // What padding makes of constants that a depthwise convolution reads, up to the product after it,
+  // for CUDA devices (sacl_fast/ops has the CPUs' reference). Filters filter_index (S) of filters
+  // (Cdw, kh, kw) read constants (R) in_index (S), no constant twice, at every pixel of an image
+  // (H, W). The map (1, S, OH, OW) that they give is what a norm in training has in its channels
+  // norm_index (S), and, after the activation, a 1x1 convolution in its inputs map_index (S), with
+  // constants rest (R2) or null in its inputs rest_index (R2).
+  // norm_weight, norm_bias, running_mean, running_var (C), count: as in batch_norm_act; weight
+  // (Cout, Cin), out_index (O): as in slim_pointwise.
+  // -> the filters' outputs for these inputs, an offset (1, O, OH, OW) in the constants' type;
+  // saved (classes + 1, S) float32. Pixels are of one class where the same taps are inside the
+  // image.
+  m.def("slim_border(Tensor constants, Tensor filters, Tensor filter_index, Tensor in_index, "
+        "int H, int W, int[] stride, int[] padding, int[] dilation, Tensor norm_weight, "
+        "Tensor norm_bias, Tensor norm_index, Tensor(a!)? running_mean, "
+        "Tensor(b!)? running_var, int count, float momentum, float eps, int act, Tensor weight, "
+        "Tensor map_index, Tensor? out_index, Tensor? rest, Tensor? rest_index) -> "
+        "(Tensor, Tensor)");
+  // doffset (1, O, OH, OW) float32
+  // -> dconstants (R), dfilters (Cdw, kh, kw), dnorm_weight (C), dnorm_bias (C), dweight (Cout,
+  // Cin), 0 where nothing was read, and drest (R2) or empty (0)
+  m.def("slim_border_backward(Tensor doffset, Tensor saved, Tensor constants, Tensor filters, "
+        "Tensor filter_index, Tensor in_index, int H, int W, int[] stride, int[] padding, "
+        "int[] dilation, Tensor norm_weight, Tensor norm_bias, Tensor norm_index, int act, "
+        "Tensor weight, Tensor map_index, Tensor? out_index, Tensor? rest, "
+        "Tensor? rest_index) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+
   // What follows fuses a batch norm into its neighbours, on CUDA devices; sacl_fast/ops has what it
   // is equal to, in plain PyTorch, as its implementation on CPUs.
   //

@@ -95,6 +95,42 @@ struct GateShape {
   int K, R, C;  // channels of x, of the map, of the gate
 };
 
+// Numbers of a type that only the launch knows.
+struct Numbers {
+  void* data;
+  int dtype;
+};
+
+constexpr int kLargestWindow = 7;                  // taps along a side
+constexpr int kMostRuns = 2 * kLargestWindow + 1;  // of outputs along a side
+
+// Runs of outputs along a side of a convolution's image: run i begins at start[i], and of its
+// outputs' taps first[i] to last[i] lie inside the input; start[count]: the side's length.
+struct Runs {
+  int count;
+  int start[kMostRuns + 1], first[kMostRuns], last[kMostRuns];
+};
+
+// S filters of kh x kw taps on constants, and a 1x1 convolution of what a norm makes of that.
+struct SlimBorderShape {
+  Runs rows, columns;
+  int classes;  // of pixels: a run of rows and a run of columns each
+  int S, kh, kw, act;
+  int rest, O, Cin;                             // constants, outputs and all inputs of the 1x1
+  int constants, filters, norm_channels, Cout;  // all that there are
+};
+
+struct SlimBorderInputs {
+  Numbers constants, filters, weight, rest;
+  const float *norm_weight, *norm_bias;
+  const int64_t *filter_index, *in_index, *norm_index, *map_index, *out_index, *rest_index;
+};
+
+struct SlimBorderGradients {
+  Numbers constants, filters, weight, rest;
+  float *norm_weight, *norm_bias;
+};
+
 }  // namespace sacl::cuda
 
 extern "C" {
@@ -269,4 +305,19 @@ const char* sacl_cuda_slim_gate_backward(sacl::cuda::GateShape shape, const void
                                          const void* gate, const int64_t* x_index,
                                          const int64_t* map_index, void* dx, void* dmap,
                                          void* dgate, void* stream);
+
+// offset (OH, OW, O), saved (classes + 1, S); scratch of (classes S + rest) floats.
+const char* sacl_cuda_slim_border(sacl::cuda::SlimBorderShape shape,
+                                  sacl::cuda::SlimBorderInputs inputs,
+                                  sacl::cuda::BatchNormStatistics statistics,
+                                  sacl::cuda::Numbers offset, float* saved, float* scratch,
+                                  void* stream);
+
+// doffset (OH, OW, O); scratch of as many floats as this says.
+int64_t sacl_cuda_slim_border_backward_scratch(sacl::cuda::SlimBorderShape shape);
+const char* sacl_cuda_slim_border_backward(sacl::cuda::SlimBorderShape shape,
+                                           sacl::cuda::SlimBorderInputs inputs,
+                                           const float* doffset, const float* saved,
+                                           sacl::cuda::SlimBorderGradients gradients,
+                                           float* scratch, void* stream);
 }
