@@ -3,7 +3,7 @@
 As the model's code says, in one of the slicer's modes, or compiled; or from a recording of itself
 (``recorded``, ``recording``, ``graph``), which leaves nothing for Python to decide; or from a
 recording whose batch norms are fused into the convolutions around them (``fusion``,
-``fusion_rules``).
+``rules``).
 """
 
 from sacl_fast.passes.choice import Passes, choose_passes, passes_of, plan_obstacle

@@ -6,7 +6,7 @@ normalises it; the convolution that reads it does that as it loads (``ops.norm_a
 algebra, ``norm_pointwise`` and ``norm_depthwise`` the convolutions). Backward, the gradient of a
 norm's input is remembered as an ``_InputGradient``, and formed where it is read.
 
-A rule for each operator says what becomes of it (``fusion_rules``). An operator without one, or
+A rule for each operator says what becomes of it (``rules``). An operator without one, or
 that its rule does not fit, is copied, and what it reads is computed first: so whatever a model does
 stays right.
 """
@@ -67,11 +67,12 @@ class InputGradient:
 
 @dataclass(eq=False)
 class Gated:
-    """The gradient ``dy * gate + dmean / pixels`` of what was gated; gate and dmean (N, K)."""
+    """The gradient ``dy * gate + dmean / (H W)`` of what was gated (N, K, H, W); gate and dmean
+    (N, K), and of dy (N, K or more, H, W) the first K channels."""
 
     dy: fx.Node
     gate: fx.Node
-    pixels: int
+    shape: torch.Size
     dmean: fx.Node | None = None
 
 
@@ -157,6 +158,7 @@ class Writer:
     def __init__(self, old: tuple[Graph, Graph], results: set[Source | None], batch: int) -> None:
         self.old, self.results, self.batch = old, results, batch
         self.needed = _needed(old, results)
+        self._sources = {node: source for source, node in old[1].inputs.items()}
         self.graphs = Graph(), Graph()
         self.graph = self.graphs[0]
         """The one that is being written."""
@@ -174,10 +176,14 @@ class Writer:
         self.sums: dict[fx.Node, fx.Node] = {}
         self.full: set[fx.Node] = set()
         """Gradients of whole weights, though only some filters were used."""
+        self.chains: dict[fx.Node, tuple[Any, ...]] = {}
+        """An offset that ``slim_border`` gave -> what its backward is given."""
+        self.precise: dict[fx.Node, fx.Node] = {}
+        """What was rounded to the activations' type -> what it was in float32."""
         self.norms = 0
 
     def run(self, old: Graph) -> None:
-        from sacl_fast.passes.fusion_rules import RULES
+        import sacl_fast.passes.rules  # noqa: F401  (with them are the operators, which may be absent)
 
         for source, node in old.inputs.items():
             self.values[node] = source if isinstance(source, int) else self.values[source]
@@ -265,10 +271,12 @@ class Writer:
                 value.computed.append(self.emit(_ops.norm_act_input_gradient, *given))
             return value.computed[0]
         if isinstance(value, Gated):
-            dx = self._times(value.dy, value.gate)
+            _, K, H, W = value.shape
+            own = self.emit(_aten.slice.Tensor, value.dy, 1, 0, K)
+            dx = self._times(own, value.gate)
             if value.dmean is None:
                 return dx
-            share = self.emit(_aten.div.Scalar, value.dmean, value.pixels)
+            share = self.emit(_aten.div.Scalar, value.dmean, H * W)
             return self.emit(_aten.add.Tensor, dx, self._per_image(share))
         if isinstance(value, OfMean):
             return self.copy(value.recorded)
@@ -305,6 +313,11 @@ class Writer:
         """What reads a tensor in its own direction."""
         return [user for user in old.users if user in self.needed]
 
+    def forward_of(self, old: fx.Node) -> fx.Node | None:
+        """The node of forward that an input of backward is."""
+        source = self._sources.get(old)
+        return source if isinstance(source, fx.Node) else None
+
     def is_read_later(self, old: fx.Node) -> bool:
         """Whether backward reads a tensor of forward."""
         later = self.old[1].inputs.get(old)
@@ -330,3 +343,13 @@ def _needed(graphs: tuple[Graph, Graph], results: set[Source | None]) -> set[fx.
 
 Rule = Callable[..., Any]
 """(writer, old node, *its arguments) -> its value, or NotImplemented."""
+RULES: dict[Any, Rule] = {}
+"""Operator -> rule. Filled when ``passes.rules`` is imported."""
+
+
+def rule_for(*operators: Any) -> Callable[[Rule], Rule]:
+    def register(rule: Rule) -> Rule:
+        RULES.update(dict.fromkeys(operators, rule))
+        return rule
+
+    return register
