@@ -26,7 +26,7 @@ from sacl_fast.config import Config
 from sacl_fast.encoders import Projector, build_encoder, output_dim
 from sacl_fast.encoders.batch_norm import local_batch_norm, synchronize_batch_norm
 from sacl_fast.ops.collectives import RowGather, world_size
-from sacl_fast.passes import Passes
+from sacl_fast.passes import Passes, share_gradients
 from sacl_fast.slim import Slicer
 from sacl_fast.slim.constant_channels import constant_norms_in_a_row
 
@@ -79,6 +79,7 @@ class SaclXd(nn.Module):
         self.passes = passes
         self.dense_encoder = passes.dense_encoder(self.slicer)
         self.slim_encoder = passes.slim_encoder(self.slicer)
+        self.sharing = share_gradients(self.dense_encoder, self.slim_encoder)
 
     def dense(self, x: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, D)
         return self.projector(self.dense_encoder(x))
@@ -97,6 +98,7 @@ class SaclXd(nn.Module):
 
         z1 = sent(self.dense(x_a))
         z2 = sent(self.slim(x_b))
+        self.sharing.forget()
         if not self.distill:
             return Embeddings(z1, z2, gathers=tuple(gathers))
         with torch.no_grad():

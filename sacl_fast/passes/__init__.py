@@ -7,6 +7,13 @@ recording whose batch norms are fused into the convolutions around them (``fusio
 """
 
 from sacl_fast.passes.choice import Passes, choose_passes, passes_of, plan_obstacle
-from sacl_fast.passes.recorded import RecordedEncoder
+from sacl_fast.passes.recorded import RecordedEncoder, share_gradients
 
-__all__ = ["Passes", "RecordedEncoder", "choose_passes", "passes_of", "plan_obstacle"]
+__all__ = [
+    "Passes",
+    "RecordedEncoder",
+    "choose_passes",
+    "passes_of",
+    "plan_obstacle",
+    "share_gradients",
+]

@@ -12,7 +12,7 @@ from torch import Tensor
 from sacl_fast.config import Backend, Config
 from sacl_fast.config.choices import Plan, SlimMode
 from sacl_fast.errors import UserError
-from sacl_fast.ops import norm_act, norm_depthwise, norm_pointwise
+from sacl_fast.ops import norm_pointwise
 from sacl_fast.ops.backend import of_slim_operators, resolve_all
 from sacl_fast.passes.recorded import RecordedEncoder
 from sacl_fast.precision import autocast_dtype

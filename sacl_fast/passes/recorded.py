@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sacl_fast.checks import checked
 from sacl_fast.passes.recording import Obstacle, Recording, record
+from sacl_fast.passes.sharing import SharedGradients
 from sacl_fast.slim.slicer import Slicer
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,8 @@ class RecordedEncoder:
         self.slicer = slicer
         self.mode: RecordedMode = mode
         self.fused = fused
+        self.sharing: SharedGradients | None = None
+        """With another encoder of the same parameters, whose pass follows or came before."""
         self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
         self._in_vain = 0
         self._obstacle: Obstacle | None = None
@@ -84,7 +87,7 @@ class RecordedEncoder:
         if self._in_vain > _KINDS:
             self._give_up(Obstacle("masks or images change their form too often"))
         if own.confirmed is not None:
-            return own.confirmed(x)
+            return own.confirmed(x, self.sharing)
         if own.tried == _TRIES or self._obstacle:
             return self._run(x)
         own.tried += 1
@@ -161,3 +164,12 @@ def _has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+def share_gradients(first: object, second: object) -> SharedGradients:
+    """Have two recorded encoders of the same parameters add up their gradients at once, where the
+    second's pass follows the first's; other encoders are left as they are."""
+    sharing = SharedGradients()
+    if isinstance(first, RecordedEncoder) and isinstance(second, RecordedEncoder):
+        first.sharing = second.sharing = sharing
+    return sharing

@@ -31,6 +31,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sacl_fast.passes.fusion import fuse
 from sacl_fast.passes.graph import Form, Graph, Source
+from sacl_fast.passes.sharing import Shared, SharedGradients
 from sacl_fast.precision import autocast
 
 _CONSTANTS = (
@@ -106,10 +107,15 @@ class Recording:
         }
         self._leaves = tape.leaves
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if self._differentiable:
-            return _Replay.apply(self, x, *self._leaves)
-        return self.forward(x)[0]
+    def __call__(self, x: Tensor, sharing: SharedGradients | None = None) -> Tensor:
+        if not self._differentiable:
+            return self.forward(x)[0]
+        first, token = (None, None) if sharing is None else sharing.taken()
+        own = Shared(self._leaves) if sharing is not None and first is None else None
+        out, own_token = _Replay.apply(self, own, first, token, x, *self._leaves)
+        if sharing is not None and own is not None:
+            sharing.give(own, own_token)
+        return out
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """The output, and what to keep for backward."""
@@ -165,18 +171,36 @@ class _Recorded(torch.autograd.Function):
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, recording: Recording, x: Tensor, *_: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        recording: Recording,
+        own: Shared | None,
+        first: Shared | None,
+        token: Tensor | None,
+        x: Tensor,
+        *_: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The output, and a token for the replay that shares its gradients (``sharing``)."""
         out, *kept = recording.forward(x)
-        ctx.recording = recording
+        ctx.recording, ctx.own, ctx.first = recording, own, first
         ctx.save_for_backward(*kept)
-        return out
+        ctx.set_materialize_grads(False)
+        return out, out.new_empty(())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        kept = list(ctx.saved_tensors)
+    def backward(ctx: Any, gradient: Tensor | None, token: Tensor | None) -> Any:
+        kept, leaves = list(ctx.saved_tensors), ctx.recording._leaves
         ctx.maybe_clear_saved_tensors()  # unless the graph is retained
-        return None, *ctx.recording.backward(gradient, kept)
+        of_x, *own = [None] * (1 + len(leaves))
+        if gradient is not None:
+            of_x, *own = ctx.recording.backward(gradient, kept)
+        if ctx.own is not None:
+            own = ctx.own.add(own)
+        if ctx.first is None:
+            return None, None, None, None, of_x, *own
+        own = ctx.first.leave(leaves, own)
+        return None, None, None, ctx.first.no_gradient(), of_x, *own
 
 
 class _Tape(TorchDispatchMode):
