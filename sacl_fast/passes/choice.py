@@ -114,8 +114,6 @@ def plan_obstacle(plan: Plan, config: Config, device: torch.device) -> str | Non
         return f"the operators that are fused are those of the compiled module: {operators.reason}"
     if not config.channels_last:
         return "the fused operators are for channels-last memory"
-    if not (norm_act.is_compiled() and norm_depthwise.is_compiled()):
-        return "sacl_fast._C is of an older build; install again"
     return norm_pointwise.obstacle(device)
 
 

@@ -28,7 +28,7 @@ class SharedGradients:
         return first or (None, None)
 
     def forget(self) -> None:
-        """The next pass is a first one. (A token that is kept keeps the activations of its pass.)"""
+        """The next pass is a first one. (A token keeps the activations of its pass.)"""
         self._first = None
 
 
