@@ -48,7 +48,7 @@ def test_y():
     assert model.training
 
 
-@pytest.mark.parametrize("plan", ["mask", "skip, recorded"])
+@pytest.mark.parametrize("plan", ["eager+mask", "dense+skip", "fused"])
 def test_a_step(plan):
     row = measure("resnet20", 0.5, plan, size=16, batch=256)
     assert 15 < row["in_y"] < 60

@@ -4,6 +4,7 @@
 // in double. Only two passes are of the image's size: offset_by_class writes the offset, and
 // sum_classes reads its gradient. The product over S channels and the rest is shared out: eight
 // outputs (backward: eight inputs) are a block's, and 64 threads share each one's sum.
+// (More than 400 lines, because both passes go through the same classes and tables.)
 #include "cuda/activations.h"
 #include "cuda/norm.h"
 

@@ -28,11 +28,21 @@ SCHEMAS = {
 }
 
 
+# For fused passes on CUDA devices: on CPUs, plain PyTorch computes them, as a reference. Models do
+# not call them (``passes.rules`` does), and they are measured in whole steps.
+FUSED = {"norm_act", "norm_depthwise", "norm_slim_add", "norm_slim_gate", "slim_border"}
+WITHOUT_KERNELS_OF_THEIR_OWN = {"norm_slim_add", "norm_slim_gate"}  # those of slim_add, slim_gate
+
+
 def operator_of(schema: str) -> str:
+    """``norm_act`` is nine schemas, the parts of one batch norm."""
+    if schema.startswith("norm_act_"):
+        return "norm_act"
     return schema.partition("_backward")[0]
 
 
 COMPILED = sorted({operator_of(schema) for schema in SCHEMAS})
+TRITON = ("xcorr_loss", "norm_pointwise")
 WITHOUT_CUDA = {"augment"}  # on a GPU, DALI makes the views
 # Those that are measured where they are used, not by themselves.
 MEASURED_IN = {
@@ -43,15 +53,12 @@ MEASURED_IN = {
 
 
 def files_of(op: str) -> list[str]:
-    files = [
-        f"csrc/cpu/{op}.cpp",
-        f"sacl_fast/ops/{op}.py",
-        f"tests/ops/test_{op}.py",
-        f"benchmarks/{MEASURED_IN.get(op, f'bench_{op}.py')}",
-    ]
+    files = [f"sacl_fast/ops/{op}.py", f"tests/ops/test_{op}.py"]
+    if op not in FUSED:
+        files += [f"csrc/cpu/{op}.cpp", f"benchmarks/{MEASURED_IN.get(op, f'bench_{op}.py')}"]
     if op not in WITHOUT_CUDA:
-        files += [f"csrc/cuda/{op}.cpp", f"csrc/cuda/{op}_kernels.cu"]
-        files += [f"tests/cuda/test_cuda_{op}.py"]
+        files += [f"csrc/cuda/{op}.cpp", f"tests/cuda/test_cuda_{op}.py"]
+        files += [f"csrc/cuda/{op}_kernels.cu"] if op not in WITHOUT_KERNELS_OF_THEIR_OWN else []
     return files
 
 
@@ -61,11 +68,13 @@ def test_an_operator_has_its_files(op: str):
     assert not missing
 
 
-def test_the_operator_of_triton_has_its_files():
-    op = "xcorr_loss"
-    files = [f"kernels/sacl_kernels/{op}.py", f"sacl_fast/ops/{op}.py", f"tests/ops/test_{op}.py"]
-    assert all((ROOT / file).is_file() for file in [*files, f"benchmarks/bench_{op}.py"])
-    assert f'"sacl_fast::{op}"' in (ROOT / f"sacl_fast/ops/{op}.py").read_text()
+@pytest.mark.parametrize("op", TRITON)
+def test_an_operator_of_triton_has_its_files(op: str):
+    files = [f"kernels/sacl_kernels/{op}.py", f"sacl_fast/ops/{op}.py"]
+    files += [f"tests/ops/test_{op}.py", f"tests/ops/test_{op}_triton.py"]
+    assert all((ROOT / file).is_file() for file in files)
+    text = (ROOT / f"sacl_fast/ops/{op}.py").read_text()
+    assert f'"sacl_fast::{op}"' in text or f'"{op}": (' in text
 
 
 def names(pattern: str, prefix: str = "") -> set[str]:
@@ -75,7 +84,7 @@ def names(pattern: str, prefix: str = "") -> set[str]:
 def strangers(found: set[str], *others: str) -> list[str]:
     """Names that are neither an operator's (and perhaps more, as `depthwise_conv_weight`) nor
     one of ``others``."""
-    known = (*COMPILED, "xcorr_loss")
+    known = (*COMPILED, *TRITON)
     return [
         name
         for name in sorted(found - set(others))
@@ -94,7 +103,7 @@ def test_no_file_has_another_name():
     assert not strangers(names("tests/cuda/test_cuda_*.py", "test_cuda_"), "code", "graph", "skip")
     assert not strangers(names("benchmarks/bench_*.py", "bench_"), *benchmarks)
     assert not strangers(names("benchmarks/tune_*.py", "tune_"))
-    about_all = {"backend", "compiled", "names"}
+    about_all = {"backend", "compiled", "names", "slim_channels"}
     assert not strangers(names("tests/ops/test_*.py", "test_"), *about_all)
     plain = {"__init__", "backend", "compiled"}  # and what has no backend but PyTorch
     plain |= {"batch_norm", "collectives", "slim_batch_norm", "slim_channels", "slim_conv"}
@@ -108,11 +117,11 @@ def test_a_file_implements_its_own_schemas_and_all_of_them(folder: str):
         own = re.findall(r'm\.impl\("(\w+)"', file.read_text())
         assert {operator_of(schema) for schema in own} <= {file.stem}
         implemented += own
-    without = WITHOUT_CUDA if folder == "cuda" else set()
+    without = WITHOUT_CUDA if folder == "cuda" else FUSED
     assert sorted(implemented) == sorted(s for s in SCHEMAS if operator_of(s) not in without)
 
 
-@pytest.mark.parametrize("op", COMPILED)
+@pytest.mark.parametrize("op", sorted({*COMPILED} - FUSED))
 def test_the_public_function_has_the_names_of_the_schema(op: str):
     function = getattr(importlib.import_module(f"sacl_fast.ops.{op}"), op)
     parameters = inspect.signature(function).parameters
@@ -124,15 +133,16 @@ def test_the_public_function_has_the_names_of_the_schema(op: str):
 def test_index_lists_are_called_index_and_maps_map():
     arguments = {name for names in SCHEMAS.values() for name in names}
     assert {"kept_index", "in_index", "a_index", "map_index", "map"} <= arguments
-    assert not arguments & {"index", "kept", "zeroed", "filters", "source", "shared", "places"}
+    assert not arguments & {"index", "kept", "zeroed", "source", "shared", "places"}
 
 
 def test_doctor_and_resolve_know_each_operator_by_its_name():
-    assert set(OPERATORS) == {*COMPILED, "xcorr_loss", "lars"}
-    assert set(SLIM_OPERATORS) == set(COMPILED) - {"augment"}
+    called = set(COMPILED) - FUSED
+    assert set(OPERATORS) == {*called, "xcorr_loss", "lars"}
+    assert set(SLIM_OPERATORS) == called - {"augment"}
     for op, backends in OPERATORS.items():
-        assert ("cpu" in backends) == (op in COMPILED)
-        assert ("cuda" in backends) == (op in COMPILED and op not in WITHOUT_CUDA)
+        assert ("cpu" in backends) == (op in called)
+        assert ("cuda" in backends) == (op in called and op not in WITHOUT_CUDA)
 
 
 def test_place_is_no_name_in_csrc():
