@@ -40,7 +40,7 @@ from torch import Tensor
 
 from sacl_fast.cli import parse_config
 from sacl_fast.config import Backend, Config
-from sacl_fast.config.choices import SlimMode
+from sacl_fast.config.choices import Plan, SlimMode
 from sacl_fast.engine.convolutions import tried_algorithms
 from sacl_fast.engine.distributed import Ranks, pick_device
 from sacl_fast.engine.memory import keep_freed_memory
@@ -199,10 +199,10 @@ def variants(config: Config) -> dict[str, Make]:
         run = pseudocode_step(step.method, config, step.amp_dtype, compiled=compiled)
         return run, view_a, view_b
 
-    def ours(backend: Backend, mode: SlimMode, *, trial: bool = False) -> Any:
+    def ours(backend: Backend, mode: SlimMode, *, trial: bool = False, plan: Plan = "eager") -> Any:
         torch.backends.cudnn.benchmark = trial
-        slim = replace(config.slim, mode=mode)
-        return prepared(replace(config, backend=backend, slim=slim))
+        slim, engine = replace(config.slim, mode=mode), replace(config.engine, plan=plan)
+        return prepared(replace(config, backend=backend, slim=slim, engine=engine))
 
     found = {
         "pseudocode": lambda: baseline(compiled=False),
@@ -210,6 +210,8 @@ def variants(config: Config) -> dict[str, Make]:
         "kernels": lambda: ours("auto", "mask"),
         "trial": lambda: ours("auto", "mask", trial=True),
         "skip": lambda: ours("auto", "skip", trial=True),
+        "dense": lambda: ours("auto", "skip", trial=True, plan="dense+skip"),
+        "fused": lambda: ours("auto", "skip", trial=True, plan="fused"),
         "compiled": lambda: baseline(compiled=True),  # last, since compiling takes minutes
     }
     if pick_device(config.device).type != "cuda":

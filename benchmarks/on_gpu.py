@@ -181,7 +181,8 @@ def step(options: argparse.Namespace, encoder: str, *variants: str) -> tuple[str
         "plain",
         "kernels",
         *(["trial"] if on_gpu else []),
-        "skip",
+        *("skip", "dense"),
+        *(["fused"] if on_gpu else []),
     )
     return ("bench_step", "--waterfall", *steps, *given, *tiny(options), "--variants", *variants)
 

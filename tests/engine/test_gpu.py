@@ -10,6 +10,7 @@ from sacl_fast.encoders import build_encoder
 from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.metrics import read_metrics
+from sacl_fast.engine.plan import try_plans
 from sacl_fast.engine.step import TrainingStep
 from sacl_fast.passes import RecordedEncoder, choose_passes
 from sacl_fast.slim import Slicer
@@ -64,6 +65,24 @@ def test_recorded_slim_passes(dtype):
     for other in gradients[1:]:
         assert (other - gradients[0]).norm() < 1e-2 * gradients[0].norm()
     assert len(skipped) < 5  # the last ones ran from the recording
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["mobilenetv1_100", "mobilenetv3_large_100", "resnet50"])
+def test_every_plan_is_as_exact_as_the_eager_one(tiny, name, precision):
+    """``try_plans`` leaves out one that is not."""
+    config = replace(
+        tiny,
+        precision=precision,
+        batch_size=32,
+        encoder=replace(tiny.encoder, name=name, width=1.0, stem="imagenet", drop_path=0.0),
+        views=replace(tiny.views, size=64),
+    )
+    passes = choose_passes(config, torch.device("cuda"), steps_per_epoch=100)
+    ranks = Ranks(0, 1, torch.device("cuda"))
+    step = TrainingStep(build_method(config, passes), config, ranks, steps_per_epoch=100)
+    trials = try_plans(config, step)
+    assert all(t.milliseconds for t in trials if t.plan != "compile"), list(map(str, trials))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
