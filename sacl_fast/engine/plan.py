@@ -83,7 +83,9 @@ def _may_try(step: TrainingStep) -> bool:
 
 def _fastest(config: Config, step: TrainingStep) -> tuple[Plan, str]:
     key, known = _key(config, step.device), _remembered()
-    if (plan := known.get(key)) in get_args(Plan) and not plan_obstacle(plan, config, step.device):
+    found: Iterator[Plan] = (plan for plan in get_args(Plan) if plan == known.get(key))
+    plan = next(found, None)
+    if plan is not None and not plan_obstacle(plan, config, step.device):
         return plan, f"the fastest when it was tried here before; {_cache()} remembers"
     trials = try_plans(config, step)
     best = min((t for t in trials if t.milliseconds), key=lambda t: t.milliseconds or 0.0)
@@ -150,8 +152,9 @@ def _try(
 ) -> Trial:
     step.method.run_by(passes)
     views = _views(config, step.device, _CHECKED)
-    for _ in range(_WARM_UP):
-        found = _results(step, config, views, step.amp_dtype)
+    for _ in range(_WARM_UP - 1):
+        _results(step, config, views, step.amp_dtype)
+    found = _results(step, config, views, step.amp_dtype)
     off = {name: _distance(found[name], exact[name]) for name in exact}
     if not rounding:
         rounding.update(off)
@@ -160,10 +163,11 @@ def _try(
             return Trial(plan, None, f"its {name} are off by {distance:.1e}")
     views = _views(config, step.device, config.batch_size)
     with _kept_as_it_is(step):
-        for i in range(_WARM_UP + _TIMED):
-            if i == _WARM_UP:
-                _synchronize(step.device)
-                start = time.perf_counter()
+        for _ in range(_WARM_UP):
+            _forward_and_backward(step, views, step.amp_dtype)
+        _synchronize(step.device)
+        start = time.perf_counter()
+        for _ in range(_TIMED):
             _forward_and_backward(step, views, step.amp_dtype)
         _synchronize(step.device)
     return Trial(plan, 1e3 * (time.perf_counter() - start) / _TIMED)

@@ -69,7 +69,8 @@ class Encoder:
     def __init__(
         self, slicer: Slicer, mode: Literal["dense", SlimMode], *, compiled: bool = False
     ) -> None:
-        self.slicer, self.mode = slicer, mode
+        self.slicer = slicer
+        self.mode: Literal["dense", SlimMode] = mode
         self.run: Any = torch.compile(slicer.encoder) if compiled else slicer.encoder
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from sacl_fast.passes.graph import Form, Graph, Source
 
@@ -191,7 +192,8 @@ class Writer:
             if node.op == "placeholder" or node not in self.needed:
                 continue
             if node.target is operator.getitem:
-                of, i = node.args
+                of: Any = node.args[0]
+                i: Any = node.args[1]
                 given = self.values[of]
                 self.values[node] = given[i] if isinstance(given, tuple) else self.copy(node)
             else:
@@ -214,7 +216,7 @@ class Writer:
     def emit(self, target: Any, *arguments: Any, **named: Any) -> fx.Node:
         """An operator on new nodes, of either graph."""
         overload = target if isinstance(target, torch._ops.OpOverload) else target.default
-        given = fx.node.map_arg(arguments, self.graph.read)
+        given = map_arg(arguments, self.graph.read)
         return self.graph.fx.call_function(overload, given, named)
 
     def outputs(self, count: int, target: Any, *arguments: Any) -> tuple[fx.Node, ...]:
@@ -333,7 +335,7 @@ def _needed(graphs: tuple[Graph, Graph], results: set[Source | None]) -> set[fx.
     """The nodes that the results depend on, or that change something."""
     needed = {source for source in results if isinstance(source, fx.Node)}
     for graph in reversed(graphs):
-        for node in reversed(graph.fx.nodes):
+        for node in reversed(list(graph.fx.nodes)):
             if node in needed or node.is_impure():
                 needed |= {node, *node.all_input_nodes}
         sources = (source for source, node in graph.inputs.items() if node in needed)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sacl_fast.config import Config, EngineConfig, SlimConfig
-from sacl_fast.config.choices import Plan
+from sacl_fast.config.choices import Plan, SlimMode
 from sacl_fast.errors import UserError
 from sacl_fast.ops import compiled
 from sacl_fast.ops.backend import of_slim_operators, resolve_all
@@ -105,7 +105,10 @@ def test_a_plan_that_cannot_be_says_which_can(changes):
 
 
 def test_a_plan_and_another_slim_mode_contradict_one_another():
-    for plan, mode in (("dense+mask", "skip"), ("fused", "mask"), ("compile", "skip")):
+    pairs: list[tuple[Plan, SlimMode]] = [
+        *(("dense+mask", "skip"), ("fused", "mask"), ("compile", "skip")),
+    ]
+    for plan, mode in pairs:
         with pytest.raises(UserError, match=f"engine.plan {re.escape(plan)} runs the slim passes"):
             planned(plan, slim=SlimConfig(mode=mode))
     assert planned("dense+skip", slim=SlimConfig(mode="skip")).mode == "skip"
@@ -133,9 +136,8 @@ def test_every_plan_computes_the_same(plan, monkeypatch):
         slicer = Slicer(copy.deepcopy(encoder), 0.5)
         for run in (own.dense_encoder(slicer), own.slim_encoder(slicer)):
             for _ in range(3):  # recorded, and from the recording
-                y = run(x)
-                y.square().sum().backward()
-            found.append(y)
+                found.append(run(x))
+                found[-1].square().sum().backward()
         found += [p.grad for p in slicer.encoder.parameters()]
         found += [b for b in slicer.encoder.buffers()]
     half = len(found) // 2

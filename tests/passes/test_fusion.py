@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sacl_fast.passes import RecordedEncoder
+from sacl_fast.passes.recorded import RecordedMode
 from sacl_fast.slim import Slicer
 from tests.modules import channels_last
 from tests.passes.pairs import encoder_of
@@ -36,7 +37,7 @@ class Passes:
     def __init__(
         self,
         encoder: nn.Module,
-        mode: str,
+        mode: RecordedMode,
         ratio=0.5,
         *,
         n=4,
@@ -45,7 +46,8 @@ class Passes:
         **options,
     ) -> None:
         encoder = channels_last(encoder).train()
-        self.mode, self.n, self.size, self.input_gradient = mode, n, size, input_gradient
+        self.mode: RecordedMode = mode
+        self.n, self.size, self.input_gradient = n, size, input_gradient
         self.encoders = [encoder, copy.deepcopy(encoder), copy.deepcopy(encoder).double()]
         self.slicers = [Slicer(e, ratio, **options) for e in self.encoders]
         self.fused = RecordedEncoder(self.slicers[0], mode, fused=True)
@@ -200,7 +202,8 @@ def test_drop_path():
         torch.manual_seed(3)
         with torch.no_grad():
             run(x)  # recorded
-            run(x), run(x)
+            run(x)
+            run(x)
             torch.manual_seed(3)
             outputs.append(run(x))
     torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-4)

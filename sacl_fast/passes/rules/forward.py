@@ -173,9 +173,8 @@ def _gate(w: Writer, node: fx.Node, x: fx.Node, map: Any, gate: fx.Node, *indice
     value, user = w.value(x), w.only_user(node)
     if not isinstance(value, Operand) or value.gate is not None or value.computed:
         return NotImplemented
-    in_order = map is None and indices == (None, None)
     read = user is not None and user.target is _ops.slim_pointwise.default
-    if in_order and read and feeds_norm(w, user):
+    if user is not None and read and feeds_norm(w, user) and (map, *indices) == (None,) * 3:
         return Operand(value.norm, w.read(gate))
     given = w.read(map), w.read(gate), *(w.read(index) for index in indices)
     norm = value.norm
