@@ -215,7 +215,9 @@ const char* launch_gate_backward(const Gated<T>& in, const T* dy, T* dx, T* dmap
                                ChannelRows{rows_of(s), s.HW, all}, in, dy, dx, dgate);
   if (failure || !s.R) return failure;
   constexpr int kSamples = 32;  // that a thread sums up, where there are pixels enough
-  const int pixels = std::clamp(Tile(s.R, V).rows / ceil_div(s.N, kSamples), 1, s.HW);
+  constexpr int kDeepest = 64;  // a block, by CUDA's limit
+  const int pixels =
+      std::clamp(Tile(s.R, V).rows / ceil_div(s.N, kSamples), 1, std::min(s.HW, kDeepest));
   const Tile of_map(s.R, V, pixels);
   return launch(&map_backward<T, V>, dim3(ceil_div(s.HW, pixels), of_map.slices),
                 dim3(of_map.groups, of_map.rows, pixels), stream, in, dy, dmap);

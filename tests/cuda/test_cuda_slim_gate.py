@@ -45,6 +45,19 @@ def test_equals_pytorch(device, case, dtype):
         assert_near(got, torch.empty(0) if leaf is None else next(grads), dtype)
 
 
+@both()
+def test_a_map_of_one_channel_at_many_pixels(device):
+    """A block takes as many of them as it may."""
+    x, mapped = (images(n, c, 12, 11, dtype=torch.float32) for n, c in ((2, 3), (1, 1)))
+    gate, index = torch.rand(2, 5), torch.tensor([4, 0, 2])
+    dy = images(2, 4, 12, 11, dtype=torch.float32, seed=1)
+    given = map(device.put, (dy, x, mapped, gate, index, torch.tensor([3])))
+    _, dmap, dgate = device.ops.slim_gate_backward(*given)
+    of_map = dy.double()[:, 3:]
+    assert_near(dmap, (of_map * gate.double()[:, 3, None, None, None]).sum(0, True), torch.float32)
+    assert_near(dgate[:, 3], (of_map * mapped.double()).sum((1, 2, 3)), torch.float32)
+
+
 @pytest.mark.parametrize("device", ["emulated"], indirect=True)
 def test_the_order_of_threads_changes_nothing(device):
     x, map_, gate, x_index, map_index = map(device.put, gated(13, 7, 20, torch.bfloat16))
