@@ -173,8 +173,9 @@ class Writer:
         self.done: dict[fx.Node, Any] = {}
         """Old nodes whose value another's rule has given."""
         self.counters: list[fx.Node] = []
-        """What 1 is added to, and ``sums`` what something is, in one operator for all."""
+        """Norms' counters, to which 1 is added at the end of the pass."""
         self.sums: dict[fx.Node, fx.Node] = {}
+        """Gradient -> what is added to it at the end of the pass."""
         self.full: set[fx.Node] = set()
         """Gradients of whole weights, though only some filters were used."""
         self.chains: dict[fx.Node, tuple[Any, ...]] = {}

@@ -162,7 +162,7 @@ def _mean(w: Writer, node: fx.Node, x: fx.Node, dim: Any = None, keep: bool = Fa
     value = w.value(x)
     if not isinstance(value, Operand) or value.gate is not None or value.computed:
         return NotImplemented
-    if node.kwargs or sorted(d % 4 for d in dim) != [2, 3]:
+    if node.kwargs or dim is None or sorted(d % 4 for d in dim) != [2, 3]:
         return NotImplemented
     mean = w.emit(_ops.norm_act_mean, value.norm.raw, value.norm.affine, value.norm.act)
     return mean if keep else w.view(mean, *w.form(node).shape)
