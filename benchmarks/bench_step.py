@@ -133,7 +133,8 @@ def measure(config: Config, *, steps: int, warmup: int) -> dict[str, Any]:
         t_passes, embeddings = timed(step.four_passes, view_a, view_b)
         t_loss, (loss, _) = timed(step.criterion, *embeddings)
         t_backward, _ = timed(step.backward, loss)
-        t_update, _ = timed(step.update, i)
+        step.set_step(i)
+        t_update, _ = timed(step.update)
         del embeddings, loss
         t_whole, _ = timed(step, view_a, view_b, i)
         if i >= warmup:

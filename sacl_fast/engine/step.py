@@ -39,6 +39,10 @@ class TrainingStep:
         self.optimizer = build_optimizer(method.parameters(), config.optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype is torch.float16)
         self.steps_per_epoch = steps_per_epoch
+        self.number = torch.tensor(0, device=device)
+        """Of the step that is computed; with ``lr`` all that a step takes from the host."""
+        self.lr = torch.tensor(0.0, device=device)
+        """Its learning rate."""
         self.first_nonfinite = torch.tensor(-1, device=device)
         """The first step whose loss was not finite, -1 while there is none."""
 
@@ -46,11 +50,21 @@ class TrainingStep:
         self, view_a: Tensor, view_b: Tensor, step: int
     ) -> tuple[Tensor, LossParts, Tensor]:
         """One step on two views (n, 3, H, W). Returns the loss, its parts and ``z1``, detached."""
+        self.set_step(step)
+        return self.compute(view_a, view_b)
+
+    def set_step(self, step: int) -> None:
+        """Tell the device which step this is."""
+        self.number.fill_(step)
+        self.lr.fill_(self.learning_rate(step))
+
+    def compute(self, view_a: Tensor, view_b: Tensor) -> tuple[Tensor, LossParts, Tensor]:
+        """The step that was set, on the device alone."""
         embeddings = self.four_passes(view_a, view_b)
         loss, parts = self.criterion(*embeddings)
         self.backward(loss)
-        self.update(step)
-        self.note_nonfinite(loss.detach(), step)
+        self.update()
+        self.note_nonfinite(loss.detach())
         return loss.detach(), parts, embeddings.z1.detach()
 
     def four_passes(self, view_a: Tensor, view_b: Tensor) -> Embeddings:
@@ -61,10 +75,9 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
 
-    def update(self, step: int) -> None:
-        lr = self.learning_rate(step)
+    def update(self) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = self.lr
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
@@ -76,10 +89,10 @@ class TrainingStep:
             total_steps=self.config.epochs * self.steps_per_epoch,
         )
 
-    def note_nonfinite(self, loss: Tensor, step: int) -> None:
+    def note_nonfinite(self, loss: Tensor) -> None:
         """Remember on the device the first step whose loss was not finite."""
         fresh = (self.first_nonfinite < 0) & ~torch.isfinite(loss)
-        self.first_nonfinite = torch.where(fresh, step, self.first_nonfinite)
+        self.first_nonfinite.copy_(torch.where(fresh, self.number, self.first_nonfinite))
 
     def weights_are_finite(self) -> bool:
         """Whether the last update left all parameters finite. Waits for the device."""

@@ -89,7 +89,7 @@ class Lars(Optimizer):
             buffers = [self._momentum_buffer(p) for p in params]
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, updates)
-            torch._foreach_add_(params, buffers, alpha=-group["lr"])
+            torch._foreach_sub_(params, torch._foreach_mul(buffers, group["lr"]))
         return loss
 
     def _momentum_buffer(self, p: Tensor) -> Tensor:
