@@ -1,6 +1,7 @@
-"""Differentiable collectives: what makes W ranks of n samples equal one process of W * n.
+"""Collectives: what makes W ranks of n samples equal one process of W * n.
 
-Both come back as themselves where there is one process, so callers need no second path.
+The differentiable ones come back as themselves where there is one process, so callers need no
+second path.
 
 Scale of the gradients: ``DistributedDataParallel`` averages parameter gradients over the ranks.
 Here every rank computes the same global loss and scales its share by W, so that the average is
@@ -20,6 +21,39 @@ from torch.autograd.function import once_differentiable
 def world_size() -> int:
     """Processes in the default group; 1 where there is none."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+# --- operators, which a recorded or compiled pass can hold; without gradient ---------------------
+
+torch.library.define("sacl_fast::all_gather", "(Tensor x) -> Tensor")
+torch.library.define("sacl_fast::all_reduce", "(Tensor x) -> Tensor")
+
+
+@torch.library.impl("sacl_fast::all_gather", "CompositeExplicitAutograd")
+def _all_gather(x: Tensor) -> Tensor:  # (M,) -> (W * M,), in rank order
+    out = x.new_empty(world_size() * len(x))
+    dist.all_gather_into_tensor(out, x)
+    return out
+
+
+@torch.library.register_fake("sacl_fast::all_gather")
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(world_size() * len(x))
+
+
+@torch.library.impl("sacl_fast::all_reduce", "CompositeExplicitAutograd")
+def _all_reduce(x: Tensor) -> Tensor:
+    total = x.clone()
+    dist.all_reduce(total)
+    return total
+
+
+@torch.library.register_fake("sacl_fast::all_reduce")
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+# --- with gradient -------------------------------------------------------------------------------
 
 
 class _GatherRows(torch.autograd.Function):
