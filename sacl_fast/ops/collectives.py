@@ -10,6 +10,7 @@ the exact gradient of that loss (an in-place ``all_reduce`` inside a loss gives 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -79,6 +80,23 @@ def gather_rows(rows: Tensor) -> Tensor:
     own rows of it and scales them by W (see the module's docstring).
     """
     return rows if world_size() == 1 else _GatherRows.apply(rows.contiguous())
+
+
+def gather_uneven(rows: Tensor, counts: Sequence[int]) -> Tensor:
+    """All ranks' rows in rank order, without gradient: (n, ...) -> (sum of counts, ...).
+
+    Args:
+        counts: how many rows each rank brings.
+    """
+    if len(counts) == 1:
+        return rows
+    most = max(counts)
+    own = rows.new_zeros(most, *rows.shape[1:])
+    own[: len(rows)] = rows
+    everything = rows.new_empty(len(counts) * most, *rows.shape[1:])
+    dist.all_gather_into_tensor(everything, own)
+    parts = everything.split(most) if most else ()
+    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
 
 class RowGather:

@@ -1,5 +1,5 @@
-"""W gloo ranks of n samples against one process of W * n: loss, gradients, weights after some steps,
-running statistics; all in float64."""
+"""W gloo ranks of n samples against one process of W * n, in float64: loss, gradients, running
+statistics, and weights after some steps."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Case(NamedTuple):
     name: str
     batch_norm: SlimBatchNorm = "shared"
     gather: bool = True
-    passes: Passes = Passes()  # noqa: RUF009 - frozen
+    passes: Passes = Passes()
     loss: dict[str, Any] = {}  # noqa: RUF012 - only read
     norm_gradient: NormGradient = "exact"
 

@@ -97,6 +97,4 @@ def global_norm(func: Any, input: Any, *args: Any) -> Any:
     if input.shape[0] == 1:  # a rank's own value cannot be told from one that all ranks have
         return global_batch_norm(dense(input), *args[:6], damp)
     norm = running_mean, running_var, weight, bias
-    return batch_norm(
-        func, input, *norm, True, momentum, eps, over_ranks=True, damped=damp
-    )
+    return batch_norm(func, input, *norm, True, momentum, eps, over_ranks=True, damped=damp)
