@@ -83,7 +83,7 @@ class Ranks:
             stopped = error
             self._call_off()
         self.wait()
-        number = stopped and stopped.number or self.stop.number
+        number = (stopped and stopped.number) or self.stop.number
         told = self.gather((value, failed and str(failed), stopped is not None, number))
         values, sentences, ended, numbers = zip(*told, strict=True)
         for rank, sentence in enumerate(sentences):

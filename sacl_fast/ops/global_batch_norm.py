@@ -104,6 +104,10 @@ class _GlobalBatchNorm(torch.autograd.Function):
 # --- by torch's kernels on a GPU, by plain arithmetic elsewhere ----------------------------------
 
 
+def _by_kernels(x: Tensor) -> bool:
+    return x.is_cuda
+
+
 def _statistics(
     x: Tensor,
     running_mean: Tensor | None,
@@ -114,7 +118,7 @@ def _statistics(
 ) -> tuple[Tensor, Tensor]:
     """The global batch's mean (C,) and rstd (C,); running statistics are updated."""
     ranks = world_size()
-    if x.is_cuda:
+    if _by_kernels(x):
         own = torch.cat(torch.batch_norm_stats(x, eps))  # mean and rstd
         gathered = _ops.all_gather(own).view(ranks, 2, -1)
         running = [None if v is None else v.detach() for v in (running_mean, running_var)]
@@ -140,7 +144,7 @@ def _statistics(
 def _normalised(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, eps: float
 ) -> Tensor:
-    if x.is_cuda:
+    if _by_kernels(x):
         return torch.batch_norm_elemt(x, weight, bias, mean, rstd, eps)
     _, shape = _dims(x)
     y = (x - mean.view(shape)).mul_((rstd if weight is None else rstd * weight).view(shape))
@@ -152,7 +156,7 @@ def _gradient_sums(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's sums of dy and of dy * (x - mean), (2, C), and its gradients of weight and
     bias (C,)."""
-    if x.is_cuda:
+    if _by_kernels(x):
         *sums, dweight, dbias = torch.batch_norm_backward_reduce(
             dy, x, mean, rstd, weight, True, True, True
         )
@@ -172,7 +176,7 @@ def _input_gradient(
         total: (2, C), the sums of all ranks.
     """
     count = world_size() * (x.numel() // x.shape[1])
-    if x.is_cuda:
+    if _by_kernels(x):
         counts = torch.full((1,), count, dtype=torch.int32, device=x.device)
         return torch.batch_norm_backward_elemt(dy, x, mean, rstd, scale, *total, counts)
     _, shape = _dims(x)
