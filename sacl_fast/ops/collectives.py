@@ -19,6 +19,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+# Newer versions of torch have renamed it.
+_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 def world_size() -> int:
     """Processes in the default group; 1 where there is none."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -33,7 +37,7 @@ torch.library.define("sacl_fast::all_reduce", "(Tensor x) -> Tensor")
 @torch.library.impl("sacl_fast::all_gather", "CompositeExplicitAutograd")
 def _all_gather(x: Tensor) -> Tensor:  # (M,) -> (W * M,), in rank order
     out = x.new_empty(world_size() * len(x))
-    dist.all_gather_into_tensor(out, x)
+    _gather(out, x)
     return out
 
 
@@ -94,7 +98,7 @@ def gather_uneven(rows: Tensor, counts: Sequence[int]) -> Tensor:
     own = rows.new_zeros(most, *rows.shape[1:])
     own[: len(rows)] = rows
     everything = rows.new_empty(len(counts) * most, *rows.shape[1:])
-    dist.all_gather_into_tensor(everything, own)
+    _gather(everything, own)
     parts = everything.split(most) if most else ()
     return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
@@ -111,7 +115,7 @@ class RowGather:
         self._all = rows.new_empty(world_size() * rows.shape[0], *rows.shape[1:])
         # As bytes: gloo does not know every type.
         out, own = (x.view(torch.uint8) for x in (self._all, self._rows))
-        self._work = dist.all_gather_into_tensor(out, own, async_op=True)
+        self._work = _gather(out, own, async_op=True)
 
     def wait(self) -> Tensor:
         if self._work is not None:

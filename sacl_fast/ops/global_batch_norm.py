@@ -147,8 +147,14 @@ def _normalised(
     if _by_kernels(x):
         return torch.batch_norm_elemt(x, weight, bias, mean, rstd, eps)
     _, shape = _dims(x)
-    y = (x - mean.view(shape)).mul_((rstd if weight is None else rstd * weight).view(shape))
-    return (y if bias is None else y.add_(bias.view(shape))).to(x.dtype)
+    scale = (rstd if weight is None else rstd * weight).view(shape)
+    # A new tensor: torch.compile 2.11 loses the gradient where a Function returns what in-place
+    # arithmetic, or a cast to its own type, has given.
+    if bias is None:
+        y = (x - mean.view(shape)) * scale
+    else:
+        y = torch.addcmul(bias.to(mean.dtype).view(shape), x - mean.view(shape), scale)
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def _gradient_sums(

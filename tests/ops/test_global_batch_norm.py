@@ -179,6 +179,20 @@ def test_the_collectives_are_operators(one_rank):
         assert torch.equal(getattr(torch.ops.sacl_fast, name)(x), x)
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_it_is_compiled_whole(one_rank, backend):
+    x = torch.randn(4, 3, 5, 5, requires_grad=True)
+    weight, bias = torch.randn(2, 3).requires_grad_().unbind()
+    results = []
+    for norm in (global_batch_norm, torch.compile(global_batch_norm, backend=backend)):
+        running = torch.zeros(3), torch.ones(3)
+        y = norm(x, *running, weight, bias, 0.3, EPS)
+        gradients = torch.autograd.grad(y.square().sum(), (x, weight, bias), retain_graph=True)
+        results.append((y, *gradients, *running))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 class _Kernels:
     """torch's kernels for synchronised batch norm, which exist for GPUs only, as they compute:
     written by their use in ``torch.nn.SyncBatchNorm``."""
