@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
+from torch import Tensor
 
 import sacl_fast
 from sacl_fast.config import Config, to_dict
 from sacl_fast.engine.checkpoint import checkpoint_path, load_checkpoint
+from sacl_fast.engine.step import TrainingStep
 from tests.engine.ranks import in_ranks
-from tests.engine.runs import losses, with_checkpoints
+from tests.engine.runs import checkpoints, losses, with_checkpoints
 
 tiny = pytest.fixture(with_checkpoints)
 
@@ -38,6 +43,12 @@ sys.exit(main())
 """
 
 
+def in_two(runs: dict[str, Config]) -> None:
+    for name in ("undisturbed", "by two", "two after one"):
+        sacl_fast.train(runs[name])
+    stop_one(runs["stopped"])
+
+
 @pytest.fixture
 def runs(tiny, tmp_path) -> dict[str, Config]:
     """With a checkpoint at step 2 and at each end of an epoch of three."""
@@ -49,6 +60,7 @@ def runs(tiny, tmp_path) -> dict[str, Config]:
     )
     start = {
         "undisturbed": tiny,
+        "stopped": replace(tiny, log=replace(tiny.log, every=4)),
         "by two": plain,
         "by one": plain,
         "two after one": replace(plain, resume=at(tmp_path / "by one", 4)),
@@ -65,14 +77,32 @@ def weights(config: Config) -> dict[str, torch.Tensor]:
     return load_checkpoint(Path(at(Path(config.out or ""), 6)))["model"]
 
 
-def train_all(*configs: Config) -> None:
-    for config in configs:
-        sacl_fast.train(config)
+def stop_one(config: Config) -> None:
+    """The second process gets a signal in the midst of its second step; both stop after the same,
+    at a reading of the metrics (here the end of the epoch), with a checkpoint."""
+    step = TrainingStep.__call__
+
+    def step_and_signal(self: TrainingStep, a: Tensor, b: Tensor, number: int) -> Any:
+        if number == 1 and dist.get_rank() == 1:
+            signal.raise_signal(signal.SIGUSR1)
+        return step(self, a, b, number)
+
+    TrainingStep.__call__ = step_and_signal
+    result = sacl_fast.train(config)
+    TrainingStep.__call__ = step
+    assert (result.finished, result.stopped_by) == (False, signal.SIGUSR1)
+    steps = [torch.tensor(0) for _ in range(dist.get_world_size())]
+    dist.all_gather(steps, torch.tensor(result.steps))
+    assert [int(step) for step in steps] == [3, 3]
+    assert checkpoints(result.folder) == [2, 3]
+    assert sacl_fast.train(replace(config, resume="auto")).finished
 
 
 def test_a_killed_worker_and_another_number_of_processes(runs, tmp_path, caplog):
     sacl_fast.train(runs["by one"])
-    in_ranks(2, train_all, *(runs[name] for name in ("undisturbed", "by two", "two after one")))
+    in_ranks(2, in_two, runs)
+    undisturbed = losses(runs["undisturbed"].out)
+    assert losses(runs["stopped"].out) == {step: undisturbed[step] for step in (3, 4, 6)}
     killed = by_torchrun(replace(runs["undisturbed"], out=str(tmp_path / "killed")), tmp_path)
     assert losses(killed.out) == losses(runs["undisturbed"].out)
     expected = weights(runs["undisturbed"])
