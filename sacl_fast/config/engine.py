@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sacl_fast.checks import Settings
-from sacl_fast.config.choices import GradientType, PlanSetting
+from sacl_fast.config.choices import GradientType, PlanSetting, Switch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,3 +21,8 @@ class EngineConfig(Settings, path="engine"):
     gradient_type: GradientType = "fp32"
     """Among several processes: the type that gradients are sent in. 'bf16' sends half as many bytes
     and rounds each gradient to 8 bits before the average; for slow networks between machines."""
+    cuda_graph: Switch = "auto"
+    """Whether a step, from its passes to the update, is captured as one CUDA graph, which the host
+    launches at once. 'auto': on one GPU. 'on': on several, too. Captured anew where sizes change
+    (in mode 'skip', with the filters); what cannot be captured runs as ever, and the log says why.
+    """

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
 # Newer versions of torch have renamed it.
 _gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
