@@ -121,11 +121,11 @@ def _statistics(
     if _by_kernels(x):
         own = torch.cat(torch.batch_norm_stats(x, eps))  # mean and rstd
         gathered = _ops.all_gather(own).view(ranks, 2, -1)
-        running = [None if v is None else v.detach() for v in (running_mean, running_var)]
+        running: Any = [None if v is None else v.detach() for v in (running_mean, running_var)]
         kind = own.dtype if running_mean is None else running_mean.dtype
         counts = torch.full((ranks,), count, dtype=kind, device=x.device)
         return torch.batch_norm_gather_stats_with_counts(
-            x, gathered[:, 0], gathered[:, 1], *running, momentum, eps, counts
+            x, gathered[:, 0], gathered[:, 1], running[0], running[1], momentum, eps, counts
         )
     dims, shape = _dims(x)
     wide = _wide(x)
@@ -184,7 +184,8 @@ def _input_gradient(
     count = world_size() * (x.numel() // x.shape[1])
     if _by_kernels(x):
         counts = torch.full((1,), count, dtype=torch.int32, device=x.device)
-        return torch.batch_norm_backward_elemt(dy, x, mean, rstd, scale, *total, counts)
+        sum_dy, sum_dy_x = total
+        return torch.batch_norm_backward_elemt(dy, x, mean, rstd, scale, sum_dy, sum_dy_x, counts)
     _, shape = _dims(x)
     mean_dy, mean_dy_x = total / count
     dx = (x - mean.view(shape)).mul_((-rstd.square() * mean_dy_x).view(shape))

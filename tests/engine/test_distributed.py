@@ -72,8 +72,7 @@ def build(case: Case) -> SaclXd:
                 nn.init.normal_(norm.bias, 0.0, 0.2)
     if dist.is_initialized():
         encoder, projector = map(synchronize_batch_norm, (encoder, projector))
-    norms = {"batch_norm": case.batch_norm, "norm_gradient": case.norm_gradient}
-    slicer = Slicer(encoder, 0.4, **norms)
+    slicer = Slicer(encoder, 0.4, batch_norm=case.batch_norm, norm_gradient=case.norm_gradient)
     gather = case.gather and dist.is_initialized()
     return SaclXd(encoder, projector, slicer, passes=case.passes, gather=gather).double().train()
 
@@ -104,7 +103,7 @@ def train(case: Case) -> dict[str, torch.Tensor]:
         loss.backward()
         if step == 0:
             found |= {"loss": loss.detach(), **{f"part.{k}": v for k, v in parts._asdict().items()}}
-            found |= {f"grad.{k}": p.grad.clone() for k, p in method.named_parameters()}  # type: ignore
+            found |= {f"grad.{k}": p.grad.clone() for k, p in method.named_parameters()}
             found |= {f"buffer.{k}": v.clone() for k, v in method.named_buffers()}
         optimizer.step()
     found |= {f"weight.{k}": p.detach() for k, p in method.named_parameters()}

@@ -80,16 +80,16 @@ def weights(config: Config) -> dict[str, torch.Tensor]:
 def stop_one(config: Config) -> None:
     """The second process gets a signal in the midst of its second step; both stop after the same,
     at a reading of the metrics (here the end of the epoch), with a checkpoint."""
-    step = TrainingStep.__call__
+    whole_step = TrainingStep.__call__
 
-    def step_and_signal(self: TrainingStep, a: Tensor, b: Tensor, number: int) -> Any:
-        if number == 1 and dist.get_rank() == 1:
+    def step_and_signal(self: TrainingStep, view_a: Tensor, view_b: Tensor, step: int) -> Any:
+        if step == 1 and dist.get_rank() == 1:
             signal.raise_signal(signal.SIGUSR1)
-        return step(self, a, b, number)
+        return whole_step(self, view_a, view_b, step)
 
     TrainingStep.__call__ = step_and_signal
     result = sacl_fast.train(config)
-    TrainingStep.__call__ = step
+    TrainingStep.__call__ = whole_step
     assert (result.finished, result.stopped_by) == (False, signal.SIGUSR1)
     steps = [torch.tensor(0) for _ in range(dist.get_world_size())]
     dist.all_gather(steps, torch.tensor(result.steps))

@@ -104,8 +104,9 @@ def of_ranks(folder: str, cases: list[Case]) -> None:
         own = {**given, **{k: given[k][rank * n : (rank + 1) * n] for k in ("x", "dy")}}
         kind = torch.float64 if case.dtype == torch.float64 else torch.float32
 
-        def norm(x: Tensor, *rest: Any, case: Case = case) -> Tensor:
-            return global_batch_norm(x, *rest, 0.3, EPS, case.damped)
+        def norm(x: Tensor, *rest: Any, damped: bool = case.damped) -> Tensor:
+            rm, rv, weight, bias = rest
+            return global_batch_norm(x, rm, rv, weight, bias, 0.3, EPS, damped)
 
         torch.save(outcome(norm, own, kind), f"{folder}/{i} {rank}.pt")
 
@@ -114,7 +115,10 @@ def of_one(case: Case, ranks: int) -> dict[str, Tensor]:
     given = {k: v if v is None else v.double() for k, v in inputs(case, ranks).items()}
 
     def norm(x: Tensor, *rest: Any) -> Tensor:
-        return F.batch_norm(damped(x, EPS) if case.damped else x, *rest, True, 0.3, EPS)
+        rm, rv, weight, bias = rest
+        return F.batch_norm(
+            damped(x, EPS) if case.damped else x, rm, rv, weight, bias, True, 0.3, EPS
+        )
 
     return outcome(norm, given, torch.float64)
 
@@ -268,7 +272,7 @@ def test_one_rank_on_a_gpu_is_an_ordinary_norm(dtype, memory_format):
         results = []
         for norm in (global_batch_norm, F.batch_norm):
             running = torch.zeros(6, device="cuda", dtype=kind), torch.ones_like(weight).detach()
-            more = (0.3, EPS) if norm is global_batch_norm else (True, 0.3, EPS)
+            more: Any = (0.3, EPS) if norm is global_batch_norm else (True, 0.3, EPS)
             torch.cuda.set_sync_debug_mode("error")
             y = norm(x, *running, weight, bias, *more)
             gradients = torch.autograd.grad(y, (x, weight, bias), dy)

@@ -93,8 +93,7 @@ def batch_norm(
 @rule_for(global_batch_norm)
 def global_norm(func: Any, input: Any, *args: Any) -> Any:
     running_mean, running_var, weight, bias, momentum, eps, _, _ = args
-    damp = DAMPED.get()
+    damp, norm = DAMPED.get(), (running_mean, running_var, weight, bias)
     if input.shape[0] == 1:  # a rank's own value cannot be told from one that all ranks have
-        return global_batch_norm(dense(input), *args[:6], damp)
-    norm = running_mean, running_var, weight, bias
+        return global_batch_norm(dense(input), *norm, momentum, eps, damp)
     return batch_norm(func, input, *norm, True, momentum, eps, over_ranks=True, damped=damp)
