@@ -58,6 +58,10 @@ def source(launched: Launched) -> tuple[ASTSource, dict[str, Any]]:
             signature[parameter.name] = "constexpr"
             constants[(i,)] = value
             continue
+        if isinstance(value, tuple):  # of whole numbers above 2**32, all multiples of 16
+            signature[parameter.name] = ("i64",) * len(value)
+            hints |= {(i, j): [["tt.divisibility", 16]] for j in range(len(value))}
+            continue
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
         else:
