@@ -122,30 +122,26 @@ def update_kernel(
         g = _values(gradients + tensor, ALIGNED)
         size = tl.load(tensors + 2 * P + tensor)
         first = tl.load(tensors + 3 * P + tensor)
-        rate = lr
-        if LR_ON_DEVICE:
-            rate = tl.load(lr).to(tl.float32)
-        scale = 1.0
-        if grad_scale is not None:
-            scale = tl.load(grad_scale).to(tl.float32)
+        # Casts, since numbers are float64 in the interpreter.
+        momentum = tl.cast(momentum, tl.float32)
+        weight_decay = tl.cast(weight_decay, tl.float32)
+        rate = tl.load(lr) if LR_ON_DEVICE else tl.cast(lr, tl.float32)
+        scale = tl.full((), 1.0, tl.float32) if grad_scale is None else tl.load(grad_scale)
 
-        trust = 1.0
-        decay = 0.0
+        trust = tl.full((), 1.0, tl.float32)
+        decay = tl.full((), 0.0, tl.float32)
         if chunk < norm_chunks:
             count = tl.cdiv(size, chunk_size)
             p_norm = _norm(partial + first, count, BLOCK_SUMS)
             g_norm = _norm(partial + norm_chunks + first, count, BLOCK_SUMS)
-            g_norm = tl.div_rn(g_norm, scale + tl.zeros_like(g_norm))
+            g_norm = tl.div_rn(g_norm, scale)
             if (p_norm > 0) & (g_norm > 0):
-                trust = tl.div_rn(eta * p_norm, g_norm + weight_decay * p_norm + 1e-8)
+                top = tl.cast(eta, tl.float32) * p_norm
+                trust = tl.div_rn(top, g_norm + weight_decay * p_norm + 1e-8)
                 if CLIP:
-                    bound = rate + tl.zeros_like(trust)
-                    if trust >= bound:
-                        trust = 1.0
-                    else:
-                        trust = tl.div_rn(trust, bound)
+                    trust = tl.minimum(tl.div_rn(trust, tl.maximum(rate, 2e-38)), 1.0)
                 decay = weight_decay * trust
-        trust = trust / scale
+        trust = tl.div_rn(trust, scale)
 
         start = (chunk - first) * chunk_size
         stop = tl.minimum(start + chunk_size, size)

@@ -6,9 +6,9 @@ For each parameter p with gradient g and momentum m::
     m = momentum * m + trust * (g + weight_decay * p)
     p = p - lr * m
 
-Some tensors (one-dimensional ones, as a rule) have trust 1 and no decay; so has a tensor whose norm,
-or whose gradient's norm, is 0. With a loss scale, g is the gradient divided by it, and nothing
-changes where an overflow was found. All of it stays on the device: nothing here waits for a number.
+Some tensors (one-dimensional ones, as a rule) have trust 1 and no decay; so has a tensor whose
+norm, or whose gradient's norm, is 0. With a loss scale, g is the gradient divided by it, and
+nothing changes where an overflow was found. All of it stays on the device: no number is waited for.
 
 ``update_one`` is the reference: the formula for one tensor, of any type and layout. The backends
 are for many at once, and a tensor that one is not made for goes to the next of them:
@@ -43,7 +43,7 @@ _ROW = 256  # values with one trust ratio, as the ratios are spread: a tensor ha
 _TYPES = (torch.float32, torch.float64)  # that ``update_many`` is for
 _DEVICES = ("cpu", "cuda")
 _HAS_FUSED_SGD = hasattr(torch, "_fused_sgd_")  # no public name
-_TINY = 1e-38  # in place of a learning rate of 0
+_TINY = 2e-38  # in place of 0, by which nothing can be divided
 
 
 class Settings(NamedTuple):
@@ -105,12 +105,20 @@ def trust_ratio(p_norm: Tensor, g_norm: Tensor, settings: Settings) -> tuple[Ten
     """The ratio of a tensor (), and whether both norms are above 0."""
     trust = settings.eta * p_norm / (g_norm + settings.weight_decay * p_norm + 1e-8)
     if settings.clip:
-        trust = torch.where(trust >= settings.lr, 1.0, trust / settings.lr)
+        trust = (trust / _above_zero(settings.lr)).clamp(max=1.0)
     live = (p_norm > 0) & (g_norm > 0)
     return torch.where(live, trust, 1.0), live
 
 
+def _above_zero(lr: float | Tensor) -> float | Tensor:
+    return lr.clamp(min=_TINY) if isinstance(lr, Tensor) else max(lr, _TINY)
+
+
 # --- many tensors in PyTorch ---------------------------------------------------------------------
+
+
+Norms = Callable[[list[Tensor]], Sequence[Tensor]]
+Decayed = Callable[[list[Tensor], list[Tensor], float], list[Tensor]]
 
 
 def norms(tensors: list[Tensor]) -> Sequence[Tensor]:
@@ -118,27 +126,27 @@ def norms(tensors: list[Tensor]) -> Sequence[Tensor]:
     return torch._foreach_norm(tensors)
 
 
-def decayed(params: list[Tensor], grads: list[Tensor], weight_decay: float) -> Sequence[Tensor]:
+def decayed(params: list[Tensor], grads: list[Tensor], weight_decay: float) -> list[Tensor]:
     """g + weight_decay * p, new tensors."""
-    return torch._foreach_add(grads, params, alpha=weight_decay)
+    return list(torch._foreach_add(grads, params, alpha=weight_decay))
 
 
 def update_many(
     items: list[Item],
     settings: Settings,
-    norms: Callable[[list[Tensor]], Sequence[Tensor]] = norms,
-    decayed: Callable[[list[Tensor], list[Tensor], float], Sequence[Tensor]] = decayed,
+    norms: Norms = norms,
+    decayed: Decayed = decayed,
 ) -> None:
     """The same for tensors of one type on one device, those of an item with the same strides and
     no gaps in memory."""
     params, grads, momenta, count = _lists(items)
     if settings.grad_scale is not None:
-        grads = torch._foreach_div(grads, settings.grad_scale)
+        grads = list(torch._foreach_div(grads, settings.grad_scale))
     updates = grads
     if count:
         trusts = _spread_trust(params[:count], grads[:count], settings, norms)
         if settings.weight_decay:
-            scaled = decayed(params[:count], list(grads[:count]), settings.weight_decay)
+            scaled = decayed(params[:count], grads[:count], settings.weight_decay)
             torch._foreach_mul_(scaled, trusts)
         else:
             scaled = torch._foreach_mul(grads[:count], trusts)
@@ -149,7 +157,7 @@ def update_many(
         updates,
         momenta,
         weight_decay=0.0,
-        momentum=settings.momentum,
+        momentum=settings.momentum or _TINY,  # without momentum it takes no buffers
         lr=settings.lr,
         dampening=0.0,
         nesterov=False,
@@ -160,10 +168,7 @@ def update_many(
 
 
 def _spread_trust(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    settings: Settings,
-    norms: Callable[[list[Tensor]], Sequence[Tensor]],
+    params: list[Tensor], grads: list[Tensor], settings: Settings, norms: Norms
 ) -> list[Tensor]:
     """A tensor for each parameter, of its shape and strides, full of its trust ratio.
 
@@ -173,15 +178,14 @@ def _spread_trust(
     found = norms([*params, *grads])
     by_row = torch.cat([norm.expand(n) for norm, n in zip(found, 2 * rows, strict=True)])
     # With infinity for 0, a ratio is 0 where g is 0, and else not finite where p is 0.
-    p, g = F.threshold_(by_row, 0.0, math.inf).view(2, -1)
+    p, g = F.threshold(by_row, 0.0, math.inf, inplace=True).view(2, -1)
     zero, one = _constants(p.dtype, p.device)
     bottom = torch.add(g, p, alpha=settings.weight_decay).add_(1e-8)
     trust = torch.addcdiv(zero, p, bottom, value=settings.eta)  # (rows,)
     spread = torch.empty(len(trust), _ROW, dtype=trust.dtype, device=trust.device)
     if settings.clip:
-        lr = settings.lr
-        lr = lr.clamp(min=_TINY) if isinstance(lr, Tensor) else max(lr, _TINY)
-        torch.fmin(trust.div_(lr)[:, None], one.expand(_ROW), out=spread)  # 1 where not a number
+        trust.div_(_above_zero(settings.lr))
+        torch.fmin(trust[:, None], one.expand(_ROW), out=spread)  # 1 where not a number
     else:
         torch.nan_to_num(trust[:, None].expand_as(spread), nan=1.0, posinf=1.0, out=spread)
     starts = [0]
@@ -222,7 +226,12 @@ class Updater:
             p = item.p
             if p.numel() == 0:
                 continue
-            if p.dtype in _TYPES and self.device.type in _DEVICES and _HAS_FUSED_SGD and is_dense(p):
+            if (
+                p.dtype in _TYPES
+                and self.device.type in _DEVICES
+                and _HAS_FUSED_SGD
+                and is_dense(p)
+            ):
                 many.setdefault(p.dtype, []).append(_with_its_layout(item))
             else:
                 update_one(item, settings)
@@ -246,8 +255,8 @@ class Updater:
 def _lists(items: list[Item]) -> tuple[list[Tensor], list[Tensor], list[Tensor], int]:
     """Parameters, gradients and momenta, and how many of them have a trust ratio: the first."""
     items = sorted(items, key=lambda item: not item.scaled)
-    params, grads, momenta = ([item[i] for item in items] for i in range(3))
-    return params, grads, momenta, sum(item.scaled for item in items)
+    count = sum(item.scaled for item in items)
+    return [item.p for item in items], [item.g for item in items], [item.m for item in items], count
 
 
 def _with_its_layout(item: Item) -> Item:

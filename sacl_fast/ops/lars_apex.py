@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sacl_fast.errors import reason_of
 
-# Function of amp_C -> its number of arguments: chunk size, flag, lists of tensors, and what follows.
+# Function of amp_C -> its number of arguments: chunk size, flag, lists of tensors, and others.
 SIGNATURES = {"multi_tensor_l2norm": 4, "multi_tensor_axpby": 6}
 
 
@@ -31,7 +31,7 @@ def norms(tensors: list[Tensor]) -> Sequence[Tensor]:
     return _apply("multi_tensor_l2norm", [tensors], per_tensor)[1].unbind()
 
 
-def decayed(params: list[Tensor], grads: list[Tensor], weight_decay: float) -> Sequence[Tensor]:
+def decayed(params: list[Tensor], grads: list[Tensor], weight_decay: float) -> list[Tensor]:
     """g + weight_decay * p, new tensors."""
     results = [torch.empty_like(p) for p in params]
     check_neither = 2
@@ -43,7 +43,9 @@ def _apply(name: str, lists: list[list[Tensor]], *arguments: Any) -> Any:
     multi_tensor_apply = importlib.import_module("apex.multi_tensor_apply")
     function = getattr(importlib.import_module("amp_C"), name)
     flag = _flag(lists[0][0].device)
-    return multi_tensor_apply.multi_tensor_applier(function, flag, lists, *arguments)
+    # It takes no order of values in memory but two, and they lie alike in each list.
+    flat = [[x.as_strided((x.numel(),), (1,)) for x in tensors] for tensors in lists]
+    return multi_tensor_apply.multi_tensor_applier(function, flag, flat, *arguments)
 
 
 @cache

@@ -100,9 +100,13 @@ class Lars(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             settings = Settings(
-                *(group[name] for name in ("lr", "momentum", "weight_decay", "eta", "clip")),
-                getattr(self, "grad_scale", None),  # both are there while a GradScaler steps
-                getattr(self, "found_inf", None),
+                group["lr"],
+                group["momentum"],
+                group["weight_decay"],
+                group["eta"],
+                group["clip"],
+                grad_scale=getattr(self, "grad_scale", None),  # there while a GradScaler steps
+                found_inf=getattr(self, "found_inf", None),
             )
             by_device: dict[torch.device, list[Item]] = {}
             for p in group["params"]:
