@@ -179,13 +179,16 @@ def _spread_trust(
     by_row = torch.cat([norm.expand(n) for norm, n in zip(found, 2 * rows, strict=True)])
     # With infinity for 0, a ratio is 0 where g is 0, and else not finite where p is 0.
     p, g = F.threshold(by_row, 0.0, math.inf, inplace=True).view(2, -1)
-    zero, one = _constants(p.dtype, p.device)
+    zero, ones = _constants(p.dtype, p.device)
     bottom = torch.add(g, p, alpha=settings.weight_decay).add_(1e-8)
     trust = torch.addcdiv(zero, p, bottom, value=settings.eta)  # (rows,)
     spread = torch.empty(len(trust), _ROW, dtype=trust.dtype, device=trust.device)
     if settings.clip:
-        trust.div_(_above_zero(settings.lr))
-        torch.fmin(trust[:, None], one.expand(_ROW), out=spread)  # 1 where not a number
+        if isinstance(settings.lr, Tensor):
+            lr = settings.lr.expand(_ROW).clamp(min=_TINY)  # (_ROW,)
+        else:
+            lr = ones * max(settings.lr, _TINY)
+        torch.div(torch.fmin(trust, lr[:1])[:, None], lr, out=spread)  # 1 where not a number
     else:
         torch.nan_to_num(trust[:, None].expand_as(spread), nan=1.0, posinf=1.0, out=spread)
     starts = [0]
@@ -199,7 +202,9 @@ def _spread_trust(
 
 @cache  # none is ever freed, since a CUDA graph may read it
 def _constants(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    return torch.zeros((), dtype=dtype, device=device), torch.ones((), dtype=dtype, device=device)
+    """0 () and ones (_ROW,)."""
+    like = {"dtype": dtype, "device": device}
+    return torch.zeros((), **like), torch.ones(_ROW, **like)
 
 
 # --- which backend -------------------------------------------------------------------------------
@@ -250,6 +255,8 @@ class Updater:
 
         params, grads, momenta, count = _lists(items)
         lars.update(params, grads, momenta, count, **settings._asdict(), tables=self._tables)
+        # So that autograd knows, as it does of PyTorch's own operators.
+        torch.autograd.graph.increment_version([*params, *momenta])
 
 
 def _lists(items: list[Item]) -> tuple[list[Tensor], list[Tensor], list[Tensor], int]:

@@ -98,6 +98,16 @@ def test_a_step_after_an_overflow_changes_nothing():
 
 
 @device_test
+def test_autograd_knows_of_the_update():
+    p = nn.Parameter(torch.ones(3, 3, device=DEVICE))
+    y = (p * p).sum()
+    p.grad = torch.ones_like(p)
+    Lars([p], lr=0.1, backend="triton").step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+@device_test
 def test_the_same_bits_each_time():
     results = []
     for _ in range(2):

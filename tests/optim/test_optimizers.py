@@ -1,5 +1,7 @@
-"""LARS against the formula written out for one parameter at a time, in float64."""
+"""The optimisers and the schedule; ``tests/ops/test_lars.py`` has the formula of LARS."""
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -9,43 +11,6 @@ from torch import nn
 from sacl_fast.config import OptimConfig
 from sacl_fast.errors import UserError
 from sacl_fast.optim import Lars, build_optimizer, learning_rate
-
-
-def plain_lars(params, grads, buffers, *, lr, momentum, decay, eta, clip, exclude_1d):
-    for p, g, buffer in zip(params, grads, buffers, strict=True):
-        p_norm, g_norm = p.norm().item(), g.norm().item()
-        if (p.ndim > 1 or not exclude_1d) and p_norm > 0 and g_norm > 0:
-            trust = eta * p_norm / (g_norm + decay * p_norm + 1e-8)
-            if clip:
-                trust = min(trust / lr, 1.0) if lr > 0 else 1.0
-            g = (g + decay * p) * trust
-        buffer.mul_(momentum).add_(g)
-        p.sub_(lr * buffer)
-
-
-@pytest.mark.parametrize("clip", [False, True])
-@pytest.mark.parametrize("exclude_1d", [False, True])
-@pytest.mark.parametrize("decay", [0.0, 0.01])
-def test_equals_the_formula(clip, exclude_1d, decay):
-    torch.manual_seed(0)
-    shapes = [(8, 4), (3, 2, 3, 3), (7,), (5, 5), (1, 1)]
-    params = [nn.Parameter(torch.randn(s, dtype=torch.float64)) for s in shapes]
-    params[3].data.zero_()  # a weight of norm 0 must still be able to move
-    params[1].data = params[1].data.to(memory_format=torch.channels_last)
-    reference = [p.detach().clone() for p in params]
-    buffers = [torch.zeros_like(p) for p in reference]
-    settings: dict[str, Any] = dict(momentum=0.9, eta=0.02, clip=clip, exclude_1d=exclude_1d)
-    optimizer = Lars(params, lr=0.5, weight_decay=decay, **settings)
-    for lr in (0.0, 0.1, 0.5, 0.3):
-        optimizer.param_groups[0]["lr"] = lr
-        grads = [torch.randn_like(p) for p in reference]
-        grads[4].zero_()
-        for p, g in zip(params, grads, strict=True):
-            p.grad = g.clone()
-        optimizer.step()
-        plain_lars(reference, grads, buffers, lr=lr, decay=decay, **settings)
-    for p, r in zip(params, reference, strict=True):
-        torch.testing.assert_close(p.detach(), r, rtol=1e-12, atol=1e-12)
 
 
 def test_parameters_without_gradient_are_left_alone():
@@ -72,6 +37,94 @@ def test_state_dict_goes_on_where_it_was():
     half, state = run(3)
     resumed, _ = run(3, state, half.clone())
     assert torch.equal(whole, resumed)
+
+
+def test_a_copy_goes_on_as_the_original():
+    results = []
+    for copied in (lambda x: x, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
+        torch.manual_seed(0)
+        optimizer = copied(Lars([nn.Parameter(torch.ones(3, 3))], lr=0.1, backend="torch"))
+        (p,) = optimizer.param_groups[0]["params"]
+        for _ in range(2):
+            p.grad = torch.randn(3, 3)
+            optimizer.step()
+            optimizer = copied(optimizer)
+            (p,) = optimizer.param_groups[0]["params"]
+        results.append(p.detach())
+        assert optimizer.backend == "torch"
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_momentum_in_another_memory_format_or_type_is_taken(dtype: torch.dtype):
+    """A checkpoint of a run without channels-last, say."""
+    torch.manual_seed(0)
+    start, momentum = torch.randn(2, 4, 3, 5, 5)
+    results = []
+    for given in (torch.contiguous_format, torch.channels_last):
+        p = nn.Parameter(start.to(memory_format=torch.channels_last, copy=True))
+        optimizer = Lars([p], lr=0.1)
+        state = optimizer.state_dict()
+        state["state"] = {0: {"momentum_buffer": momentum.to(memory_format=given).to(dtype)}}
+        optimizer.load_state_dict(state)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        results.append(p.detach())
+        buffer = optimizer.state[p]["momentum_buffer"]
+        assert buffer.stride() == p.stride() and buffer.dtype == p.dtype
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("name", ["lars", "adamw"])
+def test_a_rate_on_the_device_is_read_in_every_step(name: Any):
+    results = []
+    for on_device in (False, True):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.ones(4, 4))
+        optimizer = build_optimizer([p], OptimConfig(name=name), backend="torch")
+        rate = torch.tensor(0.0)
+        for lr in (0.5, 0.25):
+            rate.fill_(lr)
+            for group in optimizer.param_groups:
+                group["lr"] = rate if on_device else lr
+            p.grad = torch.randn(4, 4)
+            optimizer.step()
+        results.append(p.detach())
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["lars", "adamw"])
+def test_with_a_loss_scale(name: Any):
+    """Gradients are unscaled, and a step with infinite ones changes nothing."""
+
+    def trained(scale: float, factors: tuple[float, ...]) -> tuple[torch.Tensor, Any]:
+        torch.manual_seed(0)
+        net = nn.Linear(6, 5)
+        optimizer = build_optimizer(net.parameters(), OptimConfig(name=name))
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale > 1)
+        for factor in factors:
+            optimizer.zero_grad()
+            scaler.scale((net(torch.ones(2, 6)) * factor).square().sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        return net.weight.detach(), optimizer
+
+    plain, _ = trained(1.0, (1.0, 1.0))
+    scaled, optimizer = trained(256.0, (1.0, float("inf"), 1.0))
+    torch.testing.assert_close(scaled, plain, rtol=1e-6, atol=1e-6)
+    assert not hasattr(optimizer, "grad_scale") and optimizer._step_supports_amp_scaling
+
+
+def test_a_rate_that_is_no_single_number_is_named():
+    for lr in (torch.ones(2), torch.ones((), dtype=torch.float64)):
+        with pytest.raises(UserError, match=r"lr is a tensor .* float32 works"):
+            Lars([nn.Parameter(torch.ones(1))], lr=lr)
+
+
+def test_a_backend_by_name_that_cannot_run_is_an_error():
+    for backend in ("triton", "cuda"):
+        with pytest.raises(UserError, match=f"'{backend}' cannot run lars on cpu"):
+            build_optimizer([nn.Parameter(torch.ones(1))], OptimConfig(), backend=backend)
 
 
 def test_negative_settings_are_named():
