@@ -41,9 +41,9 @@ def build_optimizer(
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    # Captured or not, the fused update is the same, but PyTorch warns of steps that are not.
-    capturable = any(p.is_cuda for p in parameters)
+    # ``capturable``: a CUDA graph of a step may be made. Not every step is, of which PyTorch warns.
+    on_gpu = any(p.is_cuda for p in parameters)
     warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
     return torch.optim.AdamW(
-        groups, lr=config.lr, betas=config.betas, fused=True, capturable=capturable
+        groups, lr=config.lr, betas=config.betas, fused=True, capturable=on_gpu
     )
