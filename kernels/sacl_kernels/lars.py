@@ -122,7 +122,7 @@ def update(
     device, P = params[0].device, len(params)
     sizes = [p.numel() for p in params]
     chunk_size = launch.chunk_size(max(sizes))
-    firsts = [0, *accumulate(triton.cdiv(size, chunk_size) for size in sizes)]
+    firsts = [0, *accumulate(-(-size // chunk_size) for size in sizes)]
     places = [[t.data_ptr() for t in tensors] for tensors in (params, momenta, grads)]
     common = {
         "PADDED_P": triton.next_power_of_2(P),

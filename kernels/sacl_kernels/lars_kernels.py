@@ -35,7 +35,8 @@ def _values(address, ALIGNED: tl.constexpr):
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
 
-@triton.jit
+# Counts are not specialised: a step with fewer gradients, in a capture say, compiles nothing anew.
+@triton.jit(do_not_specialize=["P", "chunks"])
 def norms_kernel(
     tensors,  # (4, P)
     gradients,  # (P,)
@@ -90,7 +91,7 @@ def _update(p, m, p_block, g_block, m_block, mask, trust, decay, momentum, lr):
     tl.store(p, p_block - lr * m_block, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "norm_chunks"])
 def update_kernel(
     tensors,  # (4, P)
     gradients,  # (P,)

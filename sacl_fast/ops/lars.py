@@ -286,7 +286,7 @@ def _strides(x: Tensor) -> list[int]:
 
 def is_dense(x: Tensor) -> bool:
     """Whether the values fill a piece of memory, in whatever order."""
-    if x.is_contiguous():
+    if x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return True
     expected = 1
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):

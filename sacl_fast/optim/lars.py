@@ -70,7 +70,7 @@ class Lars(Optimizer):
         )
         super().__init__(params, defaults)
         self.backend: Backend = backend
-        self._forget()
+        self._updaters: dict[torch.device, Updater] = {}
         for group in self.param_groups:
             for name in defaults:
                 check(group[name], _RULES[name], f"Lars: {name} of a group")
@@ -81,15 +81,12 @@ class Lars(Optimizer):
             for p in group["params"]:
                 self._updater(p.device)
 
-    def _forget(self) -> None:
-        self._updaters: dict[torch.device, Updater] = {}
-
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "backend": self.backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._forget()
+        self.__dict__.setdefault("_updaters", {})  # of a copy; what a graph reads stays
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:

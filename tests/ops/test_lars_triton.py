@@ -43,7 +43,7 @@ def test_steps_equal_the_formula(settings: dict[str, Any]):
 
 @device_test
 def test_100_steps():
-    params = parameters(device=DEVICE)[:4]
+    params = parameters(device=DEVICE)[:3:2]  # a weight and a bias
     assert_follows(params, 100, "triton", relative=3e-6, weight_decay=0.01, clip=True)
 
 
