@@ -11,10 +11,11 @@ chunks of weights and gradients; the second adds those of a tensor up in a fixed
 atomics, and updates. With n values in all, 4 n bytes times 7 move: two reads for the norms, three
 reads and two writes for the update.
 
-Where tensors lie is in tables on the device. Their numbers get there as arguments of a third launch
-(at most ``NUMBERS`` of them), which is needed only when addresses have changed: nothing is copied
-from the host's memory, so nothing there must outlive the copy, and a CUDA graph that holds such a
-launch writes the addresses that it was captured with. Tables are never written again.
+Where tensors lie is in tables on the device. Their numbers get there as arguments of further
+launches, ``NUMBERS`` each: in the first step four for a tensor, and later one, its gradient's
+address, where gradients have moved. Nothing is copied from the host's memory, so nothing there must
+outlive the copy, and a CUDA graph that holds such a launch writes the addresses that it was captured
+with. Tables are never written again.
 """
 
 from __future__ import annotations
