@@ -14,7 +14,7 @@ reads and two writes for the update.
 Where tensors lie is in tables on the device. Their numbers get there as arguments of further
 launches, ``NUMBERS`` each: in the first step four for a tensor, and later one, its gradient's
 address, where gradients have moved. Nothing is copied from the host's memory, so nothing there must
-outlive the copy, and a CUDA graph that holds such a launch writes the addresses that it was captured
+outlive the copy, and a CUDA graph with such a launch writes the addresses that it was captured
 with. Tables are never written again.
 """
 
