@@ -35,12 +35,13 @@ from typing import Any
 
 import torch
 from pseudocode import pseudocode_step
-from timing import device_name, kernel_launches, percentiles, write_json
+from timing import device_name, kernel_launches, write_json
 from torch import Tensor
 
 from sacl_fast.cli import parse_config
 from sacl_fast.config import Backend, Config
 from sacl_fast.config.choices import Plan, SlimMode
+from sacl_fast.engine.ceilings import percentiles
 from sacl_fast.engine.convolutions import tried_algorithms
 from sacl_fast.engine.distributed import Ranks, pick_device
 from sacl_fast.engine.memory import keep_freed_memory

@@ -204,8 +204,14 @@ def _index(args: list[str]) -> None:
 
 
 def _doctor(args: list[str]) -> None:
+    if _take_flag(args, "--measure"):
+        config = parse_config("doctor --measure", args, extra="Trains nothing and writes nothing.")
+        from sacl_fast.engine.verdict import print_verdict
+
+        print_verdict(config)
+        return
     if args:
-        raise UserError(f"doctor takes no options, {args[0]!r} was given")
+        raise UserError(f"doctor takes options after --measure only, {args[0]!r} was given")
     from sacl_fast.engine.environment import print_doctor
 
     print_doctor(sys.stdout)

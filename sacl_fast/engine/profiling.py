@@ -54,7 +54,7 @@ class Profile:
     """The batches of a run, some of whose steps are profiled where that is asked for."""
 
     def __init__(
-        self, config: Config, folder: Path, ranks: Ranks, asked: bool, *, done: int, per_epoch: int
+        self, config: Config, folder: Path, ranks: Ranks, asked: bool, done: int, per_epoch: int
     ) -> None:
         """
         Args:
@@ -78,7 +78,8 @@ class Profile:
             )
             if done == 0:
                 raise UserError(sentence)
-            logger.warning(sentence)
+            if ranks.first:
+                logger.warning(sentence)
 
     def over(self, batches: Iterator[T]) -> Iterator[T]:
         """The batches of an epoch; a batch's step is done when the next one is asked for."""
@@ -109,11 +110,14 @@ class Profile:
 
     def _start(self) -> bool:
         self._first = None
+        if getattr(torch.autograd, "_profiler_enabled", bool)():  # which a second one would end
+            logger.warning("cannot profile: another profiler is at work in this process")
+            return False
         try:
             _set_up(self._device)
             profiler = _profiler(self._device)
             profiler.start()
-        except RuntimeError as error:  # another profiler is at work, or the driver forbids it
+        except RuntimeError as error:  # the driver may forbid it
             logger.warning("cannot profile: %s", reason_of(error))
             return False
         self._profiler = profiler

@@ -134,8 +134,8 @@ class Run:
         """Whether the run folder vanished; known to the first rank."""
         self.data = ranks.on_first(lambda: data_record(self.splits.train))
         self.resumed = self._resume()
-        self.profile = Profile(
-            config, self.folder, ranks, profile, done=self.steps_done, per_epoch=steps_per_epoch
+        self.profile = ranks.together(
+            lambda: Profile(config, self.folder, ranks, profile, self.steps_done, steps_per_epoch)
         )
         take_plan(config, self.step, self.resumed and self.resumed.state.get("plan", "eager"))
         self.writer: MetricWriter | None = None
