@@ -396,5 +396,5 @@ class Run:
         )
 
     def close(self) -> None:
-        self.loader.close()
-        self.monitor.close()
+        for part in (self.loader, self.monitor, self.profile):
+            part.close()

@@ -43,7 +43,7 @@ def screen(m: Measured) -> Iterator[str]:
         f"px, batch {config.batch_size}, {m.dtype}, {m.device}, plan {m.plan}"
     )
     if config.batch_size < m.asked:
-        yield f"(a step of {m.asked}, as asked for, takes too long or too much memory to measure here)"
+        yield f"(a step of {m.asked}, as asked for, takes too long or too much memory here)"
     yield ""
     yield from _phases(m)
     yield ""

@@ -156,7 +156,8 @@ def test_an_end_amid_profiled_steps_ends_the_profiler(brief, tmp_path):
     for _ in range(10):
         next(batches)
     assert torch.autograd._profiler_enabled()
-    batches.close()
+    profile.close()
+    del batches
     assert not torch.autograd._profiler_enabled() and not folder.exists()
 
 
