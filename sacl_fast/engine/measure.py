@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 _STEP = 0.5
 """Seconds that a measured step takes at most; a slow machine is given fewer images."""
-_WARM_UP = 4  # steps, in which passes are recorded
+_WARM_UP = 6  # steps, in which passes are recorded and the step is captured as a CUDA graph
 _FEW = 2  # images of a step that is all but empty
 _SOME = 16  # images, of which it is told how long more take
 _PROFILED = 3  # steps
@@ -100,6 +100,8 @@ class Measured:
     bytes: int
     flops: int
     launches: int
+    captured: bool
+    """Whether they are all in one CUDA graph, but where they were counted."""
     rates: Rates
     plans: dict[Plan, float]
     """Other plans that were tried, a step of each."""
@@ -139,6 +141,7 @@ def _measure(config: Config, ranks: Ranks, seconds: float) -> Measured:
         bytes=traffic.bytes,
         flops=_flops(config, step) * config.batch_size,
         launches=round(figures.launches) if figures.on_gpu else traffic.launches,
+        captured=step.graph is not None and step.graph.replays > 0,
         rates=Rates(
             copy_bandwidth(ranks.device, seconds=_LIMITS),
             product_rate(ranks.device, step.amp_dtype or torch.float32, seconds=_LIMITS),
@@ -186,15 +189,17 @@ def _fitting(config: Config, step: TrainingStep) -> Config:
 
 
 def _looked_into(config: Config, step: TrainingStep) -> tuple[Figures, Traffic]:
+    """Of the step by its parts, that is without a CUDA graph."""
     views = random_views(config, step.device, config.batch_size)
 
     def some_steps() -> None:
         for _ in range(_PROFILED):
-            step(*views, 0)
+            step.compute(*views)
 
+    step.compute(*views)
     figures = profiled(some_steps, _PROFILED, step.device)
     with Traffic() as traffic:
-        step(*views, 0)
+        step.compute(*views)
     return figures, traffic
 
 

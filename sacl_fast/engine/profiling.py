@@ -31,21 +31,25 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_LEFT_OUT = 8  # steps of the process
-_SETTLED = 4  # steps since the filters were chosen, in which slim passes are recorded
+_SETTLED, _SETTLED_OF_RANKS = 8, 14
+"""Steps of the process, and steps since filters were chosen, in which passes are recorded and the
+step is captured as a CUDA graph."""
 _PROFILED = 5
 
 
-def first_profiled(done: int, total: int, per_epoch: int, refresh: int = 0) -> int | None:
+def first_profiled(
+    done: int, total: int, per_epoch: int, refresh: int = 0, settled: int = _SETTLED
+) -> int | None:
     """The step to begin at, all counted from the start of the run; None: it is too short.
 
     Args:
         refresh: ``slim.refresh_steps``, how often filters are chosen; 0: after each epoch.
+        settled: steps to leave out, of the process and, if there are so many, after each choice.
     """
     refresh = refresh or per_epoch
-    settled = min(_SETTLED, min(per_epoch, refresh) - 1)
-    for step in range(done + _LEFT_OUT, total):
-        if min(step % per_epoch, step % refresh) >= settled:
+    since = min(settled, min(per_epoch, refresh) - 1)
+    for step in range(done + settled, total):
+        if min(step % per_epoch, step % refresh) >= since:
             return step
     return None
 
@@ -68,11 +72,13 @@ class Profile:
         total, refresh = config.epochs * per_epoch, config.slim.refresh_steps
         rank = f"_rank{ranks.rank}" if ranks.world_size > 1 else ""
         self._path = folder / f"trace{rank}.json.gz"
-        self._first = first_profiled(done, total, per_epoch, refresh) if asked else None
+        settled = _SETTLED if ranks.world_size == 1 else _SETTLED_OF_RANKS
+        first = first_profiled(done, total, per_epoch, refresh, settled)
+        self._first = first if asked else None
         self._profiler: profile | None = None
-        if asked and self._first is None and done < total:
+        if asked and first is None and done < total:
             sentence = (
-                f"--profile leaves out the first {_LEFT_OUT} steps or more, in which passes are "
+                f"--profile leaves out the first {settled} steps or more, in which passes are "
                 f"recorded, and this run has {total - done}; more epochs or a smaller "
                 "batch_size make more"
             )

@@ -22,10 +22,11 @@ Region = Literal[
     "loss",
     "backward",
     "update",
+    "replay",
     "reading",
 ]
 REGIONS: tuple[Region, ...] = get_args(Region)
-"""In the order of a step."""
+"""In the order of a step. A step that is replayed as a CUDA graph is one region, ``replay``."""
 
 
 def region(name: Region) -> record_function:

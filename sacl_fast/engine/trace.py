@@ -49,7 +49,10 @@ class Figures:
     busy: float
     """Of the step: the device computes or copies; without a GPU, the host is within operators."""
     launches: float
-    """Kernels; without a GPU, operators that Python or autograd calls."""
+    """Of the host, a CUDA graph being one; without a GPU, operators that Python or autograd
+    calls."""
+    kernels: float
+    """0 without a GPU."""
     dearest: list[Dear]
     on_gpu: bool
 
@@ -79,7 +82,7 @@ def figures_of(trace: Trace, steps: int) -> Figures:
         times, rest = _by_launch(events, device, regions)
         busy = _covered(map(_span, device))
         dear = [(e["name"], e["dur"]) for e in device]
-        launches = len(kernels_of(trace))
+        launches = len({e.get("args", {}).get("correlation") for e in device})
     else:
         own = [e for e in operators if e["tid"] == thread]
         times = dict.fromkeys((e["name"] for e in regions), 0.0)
@@ -97,6 +100,7 @@ def figures_of(trace: Trace, steps: int) -> Figures:
         rest=rest / each,
         busy=busy / (end - begin),
         launches=launches / steps,
+        kernels=len(kernels_of(trace)) / steps,
         dearest=_dearest(dear, steps),
         on_gpu=bool(device),
     )
@@ -204,8 +208,12 @@ def table(figures: Figures, *, data_wait: float | None = None) -> str:
     for name, ms in rows.items():
         lines.append(f"{name:14}{ms:10.2f}{_share(ms, figures.step)}")
     lines.append(f"{'step':14}{figures.step:10.2f}{figures.busy:8.0%}   {inside}")
-    calls = "kernels launched" if of_device else "operators called"
-    lines.append(f"{'launches':14}{figures.launches:10,.0f}           {calls} a step")
+    calls = f"of {figures.kernels:,.0f} kernels" if of_device else "operators called"
+    lines.append(f"{'launches':14}{figures.launches:10,.0f}           {calls}, a step")
+    if "replay" in figures.regions:
+        lines.append(
+            "(replay: a whole step as one CUDA graph; --engine.cuda-graph off shows its parts)"
+        )
     if data_wait is not None:
         whose = "the device's" if of_device else "the host's"
         lines.append(f"{'waiting':14}{'':10}{data_wait:8.1%}   for data, by {whose} clock")

@@ -96,9 +96,9 @@ def limits(m: Measured) -> list[Limit]:
         ),
         Limit(
             "launches",
-            f"{m.launches:,}",
+            f"{m.launches:,}" + (" in 1 graph" if m.captured else ""),
             f"{1e6 * rates.launch:.1f} us for the least operator",
-            1e3 * m.launches * rates.launch,
+            1e3 * rates.launch * (1 if m.captured else m.launches),
         ),
         Limit("host", "what needs no images", f"a step on {m.few_images} images", m.few),
         Limit(

@@ -95,7 +95,7 @@ def test_events_of_a_gpu():
         torch.cuda.synchronize()
         clock = Clock(1, device)
         for _ in clock.waiting(batches(seconds)):
-            x @ x
+            torch.mm(x, x)
         torch.cuda.synchronize()
         waits.append(clock.read()["data_wait"])
     assert waits[0] < 0.5 < waits[1]

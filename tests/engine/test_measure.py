@@ -31,10 +31,9 @@ def test_a_measured_step(tiny):
     found = measure(replace(tiny, batch_size=8), seconds=0.2)
     assert found.asked == found.config.batch_size == 8
     assert found.plan == "eager" and found.dtype == "float32"
-    assert set(found.figures.regions) == {*REGIONS} - {"data wait", "reading"}
+    assert set(found.figures.regions) == {*REGIONS} - {"data wait", "reading", "replay"}
     assert found.figures.steps == 3 and not found.figures.on_gpu
     assert min(found.step, found.few, found.bytes, found.flops, found.launches) > 0
-    assert found.few < found.step
     assert found.data.images == "48 images of folder"
     assert found.data.alone > 0 and found.data.training > 0 and 0 <= found.data.wait <= 1
     text = "\n".join(screen(found))
@@ -92,6 +91,7 @@ def measured(**changes) -> Measured:
         rest=5.0,
         busy=0.9,
         launches=1000,
+        kernels=990,
         dearest=[Dear("conv", 33.0, 120)],
         on_gpu=True,
     )
@@ -108,6 +108,7 @@ def measured(**changes) -> Measured:
         bytes=40_000_000_000,
         flops=10_000_000_000_000,
         launches=1000,
+        captured=False,
         rates=Rates(2e12, 5e14, 5e-6),
         plans={},
         data=Data(10_000, 2500, 0.01, "pillow", "images", 4, "data.workers", "DALI is missing"),
@@ -124,6 +125,8 @@ def test_limits_are_needs_over_rates():
     assert found == pytest.approx(
         {"bytes": 20.0, "products": 20.0, "launches": 5.0, "host": 20.0, "data": 25.6}
     )
+    launches = limits(measured(captured=True))[2]
+    assert launches.need == "1,000 in 1 graph" and launches.milliseconds == pytest.approx(0.005)
 
 
 def test_nothing_bounds_it():

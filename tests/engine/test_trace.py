@@ -65,12 +65,25 @@ def test_kernels_belong_to_the_region_that_launched_them():
     }
     assert figures.rest == pytest.approx(0.170)  # the update is in no region, the loader's neither
     assert figures.busy == pytest.approx((280 + 80) / 395)
-    assert figures.launches == 5  # no copies
+    assert (figures.launches, figures.kernels) == (6, 5)  # one is a copy
     assert [(d.name, d.calls) for d in figures.dearest[:3]] == [
         ("conv_backward", 1),
         ("conv", 1),
         ("decode", 2),
     ]
+
+
+def test_a_graph_is_one_launch_and_one_region():
+    events = [
+        event("user_annotation", "data wait", 0, 10),
+        event("user_annotation", "replay", 10, 10),
+        event("cuda_runtime", "cudaGraphLaunch", 12, 3, correlation=9),
+        *(on_device(f"kernel {i}", 20 + 10 * i, 10, 9) for i in range(8)),
+    ]
+    figures = figures_of({"traceEvents": events}, steps=1)
+    assert (figures.launches, figures.kernels) == (1, 8)
+    assert figures.regions == {"data wait": 0.0, "replay": pytest.approx(0.080)}
+    assert "--engine.cuda-graph off" in table(figures)
 
 
 def test_on_the_cpu_operators_count_without_those_they_call():
@@ -115,4 +128,4 @@ def test_the_table_fits_a_terminal():
     text = table(figures_of({"traceEvents": events}, steps=1), data_wait=0.123)
     assert max(map(len, text.splitlines())) <= 100
     assert "12.3%   for data, by the device's clock" in text
-    assert "kernels launched a step" in text and "x...xxxx>(Params)" in text
+    assert "of 5 kernels, a step" in text and "x...xxxx>(Params)" in text
