@@ -22,8 +22,8 @@ graph       the same, and a step is one CUDA graph (on a GPU)
 compiled    the pseudocode by torch.compile
 ==========  =====================================================================================
 
-On the CPU each step of a variant is timed next to one of the pseudocode, and the ratio is the median
-of theirs, so that what slows the machine down for a while slows both.
+On the CPU each step of a variant is timed next to one of the pseudocode, and the ratio is the
+median of theirs, so that what slows the machine down for a while slows both.
 
 One image is one sample of the batch, that is two views and (with distillation) four passes.
 """
