@@ -43,7 +43,10 @@ def screen(m: Measured) -> Iterator[str]:
         f"px, batch {config.batch_size}, {m.dtype}, {m.device}, plan {m.plan}"
     )
     if config.batch_size < m.asked:
-        yield f"(a step of {m.asked}, as asked for, takes too long or too much memory here)"
+        yield (
+            f"(one of {m.asked}, as asked for, takes too long to measure, or too much memory: "
+            f"some {m.step_as_asked:,.0f} ms)"
+        )
     yield ""
     yield from _phases(m)
     yield ""
@@ -56,7 +59,7 @@ def screen(m: Measured) -> Iterator[str]:
         f"images/s: {_rate(m):,.0f} by the step alone, {data.alone:,.0f} by the loader alone, "
         f"{data.training:,.0f} together"
     )
-    yield f"loader: {data.loader}, {data.images}"
+    yield from wrap(f"loader: {data.loader}, {data.images}", width=100)
     if m.plans:
         tried = ", ".join(f"{plan} {ms:.1f}" for plan, ms in m.plans.items())
         yield f"ms by other plans: {tried}"
@@ -100,7 +103,7 @@ def limits(m: Measured) -> list[Limit]:
             f"{1e6 * rates.launch:.1f} us for the least operator",
             1e3 * rates.launch * (1 if m.captured else m.launches),
         ),
-        Limit("host", "what needs no images", f"a step on {m.few_images} images", m.few),
+        Limit("fixed", "what needs no images", f"a step on {m.few_images} images", m.few),
         Limit(
             "data",
             f"{batch:,} images",
@@ -117,19 +120,20 @@ def verdict(m: Measured) -> Iterator[str]:
         yield f"Data bounds training: {m.data.wait:.0%} of the time the step waits for a batch."
         yield _data_remedy(m)
         return
-    name = max(("bytes", "products", "host"), key=of.__getitem__)
+    of["fixed"] = m.few / m.step_as_asked
+    name = max(("bytes", "products", "fixed"), key=of.__getitem__)
     if of[name] < _BINDS:
         dear = m.figures.dearest[0]
         share = dear.milliseconds / m.figures.step
         yield (
             f"No limit explains the step: bytes are {of['bytes']:.0%} of it, products "
-            f"{of['products']:.0%}, the host {of['host']:.0%}. The dearest is {dear.name[:40]} "
-            f"({share:.0%}, {dear.calls:,.0f} calls)."
+            f"{of['products']:.0%}, what needs no images {of['fixed']:.0%}. The dearest is "
+            f"{dear.name[:40]} ({share:.0%}, {dear.calls:,.0f} calls)."
         )
-    elif name == "host":
+    elif name == "fixed":
         yield (
-            f"The host bounds the step: {of['host']:.0%} of it is there without images, Python, "
-            f"{m.launches:,} launches and the update."
+            f"What needs no images bounds the step, {of['fixed']:.0%} of it: Python, "
+            f"{m.launches:,} launches, weights and their update."
         )
     elif name == "bytes":
         yield f"Memory bounds the step: its bytes alone take {of['bytes']:.0%} of it."
@@ -143,7 +147,7 @@ def _remedy(m: Measured, bound: str) -> str:
     if fastest[0] <= _WORTH * m.step:
         return f"--engine.plan {fastest[1]} took {fastest[0]:.1f} ms in place of {m.step:.1f}."
     others = f"No other plan was faster ({len(m.plans)} tried)" if m.plans else "No plan was tried"
-    if bound == "host":
+    if bound == "fixed":
         return f"{others}: a larger --batch-size shares those {m.few:.1f} ms among more images."
     if bound == "bytes" and m.dtype == "float32" and m.figures.on_gpu:
         return f"{others}: --precision bf16 halves most of the {m.bytes / 1e9:,.1f} GB."

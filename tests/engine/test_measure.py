@@ -46,7 +46,7 @@ def test_a_slow_step_is_measured_on_fewer_images(tiny, monkeypatch):
     monkeypatch.setattr(module, "_STEP", 0.0)
     found = measure(tiny, seconds=0.0)
     assert (found.asked, found.config.batch_size) == (16, 4)
-    assert "(a step of 16, as asked for" in "\n".join(screen(found))
+    assert "(one of 16, as asked for" in "\n".join(screen(found))
 
 
 def test_memory_that_is_too_small(tiny, monkeypatch):
@@ -123,7 +123,7 @@ def said(m: Measured) -> str:
 def test_limits_are_needs_over_rates():
     found = {limit.name: limit.milliseconds for limit in limits(measured())}
     assert found == pytest.approx(
-        {"bytes": 20.0, "products": 20.0, "launches": 5.0, "host": 20.0, "data": 25.6}
+        {"bytes": 20.0, "products": 20.0, "launches": 5.0, "fixed": 20.0, "data": 25.6}
     )
     launches = limits(measured(captured=True))[2]
     assert launches.need == "1,000 in 1 graph" and launches.milliseconds == pytest.approx(0.005)
@@ -131,8 +131,8 @@ def test_limits_are_needs_over_rates():
 
 def test_nothing_bounds_it():
     assert said(measured()).startswith(
-        "No limit explains the step: bytes are 20% of it, products 20%, the host 20%. The dearest "
-        "is conv (30%, 120 calls). No plan was tried:"
+        "No limit explains the step: bytes are 20% of it, products 20%, what needs no images 20%. "
+        "The dearest is conv (30%, 120 calls). No plan was tried:"
     )
 
 
@@ -151,7 +151,7 @@ def test_data_bounds_it():
 @pytest.mark.parametrize(
     ("change", "sentence", "remedy"),
     [
-        ({"few": 57.0}, "The host bounds the step: 57% of it", "larger --batch-size"),
+        ({"few": 57.0}, "What needs no images bounds the step, 57% of it", "larger --batch-size"),
         ({"bytes": 150_000_000_000}, "Memory bounds the step: its bytes alone take 75%", "bf16"),
         ({"flops": 40_000_000_000_000}, "Arithmetic bounds the step", "--views.size"),
     ],
@@ -162,6 +162,12 @@ def test_a_limit_bounds_it(change, sentence, remedy):
     assert faster.endswith("--engine.plan fused took 60.0 ms in place of 100.0.")
     slower = said(measured(**change, plans={"fused": 98.0}))
     assert "No other plan was faster (1 tried)" in slower and remedy in slower
+
+
+def test_a_larger_batch_that_was_asked_for_shares_what_is_fixed():
+    smaller = measured(few=60.0, asked=1024)
+    assert smaller.step_as_asked == pytest.approx(100 + 40 / 254 * 768)
+    assert said(smaller).startswith("No limit explains the step")
 
 
 def test_a_figure_that_changes_changes_what_is_said():
