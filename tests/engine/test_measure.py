@@ -20,9 +20,20 @@ from sacl_fast.errors import UserError
 from sacl_fast.presets import get_preset
 
 
+@pytest.fixture
+def tiny(tiny):
+    """As quick as can be."""
+    return replace(
+        tiny,
+        data=replace(tiny.data, loader="torchvision"),
+        slim=replace(tiny.slim, mode="mask"),
+    )
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Rates of the machine take a second each."""
+    """Rates of the machine take a second each, and nothing here needs settled steps."""
+    monkeypatch.setattr(module, "_WARM_UP", 1)
     monkeypatch.setattr(module, "copy_bandwidth", lambda *_, **__: 1e10)
     monkeypatch.setattr(module, "product_rate", lambda *_, **__: 5e10)
 
