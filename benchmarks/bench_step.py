@@ -332,18 +332,22 @@ def print_row(row: dict[str, Any], first: dict[str, Any]) -> None:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Bars of images/s, one a variant."""
+    """Bars, one a variant: images/s, or, where steps were paired, how many times the first's."""
     from matplotlib.figure import Figure
 
     rows = [row for row in result["rows"] if "step_ms" in row]
     figure = Figure(figsize=(7, 0.5 * len(rows) + 1.2), layout="constrained")
     axes = figure.subplots()
     names = [row["name"] for row in rows]
-    bars = axes.barh(names, [row["images_per_second"] for row in rows])
-    axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
+    paired = "of_first" in rows[0]
+    lengths = [row["of_first"]["p50"] if paired else row["images_per_second"] for row in rows]
+    bars = axes.barh(names, lengths)
+    axes.bar_label(bars, fmt="{:.2f}x" if paired else "{:,.0f}", padding=3, fontsize=8)
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("images/s, two views each")
+    axes.set_xlabel(
+        f"images/s, times those of {names[0]}" if paired else "images/s, two views each"
+    )
     axes.set_title(
         f"{result['encoder']}, {result['image_size']} px, batch {result['batch_size']}, "
         f"{result['precision'].removeprefix('torch.')}, {result['device']}",
