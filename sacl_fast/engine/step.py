@@ -38,7 +38,9 @@ class TrainingStep:
         if ranks.world_size > 1:
             self.model = _data_parallel(method, synchronized=config.encoder.sync_batch_norm)
         self.criterion = SaclXdLoss(config.loss, backend=self.backends["xcorr_loss"].backend)
-        self.optimizer = build_optimizer(method.parameters(), config.optim)
+        self.optimizer = build_optimizer(
+            method.parameters(), config.optim, backend=self.backends["lars"].backend
+        )
         self.scaler = self._new_scaler()
         self.steps_per_epoch = steps_per_epoch
         self.number = torch.tensor(0, device=device)
