@@ -127,7 +127,7 @@ def test_commands_are_understood(capsys: pytest.CaptureFixture[str]):
     for command, *arguments in found:
         assert f"\n  {command} " in usage
         if command in ("train", "views"):
-            parse_config(command, arguments)
+            parse_config(command, [a for a in arguments if a not in ("--dry-run", "--profile")])
 
 
 def options_of(settings: type, prefix: str = "--") -> Iterator[str]:
@@ -142,7 +142,8 @@ def options_of(settings: type, prefix: str = "--") -> Iterator[str]:
 
 @EVERY_PAGE
 def test_options_exist(page: Path):
-    known = {*options_of(Config), "--config", "--dry-run", "--help", "--no-build-isolation"}
+    known = {*options_of(Config), "--config", "--dry-run", "--profile", "--measure", "--help"}
+    known.add("--no-build-isolation")
     prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
     code = " ".join(re.findall(r"`[^`]+`", prose))
     named = set(re.findall(r"--[a-z][\w.*-]*", code))
