@@ -1,16 +1,16 @@
-"""Settings of how a step is computed. None of them changes what is trained."""
+"""Settings of how a step is computed. But for ``accumulate``, none changes what is trained."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sacl_fast.checks import Settings
+from sacl_fast.checks import Count, Settings
 from sacl_fast.config.choices import PlanSetting
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(Settings, path="engine"):
-    """How the encoder's passes run, with equal results up to rounding."""
+    """How a step is computed, with equal results up to rounding but for 'accumulate'."""
 
     plan: PlanSetting = "auto"
     """'eager': the dense passes as the model's code says, the slim ones in 'slim.mode'. 'compile':
@@ -18,3 +18,7 @@ class EngineConfig(Settings, path="engine"):
     in that mode. 'fused': both recorded, batch norms fused into the convolutions around them (needs
     a GPU to pay). 'auto': on one GPU, the fastest of these, tried on the run's own shapes before
     the first step and remembered; elsewhere 'eager'."""
+    accumulate: Count = 1
+    """Parts that a step's batch is computed in, one after the other, to take less memory; the
+    gradient is the mean of theirs. Batch norms and the loss's correlations are those of a part, so
+    that this is not a step on the whole batch, and running statistics move once a part."""

@@ -35,7 +35,7 @@ class Monitor:
         self.config, self.folder, self.step = config, folder, step
         self.console, self.writer = console, writer
         # The rank of a few rows is low whatever they hold: standardised, at most one less.
-        rows = min(_ROWS, config.batch_size // world_size)
+        rows = min(_ROWS, config.batch_size // world_size // config.engine.accumulate)
         min_rank = config.log.min_rank if rows - 1 > config.log.min_rank else 0
         self.alarm = CollapseAlarm(config.log.min_std, min_rank)
 

@@ -174,7 +174,8 @@ def _try(
 
 
 def _views(config: Config, device: torch.device, most: int) -> tuple[Tensor, Tensor]:
-    shape = (2, min(most, config.batch_size), 3, config.views.size, config.views.size)
+    part = config.batch_size // config.engine.accumulate
+    shape = (2, min(most, part), 3, config.views.size, config.views.size)
     generator = torch.Generator().manual_seed(0)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     a, b = torch.randn(shape, generator=generator)
@@ -245,6 +246,7 @@ def _key(config: Config, device: torch.device) -> str:
     own = to_dict(config)
     told = {name: own[name] for name in ("encoder", "projector", "slim", "loss")}
     told |= {name: own[name] for name in ("batch_size", "precision", "channels_last", "backend")}
+    told |= {name: value for name, value in own["engine"].items() if name != "plan"}
     told |= {"size": config.views.size, "torch": torch.__version__, "own": _version.__version__}
     if device.type == "cuda":
         told["device"] = torch.cuda.get_device_name(device)
