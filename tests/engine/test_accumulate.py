@@ -19,8 +19,8 @@ from sacl_fast.config import Config, EncoderConfig, EngineConfig, ProjectorConfi
 from sacl_fast.data.views.tables import CIFAR
 from sacl_fast.engine.description import describe
 from sacl_fast.engine.distributed import Ranks
-from sacl_fast.engine.metrics import read_metrics
 from sacl_fast.engine.method import build_method
+from sacl_fast.engine.metrics import read_metrics
 from sacl_fast.engine.preflight import check_run
 from sacl_fast.engine.step import TrainingStep
 from sacl_fast.errors import UserError
