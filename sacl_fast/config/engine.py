@@ -22,3 +22,6 @@ class EngineConfig(Settings, path="engine"):
     """Parts that a step's batch is computed in, one after the other, to take less memory; the
     gradient is the mean of theirs. Batch norms and the loss's correlations are those of a part, so
     that this is not a step on the whole batch, and running statistics move once a part."""
+    activation_checkpointing: bool = False
+    """Passes with gradient keep what goes in and out of the encoder's blocks only, and compute the
+    rest again in backward: less memory for more time."""

@@ -27,6 +27,7 @@ from sacl_fast.errors import UserError
 from sacl_fast.passes import RecordedEncoder, passes_of
 
 CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, CPU)
 CONFIG = Config(
     batch_size=12,
     views=CIFAR,
@@ -38,7 +39,7 @@ CONFIG = Config(
 )
 
 
-def step_of(config: Config, ranks: Ranks = Ranks(0, 1, CPU), *, exact: bool = True) -> TrainingStep:  # noqa: B008
+def step_of(config: Config, ranks: Ranks = ALONE, *, exact: bool = True) -> TrainingStep:
     torch.manual_seed(0)
     passes = passes_of(
         "eager" if config.engine.plan == "auto" else config.engine.plan,
