@@ -57,6 +57,10 @@ class Config(Settings):
     backend: Backend = "auto"
     """Implementation of the operators ('sacl-fast doctor' lists them). 'torch': plain PyTorch,
     nothing compiled."""
+    deterministic: bool = False
+    """On one device, the same figures every time, to the bit, also after a resume: torch's
+    deterministic operations, and nothing chosen by time. An operation that has no such form is an
+    error. Slower on a GPU."""
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)

@@ -35,7 +35,9 @@ def describe(
     )
     if reason := precision_reason(config.precision, device):
         yield reason
-    if device.type == "cuda":
+    if config.deterministic:
+        yield "deterministic: nothing is chosen by time, and what has no fixed order is an error"
+    elif device.type == "cuda":
         yield "convolutions: cuDNN takes the fastest of its algorithms, tried at the first steps"
     gpus = torch.cuda.device_count() if device.type == "cuda" else 1
     if ranks.world_size == 1 and gpus > 1:

@@ -59,12 +59,13 @@ class Trial:
 
 
 def take_plan(config: Config, step: TrainingStep, resumed: Plan | None) -> None:
-    """Where ``engine.plan`` is ``auto``, on one GPU: have the step's model run by the best plan.
+    """Where ``engine.plan`` is ``auto``, on one GPU: have the step's model run by the best plan,
+    unless nothing is to be chosen by time (``deterministic``).
 
     Args:
         resumed: the plan of the checkpoint that the run goes on from; None where it starts.
     """
-    if config.engine.plan != "auto" or not _may_try(step):
+    if config.engine.plan != "auto" or config.deterministic or not _may_try(step):
         return
     if resumed is not None and not plan_obstacle(resumed, config, step.device):
         plan, reason = resumed, "as before it was resumed"
