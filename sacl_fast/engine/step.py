@@ -15,6 +15,7 @@ from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from sacl_fast.config import Config
 from sacl_fast.encoders.onednn import avoid_memory_overwrite
+from sacl_fast.engine.cuda_graph import Graphs, StepGraph, wants_graph
 from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.method import Embeddings, SaclXd
 from sacl_fast.losses import SaclXdLoss
@@ -49,7 +50,7 @@ class TrainingStep:
             self.model = _data_parallel(method, synchronized=config.encoder.sync_batch_norm)
         self.criterion = SaclXdLoss(config.loss, backend=self.backends["xcorr_loss"].backend)
         self.optimizer = build_optimizer(method.parameters(), config.optim)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype is torch.float16)
+        self.scaler = self._new_scaler()
         self.steps_per_epoch = steps_per_epoch
         self.number = torch.tensor(0, device=device)
         """Of the step that is computed; with ``lr`` all that a step takes from the host."""
@@ -57,12 +58,16 @@ class TrainingStep:
         """Its learning rate."""
         self.first_nonfinite = torch.tensor(-1, device=device)
         """The first step whose loss was not finite, -1 while there is none."""
+        self.graph: StepGraph | None = None
+        if wants_graph(config, device, ranks.world_size):
+            self.graph = StepGraph(self, Graphs(device), world_size=ranks.world_size)
 
     def __call__(self, view_a: Tensor, view_b: Tensor, step: int) -> Reading:
         """One step on two views (n, 3, H, W). Returns the loss and its parts, where gradients are
-        accumulated their means, and ``z1``, then the last part's."""
+        accumulated their means, and ``z1``, then the last part's; the next step may overwrite
+        them."""
         self.set_step(step)
-        return self.compute(view_a, view_b)
+        return (self.graph or self.compute)(view_a, view_b)
 
     def set_step(self, step: int) -> None:
         """Tell the device which step this is."""
@@ -80,11 +85,13 @@ class TrainingStep:
 
     def gradients(self, view_a: Tensor, view_b: Tensor, part: int = 0) -> Reading:
         """Those of the batch's first part, or added to them a later one's."""
+        if part == 0:  # before the passes, whose activations take the memory
+            self.optimizer.zero_grad(set_to_none=True)
         last = part == self.config.engine.accumulate - 1
         with nullcontext() if last else self.alone():
             embeddings = self.four_passes(view_a, view_b)
             loss, parts = self.criterion(*embeddings)
-            self.backward(loss, fresh=part == 0)
+            self.backward(loss, fresh=False)
         return Reading(loss.detach(), parts, embeddings.z1.detach())
 
     def alone(self) -> AbstractContextManager[object]:
@@ -107,6 +114,15 @@ class TrainingStep:
             group["lr"] = self.lr
         self.scaler.step(self.optimizer)
         self.scaler.update()
+
+    def renew_scaler(self) -> None:
+        """Have the loss scaled as before, by a scaler that is in the midst of no step."""
+        state, self.scaler = self.scaler.state_dict(), self._new_scaler()
+        if state:
+            self.scaler.load_state_dict(state)
+
+    def _new_scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
 
     def learning_rate(self, step: int) -> float:
         return learning_rate(
