@@ -74,13 +74,9 @@ def train(config: Config) -> RunResult:
         Stopped: by a signal, but not at a step that all processes could stop at.
     """
     check_run(config)
-    with (
-        deterministic(config.deterministic),
-        process_group(config.device) as ranks,
-        tried_algorithms(ranks.device, unless=config.deterministic),
-    ):
+    with deterministic(config.deterministic), process_group(config.device) as ranks:
         check_same_settings(config, ranks)
-        with files.claimed_run_folder(config, ranks) as claim:
+        with tried_algorithms(ranks.device), files.claimed_run_folder(config, ranks) as claim:
             run = Run(config, ranks, claim)
             try:
                 return run.train()
