@@ -8,11 +8,25 @@ import pytest
 import torch
 
 import sacl_fast
-from sacl_fast.config import Config, EncoderConfig, EngineConfig, ProjectorConfig, SlimConfig
+from sacl_fast.config import (
+    Config,
+    EncoderConfig,
+    EngineConfig,
+    OptimConfig,
+    ProjectorConfig,
+    SlimConfig,
+)
 from sacl_fast.data.views.tables import CIFAR
 from sacl_fast.engine import dry_run
 from sacl_fast.engine.distributed import Ranks
-from sacl_fast.engine.memory_use import LiveBytes, forecast, memory_here, peak_memory, trace
+from sacl_fast.engine.memory_use import (
+    Forecast,
+    LiveBytes,
+    forecast,
+    memory_here,
+    peak_memory,
+    trace,
+)
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.metrics import read_metrics
 from sacl_fast.engine.step import TrainingStep
@@ -41,18 +55,17 @@ def measured(config: Config) -> int:
 
 
 MASK = SlimConfig(mode="mask")
+RECOMPUTING = EngineConfig(activation_checkpointing=True)
 
 
 @pytest.mark.parametrize(
     "config",
     [
         config_of("mobilenetv1_100", 32, 32),
-        config_of("mobilenetv1_100", 48, 16, engine=EngineConfig(accumulate=4), slim=MASK),
-        config_of("mobilenetv3_large_100", 48, 8, engine=EngineConfig(plan="dense+skip")),
+        config_of("mobilenetv3_large_100", 48, 16, engine=EngineConfig(accumulate=4), slim=MASK),
         config_of("resnet18", 32, 16, precision="bf16"),
-        config_of("resnet18", 64, 8, engine=EngineConfig(activation_checkpointing=True)),
-        config_of("vit_tiny_patch16_224", 64, 8, slim=MASK),
-        config_of("vit_tiny_patch16_224", 32, 64, optim=sacl_fast.config.OptimConfig(name="adamw")),
+        config_of("resnet18", 64, 8, engine=RECOMPUTING, slim=MASK),
+        config_of("vit_tiny_patch16_224", 32, 64, slim=MASK, optim=OptimConfig(name="adamw")),
     ],
     ids=lambda c: f"{c.encoder.name}-{c.batch_size}x{c.views.size}",
 )
@@ -61,11 +74,27 @@ def test_a_forecast_comes_true(config):
     assert expected == pytest.approx(measured(config), rel=0.05)
 
 
-def test_processes_share_the_batch_and_exchange():
-    expected = forecast(config_of("resnet20", 32, 16), CPU)
-    ranks = forecast(config_of("resnet20", 32, 16), CPU, world_size=4)
-    assert ranks.peak(16) > expected.peak(16) > ranks.peak(4)
-    assert ranks.state > expected.state  # buckets of gradients
+def of(*, image: int = 0, world_size: int = 1, batches: int = 0) -> Forecast:
+    """Of a step whose peak is in backward for a few images, and in forward for many."""
+    return Forecast(
+        plan="eager",
+        state=100,
+        fixed=torch.tensor([100.0, 200.0]),
+        per_image=torch.tensor([20.0, 1.0]),
+        image=image,
+        world_size=world_size,
+        embedding=3,
+        batches=batches,
+    )
+
+
+def test_the_peak_of_many_images_is_elsewhere():
+    factors = 8 * 10 * 10
+    assert of().peak(2) == 202 + 32 and of().peak(10) == 300 + factors
+    assert of().peak(20, parts=2) == 300 + factors
+    assert of(image=7).peak(20, parts=2) == 300 + factors + 10 * 7
+    assert of(image=7, batches=2).peak(10) == 300 + factors + 20 * 7
+    assert of(world_size=4).peak(10) == 300 + 4 * factors + 3 * 10 * 2 * 3
 
 
 def test_bytes_alive():
@@ -97,22 +126,28 @@ def test_what_was_taken(monkeypatch, tiny):
 
 
 @pytest.mark.parametrize(
-    ("share", "says"),
-    [(2.0, ""), (0.6, "--engine.activation-checkpointing"), (0.6, "--engine.accumulate 2")],
+    ("gib", "ways"),
+    [
+        (9.0, []),
+        (4.0, ["accumulate 2", "activation-checkpointing", "batch-size 32"]),
+        (2.0, ["accumulate 4", "batch-size 16"]),
+        (0.1, ["nor would less of a batch"]),
+    ],
 )
-def test_what_does_not_fit_and_what_would(monkeypatch, capsys, tiny, share, says):
-    config = replace(config_of("mobilenetv1_100", 32, 64), data=tiny.data)
-    peak = forecast(config, CPU).peak(64)
-    room = int(share * peak) + dry_run._RUNTIME
+def test_what_does_not_fit_and_what_would(monkeypatch, gib, ways):
+    """8 GiB for 64 images, and 3 GiB where activations are computed again."""
+
+    def foretold(config: Config, device: torch.device, world_size: int) -> Forecast:
+        total = 3 if config.engine.activation_checkpointing else 8
+        per_image = torch.tensor([total * 2**30 / 64])
+        return replace(of(), fixed=torch.zeros(1), per_image=per_image, embedding=0)
+
+    room = int(gib * 2**30) + dry_run._RUNTIME + 2**20
+    monkeypatch.setattr(dry_run, "forecast", foretold)
     monkeypatch.setattr(dry_run, "memory_here", lambda device: (room, room))
-    dry_run.print_dry_run(config)
-    said = capsys.readouterr().out
-    assert f"{peak / 2**30:.2f} GiB per process, estimated" in said
-    assert says in said and ("will not fit" in said) == bool(says)
-
-
-def test_nothing_fits(monkeypatch, capsys, tiny):
-    config = replace(config_of("resnet20", 32, 8), data=tiny.data)
-    monkeypatch.setattr(dry_run, "memory_here", lambda device: (1, 1))
-    dry_run.print_dry_run(config)
-    assert "nor would less of a batch" in capsys.readouterr().out
+    lines = list(dry_run._memory(config_of("resnet20", 32, 64), 1))
+    assert lines[0][1].startswith("8.00 GiB per process, estimated")
+    assert bool(lines[2:]) == bool(ways)
+    for way in ways:
+        assert way in lines[2][1]
+    assert len(ways) == lines[-1][1].count(" or ") + bool(ways)
