@@ -11,6 +11,7 @@ says, less the same. MiB both. Times are the process's own, in seconds a step.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import resource
 import subprocess
@@ -60,7 +61,6 @@ def configured(encoder: str, size: int, batch: int, setting: str) -> Config:
 
 def measure(config: Config) -> dict[str, float]:
     """MiB and seconds of a step, in this process."""
-    keep_freed_memory()
     with deterministic(config.deterministic):
         method = build_method(config, choose_passes(config, _CPU, steps_per_epoch=100))
         step = TrainingStep(method, config, Ranks(0, 1, _CPU), steps_per_epoch=100)
@@ -69,6 +69,8 @@ def measure(config: Config) -> dict[str, float]:
             view.contiguous(memory_format=torch.channels_last)
             for view in torch.randn(2, config.batch_size, 3, size, size)
         )
+        ctypes.CDLL(None).malloc_trim(0)
+        keep_freed_memory()
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         before = pages * resource.getpagesize() // 1024
         for i in range(_WARM_UP):
