@@ -105,7 +105,7 @@ def _wrap(block: nn.Module, again: Again) -> Callable[[], None]:
             results.append(result)
             return out
 
-        out = checkpoint(
+        out: Any = checkpoint(
             run,
             *flat,
             use_reentrant=False,

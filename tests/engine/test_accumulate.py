@@ -51,10 +51,11 @@ def step_of(config: Config, ranks: Ranks = ALONE, *, exact: bool = True) -> Trai
     return TrainingStep(method.double() if exact else method, config, ranks, steps_per_epoch=100)
 
 
-def views(n: int = 12, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def views(n: int = 12, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    both = torch.randn(2, n, 3, 32, 32, generator=generator, dtype=dtype)
-    return [view.contiguous(memory_format=torch.channels_last) for view in both]
+    a, b = torch.randn(2, n, 3, 32, 32, generator=generator, dtype=dtype)
+    last = torch.channels_last
+    return a.contiguous(memory_format=last), b.contiguous(memory_format=last)
 
 
 def test_gradients_are_the_mean_of_those_of_the_parts():
@@ -66,7 +67,7 @@ def test_gradients_are_the_mean_of_those_of_the_parts():
         loss, _, z1 = plain.gradients(part_a, part_b)
         losses.append(loss)
         for name, p in plain.method.named_parameters():
-            expected[name] = expected.get(name, 0) + p.grad / 3  # type: ignore[operator]
+            expected[name] = expected.get(name, 0) + p.grad / 3
     reading = step(a, b, 7)
     torch.testing.assert_close(reading.loss, torch.stack(losses).mean())
     torch.testing.assert_close(sum(reading.parts), reading.loss)

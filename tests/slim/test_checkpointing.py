@@ -61,7 +61,10 @@ def step(encoder: nn.Module, slicer: Slicer, mode: Mode) -> tuple[dict[str, Tens
 def assert_same(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> None:
     for name, value in expected.items():
         own = found[name]
-        assert own is value is None or (own is not None and torch.equal(own, value)), name
+        if own is None or value is None:
+            assert own is value, name
+        else:
+            assert torch.equal(own, value), name
 
 
 @pytest.mark.parametrize("mode", MODES)
