@@ -86,11 +86,11 @@ def test_what_the_plans_are():
     assert planned("auto") == chosen(100)
     found = {plan: planned(plan) for plan in get_args(Plan)}
     assert {plan: (p.dense, p.mode, p.recorded, p.fused) for plan, p in found.items()} == {
-        "eager": ("eager", "skip", True, False),
-        "compile": ("compiled", "mask", False, False),
-        "dense+mask": ("recorded", "mask", False, False),
-        "dense+skip": ("recorded", "skip", True, False),
-        "fused": ("recorded", "skip", True, True),
+        "eager": ("eager", "skip", True, "none"),
+        "compile": ("compiled", "mask", False, "none"),
+        "dense+mask": ("recorded", "mask", False, "none"),
+        "dense+skip": ("recorded", "skip", True, "none"),
+        "fused": ("recorded", "skip", True, "all"),
     }
     assert all(p.plan == plan for plan, p in found.items())
     assert all(p.reason == "as requested" for plan, p in found.items() if plan != "eager")
