@@ -182,6 +182,8 @@ class Writer:
         """Norms' counters, to which 1 is added at the end of the pass."""
         self.sums: dict[fx.Node, fx.Node] = {}
         """Gradient -> what is added to it at the end of the pass."""
+        self.gate_gradients: dict[fx.Node, fx.Node] = {}
+        """By the gradient of what was gated."""
         self.full: set[fx.Node] = set()
         """Gradients of whole weights, though only some filters were used."""
         self.chains: dict[fx.Node, tuple[Any, ...]] = {}

@@ -260,6 +260,10 @@ MIDDLES = {
     "a norm is read again later": lambda m, x: m.two(y := F.silu(m.depthwise(x))) * y.sigmoid(),
     "no activation": lambda m, x: m.five(m.two(m.depthwise(x))),
     "a residual sum": lambda m, x: x + m.two(F.relu(m.depthwise(x))),
+    "a residual sum with what a product reads": lambda m, x: x + m.two(F.relu(m.other(x))),
+    "two residual sums": lambda m, x: (
+        (y := x + m.two(F.relu(m.other(x)))) + m.biased(F.relu(m.norm(m.gate(y))))
+    ),
     "a sum of two norms": lambda m, x: F.relu(m.two(x) + m.depthwise(x)),
     "a sum in place": lambda m, x: F.relu(m.two(x).add_(x), inplace=True),
     "a sum and what it was before its activation": lambda m, x: F.relu(y := m.two(x) + x) - y,
@@ -320,3 +324,11 @@ def test_frozen_layers(frozen):
 @pytest.mark.parametrize("mode", ["whole", "skip"])
 def test_the_gradient_of_the_images(mode):
     Passes(encoder_of("mobilenetv1_100"), mode, input_gradient=True).compare()
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2_100", "efficientnet_b0"])
+def test_products_give_the_gradients_of_gates_and_add_those_of_residuals(name):
+    passes = Passes(encoder_of(name), "whole")
+    code = "".join(recording._backward.code for recording in passes.recordings)
+    assert "norm_pointwise_backward" in code
+    assert "aten.add." not in code and "gate_gradient" not in code

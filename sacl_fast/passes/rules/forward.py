@@ -199,6 +199,8 @@ def _slim_sum(
 
 @rule_for(_aten.add.Tensor)
 def _add(w: Writer, node: fx.Node, a: Any, b: Any) -> Any:
+    if node in w.done:
+        return w.done[node]
     for one, other in ((w.value(a), w.value(b)), (w.value(b), w.value(a))):
         if isinstance(one, Gated) and one.dmean is None and isinstance(other, OfMean):
             return replace(one, dmean=other.dmean)
