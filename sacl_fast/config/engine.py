@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sacl_fast.checks import Settings
-from sacl_fast.config.choices import PlanSetting
+from sacl_fast.config.choices import PlanSetting, Switch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,3 +18,8 @@ class EngineConfig(Settings, path="engine"):
     in that mode. 'fused': both recorded, batch norms fused into the convolutions around them (needs
     a GPU to pay). 'auto': on one GPU, the fastest of these, tried on the run's own shapes before
     the first step and remembered; elsewhere 'eager'."""
+    cuda_graph: Switch = "auto"
+    """Whether a step, from its passes to the update, is captured as one CUDA graph, which the host
+    launches at once. 'auto': on one GPU. 'on': on several, too. Captured anew where sizes change
+    (in mode 'skip', with the filters); what cannot be captured runs as ever, and the log says why.
+    """

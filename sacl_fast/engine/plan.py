@@ -14,9 +14,10 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,6 +27,7 @@ from torch import Tensor
 from sacl_fast import _version
 from sacl_fast.config import Config, to_dict
 from sacl_fast.config.choices import Plan
+from sacl_fast.engine.cuda_graph import StepGraph
 from sacl_fast.engine.step import TrainingStep
 from sacl_fast.errors import UserError
 from sacl_fast.files import whole_file
@@ -82,7 +84,7 @@ def _may_try(step: TrainingStep) -> bool:
 
 
 def _fastest(config: Config, step: TrainingStep) -> tuple[Plan, str]:
-    key, known = _key(config, step.device), _remembered()
+    key, known = _key(config, step), _remembered()
     found: Iterator[Plan] = (plan for plan in get_args(Plan) if plan == known.get(key))
     plan = next(found, None)
     if plan is not None and not plan_obstacle(plan, config, step.device):
@@ -162,15 +164,28 @@ def _try(
         if not distance <= _ROUNDING * rounding[name] + _FLOOR:
             return Trial(plan, None, f"its {name} are off by {distance:.1e}")
     views = _views(config, step.device, config.batch_size)
+    run: Callable[[], object] = partial(_forward_and_backward, step, views, step.amp_dtype)
     with _kept_as_it_is(step):
         for _ in range(_WARM_UP):
-            _forward_and_backward(step, views, step.amp_dtype)
+            step.graph.graphs.beside(run) if step.graph else run()
+        if step.graph:
+            run = _captured(run, step.graph)  # as the run's own steps
         _synchronize(step.device)
         start = time.perf_counter()
         for _ in range(_TIMED):
-            _forward_and_backward(step, views, step.amp_dtype)
+            run()
         _synchronize(step.device)
     return Trial(plan, 1e3 * (time.perf_counter() - start) / _TIMED)
+
+
+def _captured(run: Callable[[], object], graph: StepGraph) -> Callable[[], object]:
+    """What replays it, which takes the host no time; itself where it cannot be captured."""
+    try:
+        replay, _ = graph.graphs.capture(run)
+    except Exception:
+        logger.debug("timed without a CUDA graph", exc_info=True)
+        return run
+    return replay
 
 
 def _views(config: Config, device: torch.device, most: int) -> tuple[Tensor, Tensor]:
@@ -240,14 +255,19 @@ def _cache() -> Path:
     return Path(home) / "sacl-fast/plans.json"
 
 
-def _key(config: Config, device: torch.device) -> str:
+def _key(config: Config, step: TrainingStep) -> str:
     """What the fastest plan depends on."""
     own = to_dict(config)
     told = {name: own[name] for name in ("encoder", "projector", "slim", "loss")}
     told |= {name: own[name] for name in ("batch_size", "precision", "channels_last", "backend")}
-    told |= {"size": config.views.size, "torch": torch.__version__, "own": _version.__version__}
-    if device.type == "cuda":
-        told["device"] = torch.cuda.get_device_name(device)
+    told |= {
+        "graph": step.graph is not None,
+        "size": config.views.size,
+        "torch": torch.__version__,
+        "own": _version.__version__,
+    }
+    if step.device.type == "cuda":
+        told["device"] = torch.cuda.get_device_name(step.device)
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sacl_fast.config import Config
 from sacl_fast.encoders.onednn import avoid_memory_overwrite
+from sacl_fast.engine.cuda_graph import Graphs, StepGraph, wants_graph
 from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.method import Embeddings, SaclXd
 from sacl_fast.losses import SaclXdLoss
@@ -37,7 +38,7 @@ class TrainingStep:
             self.model = _data_parallel(method, synchronized=config.encoder.sync_batch_norm)
         self.criterion = SaclXdLoss(config.loss, backend=self.backends["xcorr_loss"].backend)
         self.optimizer = build_optimizer(method.parameters(), config.optim)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype is torch.float16)
+        self.scaler = self._new_scaler()
         self.steps_per_epoch = steps_per_epoch
         self.number = torch.tensor(0, device=device)
         """Of the step that is computed; with ``lr`` all that a step takes from the host."""
@@ -45,13 +46,17 @@ class TrainingStep:
         """Its learning rate."""
         self.first_nonfinite = torch.tensor(-1, device=device)
         """The first step whose loss was not finite, -1 while there is none."""
+        self.graph: StepGraph | None = None
+        if wants_graph(config, device, ranks.world_size):
+            self.graph = StepGraph(self, Graphs(device), world_size=ranks.world_size)
 
     def __call__(
         self, view_a: Tensor, view_b: Tensor, step: int
     ) -> tuple[Tensor, LossParts, Tensor]:
-        """One step on two views (n, 3, H, W). Returns the loss, its parts and ``z1``, detached."""
+        """One step on two views (n, 3, H, W). Returns the loss, its parts and ``z1``, detached;
+        the next step may overwrite them."""
         self.set_step(step)
-        return self.compute(view_a, view_b)
+        return (self.graph or self.compute)(view_a, view_b)
 
     def set_step(self, step: int) -> None:
         """Tell the device which step this is."""
@@ -80,6 +85,15 @@ class TrainingStep:
             group["lr"] = self.lr
         self.scaler.step(self.optimizer)
         self.scaler.update()
+
+    def renew_scaler(self) -> None:
+        """Have the loss scaled as before, by a scaler that is in the midst of no step."""
+        state, self.scaler = self.scaler.state_dict(), self._new_scaler()
+        if state:
+            self.scaler.load_state_dict(state)
+
+    def _new_scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
 
     def learning_rate(self, step: int) -> float:
         return learning_rate(

@@ -31,4 +31,8 @@ def build_optimizer(
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    # ``capturable``: a CUDA graph of a step may be made.
+    on_gpu = any(p.is_cuda for p in parameters)
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=config.betas, fused=True, capturable=on_gpu
+    )

@@ -93,3 +93,43 @@ def test_runs_finish_and_resume(tiny, precision):
     assert result.steps == 3 and resumed.steps == 6
     rows = [r for r in read_metrics(resumed.folder / "metrics.jsonl") if r["kind"] == "train"]
     assert all(r["loss"] is not None for r in rows)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("plan", ["eager", "dense+skip", "fused"])
+@pytest.mark.parametrize("optimizer", ["lars", "adamw"])
+def test_replays_of_a_graph_train_as_steps_do(tiny, plan, precision, optimizer):
+    """To the bit where algorithms are deterministic; and the host waits for nothing."""
+    config = replace(
+        tiny,
+        precision=precision,
+        epochs=50,
+        batch_size=32,
+        encoder=replace(tiny.encoder, name="mobilenetv1_100", stem="imagenet"),
+        views=replace(tiny.views, size=64),
+        optim=replace(tiny.optim, name=optimizer),
+    )
+    losses = {}
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        for setting in ("off", "on"):
+            engine = replace(config.engine, plan=plan, cuda_graph=setting)
+            own = replace(config, engine=engine)
+            torch.manual_seed(0)
+            ranks = Ranks(0, 1, torch.device("cuda", 0))
+            passes = choose_passes(own, ranks.device, steps_per_epoch=100)
+            step = TrainingStep(build_method(own, passes), own, ranks, steps_per_epoch=4)
+            views = torch.randn(2, 32, 3, 64, 64, device="cuda")
+            a, b = (v.contiguous(memory_format=torch.channels_last) for v in views)
+            losses[setting] = []
+            for i in range(12):
+                if i == 6:
+                    torch.cuda.set_sync_debug_mode("error")
+                losses[setting].append(step(a, b, i)[0].clone())
+            torch.cuda.set_sync_debug_mode("default")
+            assert (step.graph is not None) == (setting == "on")
+            assert step.graph is None or step.graph.replays == 7
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(torch.stack(losses["on"]), torch.stack(losses["off"]))
