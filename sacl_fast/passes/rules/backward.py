@@ -17,6 +17,7 @@ from sacl_fast.passes.fusion import (
     Zeros,
     rule_for,
 )
+from sacl_fast.passes.rules.additions import stays
 from sacl_fast.passes.rules.border import Chain, Gradients, Within, chain_to, write_backward
 from sacl_fast.passes.rules.forward import filters_of
 
@@ -119,7 +120,7 @@ def _with_what_is_added(w: Writer, dx: fx.Node | None) -> tuple[fx.Node | None, 
     other = total.args[1] if total.args[0] is dx else total.args[0]
     if other is dx or not isinstance(other, fx.Node) or w.form(other) != w.form(dx):
         return dx, None
-    if not isinstance(w.values.get(other), fx.Node):
+    if not isinstance(w.values.get(other), fx.Node) or not stays(w, other):
         return dx, None
     return total, w.read(other)
 
