@@ -207,8 +207,8 @@ def _gradient_tiles(x: Tensor, gate: Tensor | None, tile: Tile) -> tuple[int, Te
     (N, tiles of a sample, K)."""
     N, K, H, W = x.shape
     if gate is None:
-        return triton.cdiv(N * H * W, tile.rows), None
-    each = triton.cdiv(H * W, tile.rows)
+        return -(-N * H * W // tile.rows), None
+    each = -(-H * W // tile.rows)
     return N * each, _fp32(x, N, each, K)
 
 

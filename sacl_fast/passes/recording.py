@@ -210,7 +210,7 @@ class _Tape(TorchDispatchMode):
 
     def __init__(self, x: Tensor, fused: Fusion) -> None:
         super().__init__()
-        self.fused = fused
+        self.fused: Fusion = fused
         self.obstacle: Obstacle | None = None
         self.forward = self._graph = Graph()
         self.backward = Graph()
