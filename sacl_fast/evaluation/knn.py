@@ -44,7 +44,27 @@ def knn_accuracy(
         UserError: shapes that do not fit, an empty input, labels out of range, features that are
             not finite.
     """
+    _check_set("queries", queries, query_labels, num_classes)
+    options = {"k": k, "temperature": temperature, "num_classes": num_classes, "chunk": chunk}
+    return 100.0 * knn_hits(bank, bank_labels, queries, query_labels, **options) / len(queries)
+
+
+@torch.no_grad()
+def knn_hits(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    *,
+    k: int,
+    temperature: float,
+    num_classes: int,
+    chunk: int = 256,
+) -> int:
+    """How many queries ``knn_accuracy`` finds right; there may be none."""
     _check_set("bank", bank, bank_labels, num_classes)
+    if not len(queries):
+        return 0
     _check_set("queries", queries, query_labels, num_classes)
     if bank.shape[1] != queries.shape[1]:
         raise UserError(
@@ -61,7 +81,7 @@ def knn_accuracy(
         weights = ((nearest - nearest[:, :1]) / temperature).exp()
         votes = _votes(weights, bank_labels[index], num_classes)
         correct += (votes.argmax(dim=1) == labels).sum()
-    return 100.0 * correct.item() / len(queries)
+    return int(correct.item())
 
 
 def _nearest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
