@@ -15,12 +15,14 @@ from sacl_fast._version import __version__
 if TYPE_CHECKING:
     from sacl_fast.config import Config
     from sacl_fast.engine.trainer import RunResult, train
+    from sacl_fast.evaluation.load import load_encoder
 
-__all__ = ["Config", "RunResult", "__version__", "train"]
+__all__ = ["Config", "RunResult", "__version__", "load_encoder", "train"]
 
 _LAZY = {
     "Config": "sacl_fast.config",
     "RunResult": "sacl_fast.engine.trainer",
+    "load_encoder": "sacl_fast.evaluation.load",
     "train": "sacl_fast.engine.trainer",
 }
 
