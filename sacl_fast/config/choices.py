@@ -34,5 +34,6 @@ PlanSetting = Literal["auto", Plan]
 Switch = Literal["auto", "on", "off"]
 
 OptimizerName = Literal["lars", "adamw"]
-Widths = Literal["both", "dense", "slim"]
+Width = Literal["dense", "slim"]
+Widths = Literal["both", Width]
 ResumeAt = Literal["step", "next_epoch"]

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from sacl_fast.checks import check
+from sacl_fast.config.choices import Width
 from sacl_fast.data.images.open import open_sources
 from sacl_fast.engine.evaluator import Evaluator
 from sacl_fast.engine.run_folder import ENCODERS
 from sacl_fast.engine.signals import StopRequest
 from sacl_fast.errors import UserError
 from sacl_fast.evaluation.evaluate import first_images
-from sacl_fast.evaluation.trained import Trained, Width, open_trained
+from sacl_fast.evaluation.trained import Trained, open_trained
 from sacl_fast.slim.export import compact, load_compact
 
 
