@@ -31,6 +31,7 @@ SlimModeSetting = Literal["auto", SlimMode]
 
 Plan = Literal["eager", "compile", "dense+mask", "dense+skip", "fused"]
 PlanSetting = Literal["auto", Plan]
+GradientType = Literal["fp32", "bf16"]
 Switch = Literal["auto", "on", "off"]
 
 OptimizerName = Literal["lars", "adamw"]
