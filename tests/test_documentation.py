@@ -128,7 +128,7 @@ def test_commands_are_understood(capsys: pytest.CaptureFixture[str]):
     for command, *arguments in found:
         assert f"\n  {command} " in usage
         if command in ("train", "views"):
-            parse_config(command, arguments)
+            parse_config(command, [a for a in arguments if a not in ("--dry-run", "--profile")])
         elif command == "eval":
             method, _, *options = arguments
             parse_options("eval", METHODS[method](), options)
@@ -146,16 +146,9 @@ def options_of(settings: type, prefix: str = "--") -> Iterator[str]:
 
 @EVERY_PAGE
 def test_options_exist(page: Path):
-    evaluations = (name for kind in METHODS.values() for name in options_of(kind))
-    known = {
-        *options_of(Config),
-        *evaluations,
-        "--no-control",
-        "--config",
-        "--dry-run",
-        "--help",
-        "--no-build-isolation",
-    }
+    known = {*options_of(Config), "--config", "--dry-run", "--profile", "--measure", "--help"}
+    known |= {"--no-build-isolation", "--no-control"}
+    known.update(*map(options_of, METHODS.values()))
     prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
     code = " ".join(re.findall(r"`[^`]+`", prose))
     named = set(re.findall(r"--[a-z][\w.*-]*", code))

@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sacl_fast.config import Config
+from sacl_fast.engine.regions import region
 from sacl_fast.errors import UserError
 from sacl_fast.ops.xcorr_loss import LossParts
 
@@ -91,7 +92,8 @@ class StepGraph:
             own.copy_(view)
         self._steps += 1
         if self._replay is not None and self._result is not None:
-            self._replay()
+            with region("replay"):
+                self._replay()
             self.replays += 1
             return self._result
         if self._steps <= self._warm_up:

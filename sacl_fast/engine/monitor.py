@@ -13,6 +13,7 @@ from sacl_fast.engine.collapse import CollapseAlarm, effective_rank, embedding_s
 from sacl_fast.engine.console import RunConsole
 from sacl_fast.engine.diagnosis import NonFiniteLoss
 from sacl_fast.engine.metrics import Kind, MetricWriter
+from sacl_fast.engine.regions import region
 from sacl_fast.engine.step import TrainingStep
 from sacl_fast.ops.xcorr_loss import LossParts
 
@@ -50,7 +51,8 @@ class Monitor:
         """
         z1 = z1[:_ROWS].float()
         on_device = torch.stack([loss, *parts, embedding_std(z1), effective_rank(z1)])
-        values = [*on_device.tolist(), float(self.step.first_nonfinite.item())]
+        with region("reading"):  # waits for the device
+            values = [*on_device.tolist(), float(self.step.first_nonfinite.item())]
         names = ["loss", *LossParts._fields, "embedding_std", "effective_rank"]
         *readings, first_nonfinite = values
         if first_nonfinite >= 0:

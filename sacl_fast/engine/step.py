@@ -13,6 +13,7 @@ from sacl_fast.engine.cuda_graph import Graphs, StepGraph, wants_graph
 from sacl_fast.engine.data_parallel import data_parallel
 from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.method import Embeddings, SaclXd
+from sacl_fast.engine.regions import region
 from sacl_fast.losses import SaclXdLoss
 from sacl_fast.ops.backend import resolve_all
 from sacl_fast.ops.xcorr_loss import LossParts
@@ -67,9 +68,12 @@ class TrainingStep:
     def compute(self, view_a: Tensor, view_b: Tensor) -> tuple[Tensor, LossParts, Tensor]:
         """The step that was set, on the device alone."""
         embeddings = self.four_passes(view_a, view_b)
-        loss, parts = self.criterion(*embeddings)
-        self.backward(loss)
-        self.update()
+        with region("loss"):
+            loss, parts = self.criterion(*embeddings)
+        with region("backward"):
+            self.backward(loss)
+        with region("update"):
+            self.update()
         self.note_nonfinite(loss.detach())
         return loss.detach(), parts, embeddings.z1.detach()
 
