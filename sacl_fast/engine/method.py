@@ -29,6 +29,7 @@ from sacl_fast.engine.regions import region
 from sacl_fast.ops.collectives import RowGather, world_size
 from sacl_fast.passes import Passes, share_gradients
 from sacl_fast.slim import Slicer
+from sacl_fast.slim.checkpointing import blocks_of
 from sacl_fast.slim.constant_channels import constant_norms_in_a_row
 
 _AT_MOST_IN_A_ROW = 1.5
@@ -158,6 +159,9 @@ def build_networks(config: Config) -> Networks:
         exclude=config.slim.exclude,
         batch_norm=config.slim.batch_norm,
     )
+    if config.engine.activation_checkpointing:
+        blocks_of(encoder)  # refuses what has none
+        slicer.checkpointing = True
     if config.slim.norm_gradient != "auto":
         slicer.norm_gradient = config.slim.norm_gradient
     else:

@@ -25,6 +25,7 @@ from sacl_fast.engine.clock import Clock
 from sacl_fast.engine.console import RunConsole
 from sacl_fast.engine.convolutions import tried_algorithms
 from sacl_fast.engine.description import describe
+from sacl_fast.engine.determinism import deterministic
 from sacl_fast.engine.distributed import Ranks, process_group
 from sacl_fast.engine.environment import environment
 from sacl_fast.engine.evaluator import Evaluator
@@ -76,9 +77,9 @@ def train(config: Config, *, profile: bool = False) -> RunResult:
         Stopped: by a signal, but not at a step that all processes could stop at.
     """
     check_run(config)
-    with process_group(config.device) as ranks, tried_algorithms(ranks.device):
+    with deterministic(config.deterministic), process_group(config.device) as ranks:
         check_same_settings(config, ranks)
-        with files.claimed_run_folder(config, ranks) as claim:
+        with tried_algorithms(ranks.device), files.claimed_run_folder(config, ranks) as claim:
             run = Run(config, ranks, claim, profile)
             try:
                 return run.train()
