@@ -13,14 +13,18 @@ from typing import TYPE_CHECKING, Any
 from sacl_fast._version import __version__
 
 if TYPE_CHECKING:
+    from sacl_fast import evaluate
     from sacl_fast.config import Config
     from sacl_fast.engine.trainer import RunResult, train
+    from sacl_fast.evaluation.load import load_encoder
 
-__all__ = ["Config", "RunResult", "__version__", "train"]
+__all__ = ["Config", "RunResult", "__version__", "evaluate", "load_encoder", "train"]
 
 _LAZY = {
     "Config": "sacl_fast.config",
     "RunResult": "sacl_fast.engine.trainer",
+    "evaluate": "sacl_fast.evaluate",
+    "load_encoder": "sacl_fast.evaluation.load",
     "train": "sacl_fast.engine.trainer",
 }
 
@@ -31,4 +35,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'sacl_fast' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_LAZY[name]), name)
+    module = import_module(_LAZY[name])
+    return module if name == "evaluate" else getattr(module, name)

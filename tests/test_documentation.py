@@ -22,11 +22,12 @@ import pytest
 import torch
 
 import sacl_fast
-from sacl_fast.cli import main, parse_config
+from sacl_fast.cli import main, parse_config, parse_options
 from sacl_fast.config import Config, ProjectorConfig
 from sacl_fast.encoders import build_encoder
 from sacl_fast.encoders.file import encoder_metadata, save_encoder
 from sacl_fast.engine.trainer import RunResult, train
+from sacl_fast.evaluation.command import METHODS
 from sacl_fast.slim import Slicer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,7 +92,7 @@ def test_python_blocks_run(page: Path, a_run_of_imagenet: None, capsys):
         exec(compile("\n" * line + block, str(page), "exec"), names)
 
 
-def test_examples_in_docstrings_run(newcomer: None):
+def test_examples_in_docstrings_run(a_run_of_imagenet: None):
     torch.manual_seed(0)
     tried = []
     for file in sorted((ROOT / "sacl_fast").rglob("*.py")):
@@ -128,6 +129,9 @@ def test_commands_are_understood(capsys: pytest.CaptureFixture[str]):
         assert f"\n  {command} " in usage
         if command in ("train", "views"):
             parse_config(command, [a for a in arguments if a not in ("--dry-run", "--profile")])
+        elif command == "eval":
+            method, _, *options = arguments
+            parse_options("eval", METHODS[method](), options)
 
 
 def options_of(settings: type, prefix: str = "--") -> Iterator[str]:
@@ -143,7 +147,8 @@ def options_of(settings: type, prefix: str = "--") -> Iterator[str]:
 @EVERY_PAGE
 def test_options_exist(page: Path):
     known = {*options_of(Config), "--config", "--dry-run", "--profile", "--measure", "--help"}
-    known.add("--no-build-isolation")
+    known |= {"--no-build-isolation", "--no-control"}
+    known.update(*map(options_of, METHODS.values()))
     prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
     code = " ".join(re.findall(r"`[^`]+`", prose))
     named = set(re.findall(r"--[a-z][\w.*-]*", code))

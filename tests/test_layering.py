@@ -40,6 +40,7 @@ OURS: dict[str, tuple[str, ...]] = {
     "data.loading": ("data.images", "data.views", "precision"),
     "engine": RUN,
     "evaluation": RUN,
+    "evaluate": RUN,
     "cli": ("presets",),
     "__init__": ("presets",),
     "__main__": ("cli",),
@@ -54,7 +55,7 @@ OURS_LAZILY: dict[str, tuple[str, ...]] = {
     "ops": ("sacl_kernels", "_C"),
     "data.views": ("ops",),
     "cli": (*RUN, "sacl_kernels", "_C"),
-    "__init__": RUN,
+    "__init__": (*RUN, "evaluate"),
 }
 
 # The only packages of others; a part that is not named here may import any.

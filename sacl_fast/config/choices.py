@@ -35,5 +35,6 @@ GradientType = Literal["fp32", "bf16"]
 Switch = Literal["auto", "on", "off"]
 
 OptimizerName = Literal["lars", "adamw"]
-Widths = Literal["both", "dense", "slim"]
+Width = Literal["dense", "slim"]
+Widths = Literal["both", Width]
 ResumeAt = Literal["step", "next_epoch"]
