@@ -14,13 +14,15 @@ from sacl_fast._version import __version__
 
 if TYPE_CHECKING:
     from sacl_fast.config import Config
+    from sacl_fast.deploy.export import export
     from sacl_fast.engine.trainer import RunResult, train
 
-__all__ = ["Config", "RunResult", "__version__", "train"]
+__all__ = ["Config", "RunResult", "__version__", "export", "train"]
 
 _LAZY = {
     "Config": "sacl_fast.config",
     "RunResult": "sacl_fast.engine.trainer",
+    "export": "sacl_fast.deploy.export",
     "train": "sacl_fast.engine.trainer",
 }
 

@@ -1,4 +1,4 @@
-"""The command line: ``sacl-fast train | views | index | doctor``.
+"""The command line: ``sacl-fast train | export | views | index | doctor``.
 
 The options of ``train`` and ``views`` are the fields of ``sacl_fast.config.Config``. They are
 layered: preset, then the file given with ``--config``, then the options themselves. Torch is
@@ -18,10 +18,10 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from sacl_fast._version import __version__
-from sacl_fast.checks import check
+from sacl_fast.checks import Settings, check
 from sacl_fast.config import Config
 from sacl_fast.config.file import layered, read_config_file
 from sacl_fast.errors import (
@@ -39,10 +39,13 @@ from sacl_fast.presets import PRESETS, get_preset
 if TYPE_CHECKING:
     from sacl_fast.engine.trainer import RunResult
 
+_S = TypeVar("_S", bound=Settings)
+
 _USAGE = """\
 usage: sacl-fast COMMAND ...
 
   train [PRESET] [--config FILE] [--dry-run] [options]   pre-train an encoder without labels
+  export RUN OUT [options]                               an encoder as ONNX and other files
   views [PRESET] [--config FILE] [options]               draw both views of some images
   index SHARDS                                           index .tar shards (data.source webdataset)
   doctor                                                 what is installed, what runs, and why
@@ -73,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int | None]] = {
         "train": _train,
+        "export": _export,
         "views": _views,
         "index": _index,
         "doctor": _doctor,
@@ -170,6 +174,12 @@ def _print_result(result: RunResult) -> None:
         print(f"slim:     {slim}")
 
 
+def _export(args: list[str]) -> None:
+    from sacl_fast.deploy import command
+
+    command.run(args, lambda config, options: _parse("export", config, options, command.HELP))
+
+
 def _views(args: list[str]) -> None:
     config = parse_config("views", args, extra="Writes views.png (or --out FILE.png).")
     from sacl_fast.data.images.open import open_sources
@@ -248,7 +258,7 @@ def _check_warmup(config: Config, args: list[str]) -> None:
         )
 
 
-def _parse(command: str, default: Config, args: list[str], *, description: str = "") -> Config:
+def _parse(command: str, default: _S, args: list[str], description: str = "") -> _S:
     """``default`` with the options of ``args``."""
     import tyro
 
@@ -260,7 +270,9 @@ def _parse(command: str, default: Config, args: list[str], *, description: str =
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(Config, prog=prog, default=default, args=args, description=description)
+            return tyro.cli(
+                type(default), prog=prog, default=default, args=args, description=description
+            )
     except SystemExit as stopped:
         if stopped.code in (0, None):
             raise

@@ -36,3 +36,5 @@ Switch = Literal["auto", "on", "off"]
 OptimizerName = Literal["lars", "adamw"]
 Widths = Literal["both", "dense", "slim"]
 ResumeAt = Literal["step", "next_epoch"]
+
+ExportFormat = Literal["timm", "onnx", "torch-export"]
