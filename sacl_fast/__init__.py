@@ -16,13 +16,15 @@ if TYPE_CHECKING:
     from sacl_fast.config import Config
     from sacl_fast.deploy.export import export
     from sacl_fast.engine.trainer import RunResult, train
+    from sacl_fast.evaluation.load import load_encoder
 
-__all__ = ["Config", "RunResult", "__version__", "export", "train"]
+__all__ = ["Config", "RunResult", "__version__", "export", "load_encoder", "train"]
 
 _LAZY = {
     "Config": "sacl_fast.config",
     "RunResult": "sacl_fast.engine.trainer",
     "export": "sacl_fast.deploy.export",
+    "load_encoder": "sacl_fast.evaluation.load",
     "train": "sacl_fast.engine.trainer",
 }
 

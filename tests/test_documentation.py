@@ -91,7 +91,7 @@ def test_python_blocks_run(page: Path, a_run_of_imagenet: None, capsys):
         exec(compile("\n" * line + block, str(page), "exec"), names)
 
 
-def test_examples_in_docstrings_run(newcomer: None):
+def test_examples_in_docstrings_run(a_run_of_imagenet: None):
     torch.manual_seed(0)
     tried = []
     for file in sorted((ROOT / "sacl_fast").rglob("*.py")):

@@ -136,22 +136,24 @@ def _loading(trained: Trained, result: ExportResult) -> Iterator[str]:
         if key in seen:
             continue
         seen.add(key)
-        images = f"import torch\n\nimages = torch.rand(1, 3, {size}, {size})  # yours"
-        yield f"`{row.name}`:\n\n```python\n{images}\n\n{code}\n```"
+        imports, _, rest = code.rpartition("\n\n")
+        images = f"images = torch.rand(1, 3, {size}, {size})  # yours"
+        lines = "\n".join(filter(None, ("import torch", imports, "", images, rest)))
+        yield f"`{row.name}`:\n\n```python\n{lines}\n```"
 
 
 def _timm_code(trained: Trained, row: Exported) -> str:
     if row.width not in ("dense", "1"):
         return (
-            "from sacl_fast.slim.export import load_compact\n\n"
-            f'encoder = load_compact("{row.name}")  # a smaller network: the kept filters alone\n'
+            "import sacl_fast\n\n# a smaller network, of the kept filters alone\n"
+            f'encoder = sacl_fast.load_encoder("{row.name}", width="slim")\n'
             "features = encoder(images)"
         )
     config = trained.config.encoder
     if not is_plain_timm(trained):
         return (
-            "from sacl_fast.encoders import load_encoder\n\n"
-            f'encoder = load_encoder("{row.name}")\nfeatures = encoder(images)'
+            "import sacl_fast\n\n"
+            f'encoder = sacl_fast.load_encoder("{row.name}")\nfeatures = encoder(images)'
         )
     made_for = timm.get_pretrained_cfg(config.name)
     fixed = made_for is not None and made_for.fixed_input_size

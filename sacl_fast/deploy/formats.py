@@ -147,7 +147,9 @@ def _torch_export_content(network: Network, fold_norm: bool) -> bytes:
 
 
 def _load_torch_export(path: Path) -> Runner:
-    return torch.export.load(path).module()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it reads weights from memory that cannot be written
+        return torch.export.load(path).module()
 
 
 def graph_metadata(network: Network, fold_norm: bool) -> dict[str, str]:

@@ -6,8 +6,10 @@ largest value that calibration images give.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,10 +33,25 @@ def quantise(source: Path, images: Iterable[Tensor]) -> bytes:
             batch = next(self._batches, None)
             return None if batch is None else {"images": batch.contiguous().numpy()}
 
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+    with tempfile.TemporaryDirectory() as folder, _without_remarks(), torch.no_grad():
         inferred, quantised = Path(folder) / "inferred.onnx", Path(folder) / "int8.onnx"
         quant_pre_process(source, inferred)
         quantize_static(
             inferred, quantised, Reader(), quant_format=QuantFormat.QDQ, per_channel=True
         )
         return quantised.read_bytes()
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Without the lines that onnxruntime logs by the root logger, one for each bias."""
+    root = logging.getLogger()
+
+    def others(record: logging.LogRecord) -> bool:
+        return record.name != root.name
+
+    root.addFilter(others)
+    try:
+        yield
+    finally:
+        root.removeFilter(others)

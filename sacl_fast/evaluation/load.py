@@ -1,0 +1,75 @@
+"""The trained encoder ready for use: ``sacl_fast.load_encoder``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from sacl_fast.checks import check
+from sacl_fast.data.images.open import open_sources
+from sacl_fast.engine.evaluator import Evaluator
+from sacl_fast.engine.run_folder import ENCODERS
+from sacl_fast.engine.signals import StopRequest
+from sacl_fast.errors import UserError
+from sacl_fast.evaluation.evaluate import first_images
+from sacl_fast.evaluation.trained import Trained, Width, open_trained
+from sacl_fast.slim.export import compact, load_compact
+
+
+def load_encoder(path: str | os.PathLike[str], width: Width = "dense") -> nn.Module:
+    """The trained encoder as an ordinary module: (N, 3, S, S) -> (N, F), in eval mode, on the CPU,
+    with batch-norm statistics of its own.
+
+    >>> import sacl_fast, torch
+    >>> encoder = sacl_fast.load_encoder("runs/imagenet1k/...")
+    >>> encoder(torch.rand(2, 3, 224, 224)).shape
+    torch.Size([2, 1280])
+    >>> slim = sacl_fast.load_encoder("runs/imagenet1k/...", width="slim")
+
+    Images are to be normalised by the run's ``views.mean`` and ``views.std``. A checkpoint in the
+    midst of a run does not have the statistics; they are estimated from the images that it was
+    trained on.
+
+    Args:
+        path: a run folder, a checkpoint, or the file of an encoder.
+        width: ``dense``: timm's model (or ``resnet20``). ``slim``: the slim encoder as a smaller
+            network, see ``slim.export.compact``.
+
+    Raises:
+        UserError: as ``open_trained``; the width is not there; or images are needed and cannot be
+            opened.
+    """
+    check(width, Width, "width")
+    trained = open_trained(path)
+    trained.check_width(width)
+    if trained.slicer is None and width == "slim":
+        alone = trained.widths == ("slim",)
+        return load_compact(trained.path if alone else trained.path.with_name(ENCODERS["slim"]))
+    state = trained.state(width, lambda: training_batches(trained, torch.device("cpu")))
+    if width == "slim":
+        assert trained.slicer is not None
+        return compact(trained.encoder, trained.slicer.masks, trained.slicer.norms)
+    trained.encoder.load_state_dict(state)
+    return trained.encoder
+
+
+def training_batches(trained: Trained, device: torch.device) -> Iterator[Tensor]:
+    """The images (B, 3, S, S), normalised, from which the run estimated batch-norm statistics when
+    it evaluated: ``eval.recalibrate_batches`` batches of the training images.
+
+    Raises:
+        UserError: the images cannot be opened.
+    """
+    config = trained.config
+    try:
+        splits = open_sources(config.data, config.seed, download=False)
+    except UserError as error:
+        raise UserError(
+            f"{trained.path} is of the midst of a run, so that batch-norm statistics are to be "
+            f"estimated from the images that it was trained on, but {error}"
+        ) from error
+    bank = Evaluator(splits, config, device, None, StopRequest()).bank
+    return first_images(bank, config.eval.recalibrate_batches, device)
