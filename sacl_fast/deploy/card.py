@@ -127,40 +127,31 @@ def _input(trained: Trained, fold_norm: bool) -> str:
 
 
 def _loading(trained: Trained, result: ExportResult) -> Iterator[str]:
-    size, seen = trained.size, set()
+    """How a file is loaded, once for the files that are loaded alike."""
+    seen: set[str] = set()
     for row in result.rows:
         if row.parity is None:
             continue
-        code = _CODE[row.format.split()[0]](trained, row)
-        key = code.replace(row.name, "")
-        if key in seen:
-            continue
-        seen.add(key)
-        imports, _, rest = code.rpartition("\n\n")
-        images = f"images = torch.rand(1, 3, {size}, {size})  # yours"
-        lines = "\n".join(filter(None, ("import torch", imports, "", images, rest)))
-        yield f"`{row.name}`:\n\n```python\n{lines}\n```"
+        imports, code = _CODE[row.format.split()[0]](trained, row)
+        if (alike := code.replace(row.name, "")) not in seen:
+            seen.add(alike)
+            images = f"images = torch.rand(1, 3, {trained.size}, {trained.size})  # yours"
+            lines = "\n".join(("import torch", *imports, "", images, *code.splitlines()))
+            yield f"`{row.name}`:\n\n```python\n{lines}\n```"
 
 
-def _timm_code(trained: Trained, row: Exported) -> str:
-    if row.width not in ("dense", "1"):
-        return (
-            "import sacl_fast\n\n# a smaller network, of the kept filters alone\n"
-            f'encoder = sacl_fast.load_encoder("{row.name}", width="slim")\n'
-            "features = encoder(images)"
-        )
-    config = trained.config.encoder
-    if not is_plain_timm(trained):
-        return (
-            "import sacl_fast\n\n"
-            f'encoder = sacl_fast.load_encoder("{row.name}")\nfeatures = encoder(images)'
-        )
-    made_for = timm.get_pretrained_cfg(config.name)
+def _timm_code(trained: Trained, row: Exported) -> tuple[list[str], str]:
+    """Imports, and the lines after them."""
+    width = "" if row.width in ("dense", "1") else ', width="slim"'
+    if width or not is_plain_timm(trained):
+        load = f'encoder = sacl_fast.load_encoder("{row.name}"{width})'
+        return ["import sacl_fast"], f"{load}\nfeatures = encoder(images)"
+    name = trained.config.encoder.name
+    made_for = timm.get_pretrained_cfg(name)
     fixed = made_for is not None and made_for.fixed_input_size
     size = f", img_size={trained.size}" if fixed else ""
-    return (
-        "import timm\nfrom safetensors.torch import load_file\n\n"
-        f'encoder = timm.create_model("{config.name}", num_classes=0{size}).eval()\n'
+    return ["import timm", "from safetensors.torch import load_file"], (
+        f'encoder = timm.create_model("{name}", num_classes=0{size}).eval()\n'
         f'encoder.load_state_dict(load_file("{row.name}"))\nfeatures = encoder(images)'
     )
 
@@ -171,16 +162,16 @@ def is_plain_timm(trained: Trained) -> bool:
     return (encoder.width, encoder.stem) == (1.0, "imagenet") and encoder.name != "resnet20"
 
 
-def _onnx_code(trained: Trained, row: Exported) -> str:
-    return (
-        "import onnxruntime\n\n"
+def _onnx_code(trained: Trained, row: Exported) -> tuple[list[str], str]:
+    return ["import onnxruntime"], (
         f'session = onnxruntime.InferenceSession("{row.name}")\n'
         '(features,) = session.run(["features"], {"images": images.numpy()})'
     )
 
 
-def _torch_export_code(trained: Trained, row: Exported) -> str:
-    return f'encoder = torch.export.load("{row.name}").module()\nfeatures = encoder(images)'
+def _torch_export_code(trained: Trained, row: Exported) -> tuple[list[str], str]:
+    load = f'encoder = torch.export.load("{row.name}").module()'
+    return [], f"{load}\nfeatures = encoder(images)"
 
 
 _CODE = {"timm": _timm_code, "onnx": _onnx_code, "torch-export": _torch_export_code}

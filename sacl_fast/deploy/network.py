@@ -131,6 +131,9 @@ def _at_ratio(trained: Trained, ratio: float, batches: Batches | None) -> dict[s
     if slicer is None:
         slicer = fresh_slicer(copy.deepcopy(trained.encoder), trained.config)
     slicer.ratio, slicer.enabled = ratio, True
+    if not slicer.skips:
+        name = trained.config.encoder.name
+        raise UserError(f"encoder {name} has no convolution to slim; width dense works")
     slicer.refresh()
     slicer.recalibrate(batches())
     return slicer.slim_state()
