@@ -13,16 +13,26 @@ from typing import TYPE_CHECKING, Any
 from sacl_fast._version import __version__
 
 if TYPE_CHECKING:
+    from sacl_fast import evaluate
     from sacl_fast.config import Config
     from sacl_fast.deploy.export import export
     from sacl_fast.engine.trainer import RunResult, train
     from sacl_fast.evaluation.load import load_encoder
 
-__all__ = ["Config", "RunResult", "__version__", "export", "load_encoder", "train"]
+__all__ = [
+    "Config",
+    "RunResult",
+    "__version__",
+    "evaluate",
+    "export",
+    "load_encoder",
+    "train",
+]
 
 _LAZY = {
     "Config": "sacl_fast.config",
     "RunResult": "sacl_fast.engine.trainer",
+    "evaluate": "sacl_fast.evaluate",
     "export": "sacl_fast.deploy.export",
     "load_encoder": "sacl_fast.evaluation.load",
     "train": "sacl_fast.engine.trainer",
@@ -35,4 +45,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'sacl_fast' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_LAZY[name]), name)
+    module = import_module(_LAZY[name])
+    return module if name == "evaluate" else getattr(module, name)

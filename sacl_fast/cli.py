@@ -1,4 +1,4 @@
-"""The command line: ``sacl-fast train | export | views | index | doctor``.
+"""The command line: ``sacl-fast train | eval | export | views | index | doctor``.
 
 The options of ``train`` and ``views`` are the fields of ``sacl_fast.config.Config``. They are
 layered: preset, then the file given with ``--config``, then the options themselves. Torch is
@@ -45,7 +45,8 @@ _USAGE = """\
 usage: sacl-fast COMMAND ...
 
   train [PRESET] [--config FILE] [--dry-run] [options]   pre-train an encoder without labels
-  export RUN OUT [options]                               an encoder as ONNX and other files
+  eval knn|linear|few-shot TRAINED [options]             how good an encoder is, and what it gained
+  export TRAINED OUT [options]                           an encoder as ONNX and other files
   views [PRESET] [--config FILE] [options]               draw both views of some images
   index SHARDS                                           index .tar shards (data.source webdataset)
   doctor                                                 what is installed, what runs, and why
@@ -76,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int | None]] = {
         "train": _train,
+        "eval": _eval,
         "export": _export,
         "views": _views,
         "index": _index,
@@ -174,10 +176,16 @@ def _print_result(result: RunResult) -> None:
         print(f"slim:     {slim}")
 
 
-def _export(args: list[str]) -> None:
-    from sacl_fast.deploy import command
+def _eval(args: list[str]) -> None:
+    from sacl_fast.evaluation.command import run_eval
 
-    command.run(args, lambda config, options: _parse("export", config, options, command.HELP))
+    run_eval(args, _parse)
+
+
+def _export(args: list[str]) -> None:
+    from sacl_fast.deploy.command import run_export
+
+    run_export(args, _parse)
 
 
 def _views(args: list[str]) -> None:
@@ -258,7 +266,7 @@ def _check_warmup(config: Config, args: list[str]) -> None:
         )
 
 
-def _parse(command: str, default: _S, args: list[str], description: str = "") -> _S:
+def _parse(command: str, default: _S, args: list[str], *, description: str = "") -> _S:
     """``default`` with the options of ``args``."""
     import tyro
 

@@ -40,6 +40,7 @@ OURS: dict[str, tuple[str, ...]] = {
     "data.loading": ("data.images", "data.views", "precision"),
     "engine": RUN,
     "evaluation": RUN,
+    "evaluate": RUN,
     "deploy": RUN,
     "cli": ("presets",),
     "__init__": ("presets",),
@@ -55,7 +56,7 @@ OURS_LAZILY: dict[str, tuple[str, ...]] = {
     "ops": ("sacl_kernels", "_C"),
     "data.views": ("ops",),
     "cli": (*RUN, "deploy", "sacl_kernels", "_C"),
-    "__init__": (*RUN, "deploy"),
+    "__init__": (*RUN, "evaluate", "deploy"),
 }
 
 # The only packages of others; a part that is not named here may import any.

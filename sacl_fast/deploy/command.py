@@ -1,4 +1,4 @@
-"""``sacl-fast export RUN OUT``. Torch is imported once the options are understood."""
+"""``sacl-fast export TRAINED OUT [options]``. Torch is imported once the options are understood."""
 
 from __future__ import annotations
 
@@ -13,36 +13,41 @@ from sacl_fast.errors import UserError
 if TYPE_CHECKING:
     from sacl_fast.deploy.result import ExportResult
 
-HELP = (
-    "sacl-fast export RUN OUT [options]: RUN is a run folder, a checkpoint or an encoder's file, "
-    "OUT a new folder. Files are run and compared with the encoder; one that differs is not kept."
+_HELP = (
+    "sacl-fast export TRAINED OUT [options]. TRAINED: a run folder, a checkpoint or an encoder's "
+    "file; OUT: a new folder. Files are run and compared with the encoder; one that differs is not "
+    "kept. The defaults of data below are for an encoder's file; a run brings its own."
 )
 
 
-def run(args: list[str], parse: Callable[[ExportConfig, list[str]], ExportConfig]) -> None:
+def run_export(args: list[str], parse: Callable[..., ExportConfig]) -> None:
     """Export as the command line says, and print the table.
 
     Args:
-        parse: gives the settings with the options of a list of arguments.
+        parse: ``parse(command, default, args, description=...)``: ``default`` with the options.
     """
-    asks_for_help = any(arg in ("-h", "--help") for arg in args)
-    if not asks_for_help and (len(args) < 2 or any(arg.startswith("-") for arg in args[:2])):
+    paths = [arg for arg in args[:2] if not arg.startswith("-")]
+    if not args or args[0].startswith("-"):
+        paths = []
+    options = args[len(paths) :] or ["--help"] * (not args)
+    parse("export", ExportConfig(), options, description=_HELP)  # before anything takes time
+    if len(paths) < 2:
         raise UserError(
-            "export takes a run folder, checkpoint or encoder, then a new folder: sacl-fast export "
-            "runs/demo/DATE-TIME exported --width dense,slim --format onnx"
+            "export needs first what to export (a run folder, a checkpoint or an encoder's file), "
+            "then a new folder"
         )
-    options = [arg for arg in args if arg.startswith("-")] if asks_for_help else args[2:]
-    parse(ExportConfig(), options)  # what is mistyped is said at once
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("sacl_fast").setLevel(logging.INFO)
+
     from sacl_fast.deploy.export import export
     from sacl_fast.evaluation.trained import open_trained
 
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("sacl_fast").setLevel(logging.INFO)
-    trained = open_trained(args[0])
-    config = parse(replace(ExportConfig(), data=trained.config.data), options)
+    trained = open_trained(paths[0])
+    default = replace(ExportConfig(), data=trained.config.data)
+    config = parse("export", default, options, description=_HELP)
     result = export(
         trained,
-        args[1],
+        paths[1],
         *(_listed(text) for text in (config.width, config.format)),
         fold_norm=config.fold_norm,
         int8=config.int8,

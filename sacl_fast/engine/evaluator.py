@@ -16,6 +16,7 @@ from sacl_fast.encoders.recalibrate import recalibrated
 from sacl_fast.engine.method import SaclXd
 from sacl_fast.engine.signals import StopRequest
 from sacl_fast.evaluation.evaluate import evaluate_knn, first_images
+from sacl_fast.evaluation.images import choose_images
 
 
 class _UntilStopped:
@@ -53,15 +54,11 @@ class Evaluator:
         self.classes = splits.train.classes
         self.possible = len(self.classes) > 1
         """Whether there are labels to evaluate with."""
-        order = np.random.default_rng([config.seed, 0]).permutation(len(splits.train))
-        if splits.val is not None:
-            queries = np.random.default_rng([config.seed, 1]).permutation(len(splits.val))
-            self.queries = self._loader(splits.val, queries[: config.eval.queries])
-        else:
-            held_out = max(1, len(order) // 10)
-            queries, order = order[:held_out], order[held_out:]
-            self.queries = self._loader(splits.train, queries[: config.eval.queries])
-        self.bank = self._loader(splits.train, order[: config.eval.bank])
+        images = choose_images(
+            splits, config.seed, train=config.eval.bank, test=config.eval.queries
+        )
+        self.bank = self._loader(images.train, images.train_index)
+        self.queries = self._loader(images.test, images.test_index)
 
     def _loader(self, source: Source, indices: np.ndarray) -> _UntilStopped:
         loader = EvalLoader(source, indices, self.config, self.device, check=self.stop.check)

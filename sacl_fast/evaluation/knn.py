@@ -44,6 +44,42 @@ def knn_accuracy(
         UserError: shapes that do not fit, an empty input, labels out of range, features that are
             not finite.
     """
+    top = _knn_top(bank, bank_labels, queries, query_labels, k, temperature, num_classes, 1, chunk)
+    return 100.0 * (top[:, 0] == query_labels).sum().item() / len(queries)
+
+
+@torch.no_grad()
+@checked
+def knn_predictions(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    *,
+    k: Count,
+    temperature: Positive,
+    num_classes: Count,
+    count: Count = 5,
+    chunk: Count = 256,
+) -> Tensor:
+    """The ``count`` classes (Q, count) with most votes for each query, most first; at most
+    ``num_classes`` of them. Arguments and errors as of ``knn_accuracy``."""
+    return _knn_top(
+        bank, bank_labels, queries, query_labels, k, temperature, num_classes, count, chunk
+    )
+
+
+def _knn_top(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    k: int,
+    temperature: float,
+    num_classes: int,
+    count: int,
+    chunk: int,
+) -> Tensor:
     _check_set("bank", bank, bank_labels, num_classes)
     _check_set("queries", queries, query_labels, num_classes)
     if bank.shape[1] != queries.shape[1]:
@@ -53,15 +89,18 @@ def knn_accuracy(
         )
     k = min(k, len(bank))
     bank = F.normalize(bank.float(), dim=1)
-    correct = torch.zeros((), dtype=torch.int64, device=bank.device)
-    for some, labels in zip(queries.split(chunk), query_labels.split(chunk), strict=True):
+    top: list[Tensor] = []
+    for some in queries.split(chunk):
         similarity = F.normalize(some.float(), dim=1) @ bank.T  # (chunk, N)
         nearest, index = _nearest(similarity, k)  # (chunk, k) each
         # Weights relative to the nearest neighbour's: the same winner, and no overflow.
         weights = ((nearest - nearest[:, :1]) / temperature).exp()
         votes = _votes(weights, bank_labels[index], num_classes)
-        correct += (votes.argmax(dim=1) == labels).sum()
-    return 100.0 * correct.item() / len(queries)
+        if count == 1:
+            top.append(votes.argmax(dim=1, keepdim=True))
+        else:
+            top.append(votes.sort(dim=1, descending=True, stable=True).indices[:, :count])
+    return torch.cat(top)
 
 
 def _nearest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:

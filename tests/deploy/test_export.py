@@ -70,8 +70,9 @@ def test_weights_and_graphs_give_the_features_of_the_run(run: Path, tmp_path: Pa
             torch.testing.assert_close(graph(images), features, rtol=1e-4, atol=1e-5)
     dense = build_encoder("resnet20", width=0.5)
     dense.load_state_dict(load_file(out / "encoder_dense.safetensors"))
-    own = (run / "encoder.safetensors").read_bytes()
-    assert (out / "encoder_dense.safetensors").read_bytes() == own
+    own, exported = run / "encoder.safetensors", out / "encoder_dense.safetensors"
+    assert read_encoder_metadata(own) == read_encoder_metadata(exported)
+    assert all(torch.equal(load_file(own)[k], v) for k, v in load_file(exported).items())
 
     rows = {row.name: row for row in result.rows}
     sizes = [rows[f"encoder_{width}.pt2"].parameters for width in ("dense", "slim", "0.25")]
@@ -251,7 +252,8 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["export", "--help"]) == 0
     assert "--fold-norm" in capsys.readouterr().out
     for wrong, sentence in (
-        (["export", str(run)], "export takes a run folder, checkpoint or encoder"),
+        (["export", str(run)], "export needs first what to export"),
+        (["export", "--width", "slim"], "export needs first what to export"),
         (["export", str(run), out + "2", "--widht", "slim"], "--width"),
         (["export", str(run), out + "2", "--width", "slimm"], "width is 'slimm'"),
     ):

@@ -34,11 +34,9 @@ def network(name: str, width: float, slim: bool) -> Network:
     ("name", "width", "slim", "form"),
     [
         ("mobilenetv3_small_050", 0.5, True, "onnx"),
-        ("mobilenetv3_small_050", 0.5, False, "torch-export"),
         ("efficientnet_b0", 0.25, True, "onnx"),  # squeeze-excite
-        ("resnet18", 0.125, True, "onnx"),
+        ("resnet18", 0.125, True, "torch-export"),
         ("vit_tiny_patch16_224", 1.0, False, "onnx"),
-        ("vit_tiny_patch16_224", 1.0, False, "torch-export"),
     ],
 )
 @torch.no_grad()

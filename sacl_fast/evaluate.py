@@ -1,0 +1,106 @@
+"""Evaluation from Python, as ``sacl-fast eval`` does it.
+
+>>> import sacl_fast
+>>> from sacl_fast.config import DataConfig
+>>> result = sacl_fast.evaluate.knn(
+...     "runs/imagenet1k/.../encoder.safetensors", data=DataConfig(root="~/photos")
+... )
+>>> [scores.name for scores in result.scores]
+['dense', 'dense, untrained']
+
+Each function takes what ``sacl_fast.load_encoder`` takes, a run's own images and settings being the
+defaults; or a module (N, 3, S, S) -> (N, F) with ``data`` and ``views``, which say on which images
+of which size and normalisation it is evaluated. Keyword arguments are the options of the command:
+fields of ``sacl_fast.config.evaluation``. Nothing is written but where ``out`` names a folder.
+
+What the images, their labels or the settings do not allow is a ``UserError``.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from torch import nn
+
+from sacl_fast.checks import rules
+from sacl_fast.config import DataConfig, EvalConfig, ViewsConfig
+from sacl_fast.config.evaluation import (
+    Evaluation,
+    FewShotEvaluation,
+    KnnEvaluation,
+    LinearEvaluation,
+)
+from sacl_fast.errors import UserError, nearest
+from sacl_fast.evaluation.command import defaults
+from sacl_fast.evaluation.run import evaluate_module, evaluate_trained
+from sacl_fast.evaluation.scores import Figure, Result, Scores
+from sacl_fast.evaluation.trained import open_trained
+
+__all__ = ["Figure", "Result", "Scores", "few_shot", "knn", "linear"]
+
+_Encoder = nn.Module | str | os.PathLike[str]
+_S = TypeVar("_S", bound=Evaluation)
+
+
+def knn(
+    encoder: _Encoder,
+    *,
+    data: DataConfig | None = None,
+    eval: EvalConfig | None = None,
+    views: ViewsConfig | None = None,
+    **settings: Any,
+) -> Result:
+    """Weighted kNN; ``eval`` has k, temperature and how many images."""
+    return _evaluate(KnnEvaluation, encoder, data, eval, views, settings)
+
+
+def linear(
+    encoder: _Encoder,
+    *,
+    data: DataConfig | None = None,
+    eval: EvalConfig | None = None,
+    views: ViewsConfig | None = None,
+    **settings: Any,
+) -> Result:
+    """A linear classifier on the frozen features of all training images (``weight_decays``)."""
+    return _evaluate(LinearEvaluation, encoder, data, eval, views, settings)
+
+
+def few_shot(
+    encoder: _Encoder,
+    *,
+    data: DataConfig | None = None,
+    eval: EvalConfig | None = None,
+    views: ViewsConfig | None = None,
+    **settings: Any,
+) -> Result:
+    """Classifiers of few images (``per_class``, ``percent``, ``draws``)."""
+    return _evaluate(FewShotEvaluation, encoder, data, eval, views, settings)
+
+
+def _evaluate(
+    kind: type[_S],
+    encoder: _Encoder,
+    data: DataConfig | None,
+    eval: EvalConfig | None,
+    views: ViewsConfig | None,
+    settings: dict[str, Any],
+) -> Result:
+    if unknown := settings.keys() - rules(kind).keys():
+        name = min(unknown)
+        raise UserError(f"unknown setting {name}; {nearest(name, rules(kind))}")
+    given = {"data": data, "eval": eval}
+    changes = {**{k: v for k, v in given.items() if v is not None}, **settings}
+    if isinstance(encoder, nn.Module):
+        if data is None or views is None:
+            raise UserError(
+                "a module does not say on which images to evaluate it; data=DataConfig(...) and "
+                "views=ViewsConfig(size=...) do"
+            )
+        return evaluate_module(encoder, views, replace(kind(), **changes))
+    if views is not None:
+        raise UserError("views are those of the run or the file; without views works")
+    trained = open_trained(encoder)
+    return evaluate_trained(trained, replace(defaults(kind, trained), **changes), quiet=True)

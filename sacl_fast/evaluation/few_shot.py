@@ -1,0 +1,104 @@
+"""Few-shot evaluation: classifiers of few labelled images, drawn several times.
+
+Of 1, 5, 10 images a class: the nearest class mean, of features that are centred by the mean of all
+training images (which needs no labels) and scaled to length 1 (Wang et al., "SimpleShot:
+Revisiting Nearest-Neighbor Classification for Few-Shot Learning", 2019). Of 1 % or 10 % of the
+images: the linear classifier of ``linear``.
+
+Every encoder sees the same draws, so that differences between encoders are differences on the same
+images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sacl_fast.evaluation.linear import choose_decay, fit_with_decay
+
+
+def draw_per_class(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Positions of ``count`` images of each class, or of all that there are of it."""
+    return _draw(labels, lambda _: count, rng)
+
+
+def draw_percent(labels: np.ndarray, percent: float, rng: np.random.Generator) -> np.ndarray:
+    """Positions of so many percent of each class's images, at least one."""
+    return _draw(labels, lambda there: max(1, round(percent / 100 * there)), rng)
+
+
+def _draw(labels: np.ndarray, count: Callable[[int], int], rng: np.random.Generator) -> np.ndarray:
+    drawn = []
+    for label in np.unique(labels):
+        there = np.flatnonzero(labels == label)
+        drawn.append(rng.permutation(there)[: count(len(there))])
+    return np.concatenate(drawn)
+
+
+def few_shot_accuracies(
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    num_classes: int,
+    *,
+    per_class: Sequence[int],
+    percent: Sequence[float],
+    draws: int,
+    decays: Sequence[float],
+    seed: int,
+    tell: Callable[[], None] = lambda: None,
+) -> dict[str, np.ndarray]:
+    """Top-1 in percent for each draw, (draws,), by name: ``10 per class``, ``1 %``.
+
+    Args:
+        train, test: features (N, F) and labels (N,).
+        tell: called after each draw.
+    """
+    features, labels = train
+    host = labels.cpu().numpy()
+    centre = features.mean(dim=0)
+    found: dict[str, np.ndarray] = {}
+
+    def positions(draw: Callable[..., np.ndarray], amount: float, nth: int) -> Tensor:
+        rng = np.random.default_rng([seed, nth, round(1000 * amount)])
+        return torch.from_numpy(draw(host, amount, rng)).to(features.device)
+
+    for count in per_class:
+        scores = np.empty(draws)
+        for nth in range(draws):
+            some = positions(draw_per_class, count, nth)
+            scores[nth] = _by_class_means(features[some], labels[some], test, centre, num_classes)
+            tell()
+        found[f"{count} per class"] = scores
+    for share in percent:
+        scores, decay = np.empty(draws), None
+        for nth in range(draws):
+            some = positions(draw_percent, share, nth)
+            x, y = features[some], labels[some]
+            if decay is None:
+                decay = choose_decay(x, y, num_classes, decays, seed=seed)
+            top = fit_with_decay(x, y, num_classes, decay).top(test[0], 1)
+            scores[nth] = _percent_right(top[:, 0], test[1])
+            tell()
+        found[f"{share:g} %"] = scores
+    return found
+
+
+def _by_class_means(
+    features: Tensor, labels: Tensor, test: tuple[Tensor, Tensor], centre: Tensor, classes: int
+) -> float:
+    x, queries = (F.normalize(f - centre, dim=1) for f in (features, test[0]))
+    sums = torch.zeros(classes, x.shape[1], device=x.device).index_add_(0, labels, x)
+    counts = torch.bincount(labels, minlength=classes)
+    means = sums / counts.clamp(min=1)[:, None]
+    # |q - m|^2 without |q|^2; a class of which there is no image is never the nearest.
+    distance = means.square().sum(dim=1) - 2 * queries @ means.T
+    distance[:, counts == 0] = torch.inf
+    return _percent_right(distance.argmin(dim=1), test[1])
+
+
+def _percent_right(predicted: Tensor, labels: Tensor) -> float:
+    return 100.0 * (predicted == labels).sum().item() / len(labels)

@@ -1,0 +1,206 @@
+"""A result as text, Markdown, JSON and a picture."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure as Picture
+
+from sacl_fast import _version
+from sacl_fast.errors import UserError, reason_of
+from sacl_fast.evaluation.scores import Figure, Result
+from sacl_fast.files import whole_file
+
+_NAMED = 40  # classes up to which the confusion matrix names them
+_NUMBERED = 15
+
+
+def result_files(result: Result, folder: Path) -> list[Path]:
+    """Where ``write_result`` writes."""
+    names = [f"{result.method}.md", f"{result.method}.json"]
+    if result.scores[0].confusion is not None:
+        names.append(f"{result.method}_confusion.png")
+    return [folder / name for name in names]
+
+
+def write_result(result: Result, folder: Path) -> None:
+    """Write it into a folder that exists, each file whole.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    content = [markdown(result).encode(), (json.dumps(as_dict(result), indent=1) + "\n").encode()]
+    if result.scores[0].confusion is not None:
+        content.append(_confusion_png(result))
+    for path, data in zip(result_files(result, folder), content, strict=True):
+        try:
+            with whole_file(path) as file:
+                file.write(data)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {path}: {reason_of(error)}; --out names another folder"
+            ) from error
+
+
+def table(result: Result) -> list[list[str]]:
+    """A heading and a row for each encoder."""
+    columns = list(result.scores[0].figures)
+    gains = any(scores.control for scores in result.scores)
+    notes = any(scores.note for scores in result.scores)
+    over = ["over untrained"] if gains else []
+    rows = [["accuracy in %", *columns, *over, *([""] if notes else [])]]
+    for scores in result.scores:
+        row = [scores.name, *(_shown(scores.figures[name]) for name in columns)]
+        if gains:
+            gain = result.gain(scores)
+            row.append("" if gain is None else f"{gain.mean:+.1f}{_margin(gain)}")
+        rows.append(row + ([scores.note] if notes else []))
+    return rows
+
+
+def plain(result: Result) -> str:
+    """The table and the verdict, for a terminal."""
+    rows = table(result)
+    figures = len(rows[0]) - any(scores.note for scores in result.scores)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if 0 < i < figures else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([*lines, "", result.verdict])
+
+
+def markdown(result: Result) -> str:
+    """The whole of it."""
+    rows = table(result)
+    lines = [f"# {result.method}: {result.path}", "", result.verdict, ""]
+    lines += _markdown_table(rows)
+    tested = f"{result.test_images:,} images" + (
+        " of the training images, held out for want of validation images"
+        if result.held_out
+        else ", those for validation"
+    )
+    lines += [
+        "",
+        f"{_how(result)} Classified: {tested}. ± is the 95 % interval. sacl-fast "
+        f"{_version.__version__}.",
+    ]
+    if result.scores[0].confusion is not None:
+        images = result.scores[0].confusion.sum(axis=1)
+        each = [scores.per_class for scores in result.scores]
+        rows = [["class", "images", *(f"{scores.name} %" for scores in result.scores)]]
+        for i, name in enumerate(result.classes):
+            shares = ["" if math.isnan(of[i]) else f"{of[i]:.1f}" for of in each]
+            rows.append([_escaped(name), f"{images[i]:,}", *shares])
+        lines += ["", "## By class", "", *_markdown_table(rows)]
+        lines += ["", f"![Confusion matrix]({result.method}_confusion.png)"]
+    return "\n".join(lines) + "\n"
+
+
+def as_dict(result: Result) -> dict[str, Any]:
+    """For JSON: figures in percent, gains in percentage points."""
+
+    def figure(value: Figure | None) -> dict[str, float | None] | None:
+        if value is None:
+            return None
+        margin = value.margin if math.isfinite(value.margin) else None
+        return {"mean": value.mean, "margin": margin}
+
+    encoders = []
+    for scores in result.scores:
+        of: dict[str, Any] = {
+            "name": scores.name,
+            "figures": {name: figure(value) for name, value in scores.figures.items()},
+            "over_untrained": figure(result.gain(scores)),
+            "note": scores.note,
+        }
+        if scores.confusion is not None:
+            per_class = [None if math.isnan(v) else v for v in scores.per_class.tolist()]
+            of |= {"per_class": per_class, "confusion": scores.confusion.tolist()}
+        encoders.append(of)
+    return {
+        "method": result.method,
+        "path": result.path,
+        "verdict": result.verdict,
+        "train_images": result.train_images,
+        "test_images": result.test_images,
+        "held_out": result.held_out,
+        "classes": list(result.classes),
+        "encoders": encoders,
+        "settings": result.settings,
+        "sacl_fast": _version.__version__,
+    }
+
+
+def _how(result: Result) -> str:
+    settings, images = result.settings, f"{result.train_images:,} training images"
+    if result.method == "knn":
+        k, temperature = settings["eval"]["k"], settings["eval"]["temperature"]
+        return f"Weighted kNN among {images}, k {k}, temperature {temperature:g}."
+    if result.method == "linear":
+        return (
+            f"Logistic regression by L-BFGS on the standardised features of {images} (not "
+            "augmented), weight decay chosen on a tenth of them."
+        )
+    return (
+        f"{settings['draws']} draws of {images}: nearest class mean of so many images per class, "
+        "logistic regression of so many percent."
+    )
+
+
+def _shown(figure: Figure) -> str:
+    return f"{figure.mean:.1f}{_margin(figure)}"
+
+
+def _margin(figure: Figure) -> str:
+    return f" ± {figure.margin:.1f}" if math.isfinite(figure.margin) else ""
+
+
+def _markdown_table(rows: list[list[str]]) -> list[str]:
+    head, *body = [f"| {' | '.join(row)} |" for row in rows]
+    return [head, "|---" + "|---:" * (len(rows[0]) - 1) + "|", *body]
+
+
+def _escaped(name: str) -> str:
+    return name.replace("|", "\\|").replace("\n", " ")
+
+
+def _confusion_png(result: Result) -> bytes:
+    """A panel for each trained encoder: rows are classes, columns what they were taken for."""
+    shown = [scores for scores in result.scores if scores.control] or [result.scores[0]]
+    classes, count = result.classes, len(result.classes)
+    side = min(14.0, 3.2 + 0.32 * count)
+    picture = Picture(figsize=(side * len(shown), side), dpi=110, layout="constrained")
+    canvas = FigureCanvasAgg(picture)
+    panels = np.atleast_1d(picture.subplots(1, len(shown)))
+    for axes, scores in zip(panels, shown, strict=True):
+        assert scores.confusion is not None
+        images = np.maximum(scores.confusion.sum(axis=1, keepdims=True), 1)
+        share = 100.0 * scores.confusion / images
+        axes.imshow(share, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
+        top1 = scores.figures["top-1"].mean
+        axes.set_title(f"{scores.name}: {top1:.1f} %", loc="left", fontsize=11)
+        axes.set_xlabel("taken for")
+        axes.set_ylabel("class")
+        if count <= _NAMED:
+            names = [name[:20].replace("$", r"\$") for name in classes]
+            axes.set_xticks(range(count), names, rotation=90, fontsize=8)
+            axes.set_yticks(range(count), names, fontsize=8)
+        if count <= _NUMBERED:
+            for i, j in np.ndindex(count, count):
+                if share[i, j] >= 0.5:
+                    color = "white" if share[i, j] > 60 else "black"
+                    axes.text(j, i, f"{share[i, j]:.0f}", ha="center", va="center", color=color,
+                              fontsize=7)  # fmt: skip
+    buffer = io.BytesIO()
+    canvas.print_png(buffer)
+    return buffer.getvalue()

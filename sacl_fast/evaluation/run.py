@@ -1,0 +1,282 @@
+"""An evaluation from settings to a result: images, features of each encoder, scores.
+
+All methods work on the features of whole images (no augmentation), which every encoder computes
+once. A trained encoder has the batch-norm statistics that its run estimated at the end, where those
+are known, else statistics estimated from the images at hand, as the untrained one has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sacl_fast.config import Config, ViewsConfig, to_dict
+from sacl_fast.config.evaluation import (
+    Evaluation,
+    FewShotEvaluation,
+    KnnEvaluation,
+    LinearEvaluation,
+)
+from sacl_fast.data.images.open import open_sources
+from sacl_fast.data.images.splits import few
+from sacl_fast.data.loading.evaluation import EvalLoader
+from sacl_fast.engine.distributed import pick_device
+from sacl_fast.engine.preflight import check_run
+from sacl_fast.errors import UserError, reason_of
+from sacl_fast.evaluation.evaluate import first_images
+from sacl_fast.evaluation.features import extract_features
+from sacl_fast.evaluation.few_shot import few_shot_accuracies
+from sacl_fast.evaluation.images import ChosenImages, choose_images
+from sacl_fast.evaluation.knn import knn_predictions
+from sacl_fast.evaluation.linear import fit_linear
+from sacl_fast.evaluation.networks import Batches, Network, networks_of
+from sacl_fast.evaluation.progress import EvaluationProgress
+from sacl_fast.evaluation.report import write_result
+from sacl_fast.evaluation.scores import Result, Scores, classified, mean_of
+from sacl_fast.evaluation.trained import Trained
+from sacl_fast.files import user_path
+from sacl_fast.precision import autocast_dtype
+
+_Features = tuple[Tensor, Tensor]  # (N, F), labels (N,)
+
+
+def evaluate_trained(trained: Trained, settings: Evaluation, *, quiet: bool = False) -> Result:
+    """Evaluate what ``open_trained`` found, and write the result.
+
+    Raises:
+        UserError: before any work, where the images, their labels, the settings or the folder of
+            the results do not allow it.
+    """
+    if not trained.has_data and settings.data.source == "folder" and settings.data.root is None:
+        raise UserError(
+            f"{trained.path} does not say on which images to evaluate it; --data.root names a "
+            "folder of them, --data.source cifar10 and the like a data set"
+        )
+    device = pick_device(settings.device)
+    folder = (trained.folder or trained.path.parent) / "eval"
+    if settings.out is not None:
+        folder = user_path(settings.out, "out")
+
+    def networks(batches: Batches) -> list[Network]:
+        return networks_of(trained, settings, device, batches)
+
+    return _evaluate(networks, trained.config, settings, device, folder, str(trained.path), quiet)
+
+
+def evaluate_module(
+    encoder: nn.Module, views: ViewsConfig, settings: Evaluation, *, quiet: bool = True
+) -> Result:
+    """Evaluate a module (N, 3, S, S) -> (N, F) as it is, in eval mode, on the device that it is on;
+    there is no control. The result is written where ``settings.out`` says."""
+    device = next(encoder.parameters()).device
+    folder = None if settings.out is None else user_path(settings.out, "out")
+    config = replace(Config(), views=views)
+    flags = [(module, module.training) for module in encoder.modules()]
+    encoder.eval()
+    try:
+        return _evaluate(
+            lambda _: [Network("dense", lambda: encoder, views)],
+            *(config, settings, device, folder, type(encoder).__name__, quiet),
+        )
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def _evaluate(
+    networks: Callable[[Batches], list[Network]],
+    run: Config,
+    settings: Evaluation,
+    device: torch.device,
+    folder: Path | None,
+    path: str,
+    quiet: bool,
+) -> Result:
+    config = replace(
+        run,
+        **dict(out=None, resume="never", seed=settings.seed, device=settings.device),
+        **dict(data=settings.data, eval=settings.eval, precision=settings.precision),
+    )
+    check_run(config)
+    amp_dtype = autocast_dtype(config.precision, device)
+    splits = open_sources(config.data, config.seed)
+    own = isinstance(settings, KnnEvaluation)
+    images = choose_images(
+        splits,
+        config.seed,
+        train=config.eval.bank if own else None,
+        test=config.eval.queries if own else None,
+    )
+    _check_images(images, settings)
+
+    def training_images() -> Iterator[Tensor]:
+        loader = EvalLoader(images.train, images.train_index, config, device)
+        return first_images(loader, config.eval.recalibrate_batches, device)
+
+    compared = networks(training_images)
+    with (
+        _written_to(folder),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        EvaluationProgress(quiet=quiet) as progress,
+    ):
+        scores: list[Scores] = []
+        counts = 0, 0
+        for network in compared:
+            config = replace(config, views=network.views)
+            train, test = _features(network, images, config, device, amp_dtype, progress)
+            counts = len(train[1]), len(test[1])
+            scores.append(_scores(network, train, test, images, settings, progress))
+        result = Result(
+            method=_METHODS[type(settings)],
+            main=_main(settings),
+            scores=tuple(scores),
+            classes=tuple(images.train.classes),
+            train_images=counts[0],
+            test_images=counts[1],
+            held_out=splits.val is None,
+            settings=to_dict(settings),
+            path=path,
+            folder=folder,
+        )
+        if folder is not None:
+            write_result(result, folder)
+    return result
+
+
+_METHODS: dict[type[Evaluation], str] = {
+    KnnEvaluation: "knn",
+    LinearEvaluation: "linear",
+    FewShotEvaluation: "few-shot",
+}
+
+
+def _main(settings: Evaluation) -> str:
+    few_shot = isinstance(settings, FewShotEvaluation)
+    return f"{settings.per_class[-1]} per class" if few_shot else "top-1"
+
+
+def _check_images(images: ChosenImages, settings: Evaluation) -> None:
+    classes, count = images.train.classes, len(images.train_index)
+    if len(classes) < 2:
+        found = f"one class only ({classes[0]})" if classes else "no labels"
+        raise UserError(
+            f"the images have {found}, so nothing can be told from their classes; a folder for "
+            "each class works (data.root, data.labels)"
+        )
+    there = np.bincount(images.train.labels[images.train_index], minlength=len(classes))
+    tested = np.unique(images.test.labels[images.test_index])
+    if lacking := [classes[label] for label in tested if not there[label]]:
+        raise UserError(
+            f"the training images have none of class {few(lacking)}, which images to be classified "
+            "are of; more training images work (data.limit, eval.bank)"
+        )
+    if isinstance(settings, KnnEvaluation) and settings.eval.k > count:
+        raise UserError(
+            f"eval.k is {settings.eval.k}, but there are only {count:,} training images to choose "
+            f"neighbours from; at most {count:,} works"
+        )
+    if isinstance(settings, FewShotEvaluation) and max(settings.per_class) > there[tested].min():
+        fewest = tested[there[tested].argmin()]
+        raise UserError(
+            f"per_class is {max(settings.per_class)}, but class {classes[fewest]} has only "
+            f"{there[fewest]} training images; at most {there[fewest]} works"
+        )
+
+
+def _features(
+    network: Network,
+    images: ChosenImages,
+    config: Config,
+    device: torch.device,
+    amp_dtype: torch.dtype | None,
+    progress: EvaluationProgress,
+) -> tuple[_Features, _Features]:
+    encoder = network.build()
+    of_split = []
+    for title, source, index in (
+        ("training", images.train, images.train_index),
+        ("validation", images.test, images.test_index),
+    ):
+        loader = EvalLoader(source, index, config, device)
+        title = f"{network.name}: features of {len(index):,} {title} images"
+        of_split.append(
+            extract_features(
+                encoder,
+                progress.over(loader, title, len(loader)),
+                device=device,
+                amp_dtype=amp_dtype,
+            )
+        )
+    return of_split[0], of_split[1]
+
+
+def _scores(
+    network: Network,
+    train: _Features,
+    test: _Features,
+    images: ChosenImages,
+    settings: Evaluation,
+    progress: EvaluationProgress,
+) -> Scores:
+    name, control, classes = network.name, network.control, len(images.train.classes)
+    if not all(features.isfinite().all() for features, _ in (train, test)):
+        raise UserError(f"some features of the encoder ({name}) are not finite")
+    if isinstance(settings, KnnEvaluation):
+        top = knn_predictions(
+            *(*train, *test),
+            k=settings.eval.k,
+            temperature=settings.eval.temperature,
+            num_classes=classes,
+        )
+        return classified(name, top, test[1], classes, control=control)
+    if isinstance(settings, LinearEvaluation):
+        decays = settings.weight_decays
+        tell = progress.steps(f"{name}: linear classifiers", len(decays) + 1)
+        found = fit_linear(*train, classes, decays, seed=settings.seed, tell=tell)
+        top, note = found.top(test[0]), f"weight decay {found.decay:g}"
+        return classified(name, top, test[1], classes, control=control, note=note)
+    assert isinstance(settings, FewShotEvaluation)
+    kinds = len(settings.per_class) + len(settings.percent)
+    accuracies = few_shot_accuracies(
+        *(train, test, classes),
+        per_class=settings.per_class,
+        percent=settings.percent,
+        draws=settings.draws,
+        decays=settings.weight_decays,
+        seed=settings.seed,
+        tell=progress.steps(f"{name}: draws", kinds * settings.draws),
+    )
+    figures = {name: mean_of(samples) for name, samples in accuracies.items()}
+    return Scores(name, figures, accuracies[_main(settings)], control=control)
+
+
+@contextlib.contextmanager
+def _written_to(folder: Path | None) -> Iterator[None]:
+    """Have the folder, and know before the work that it can be written; where nothing came of it,
+    it is gone again."""
+    if folder is None:
+        yield
+        return
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"can be written")
+    except OSError as error:
+        raise UserError(
+            f"cannot write results to {folder}: {reason_of(error)}; --out names another folder"
+        ) from error
+    try:
+        yield
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
