@@ -22,8 +22,9 @@ import pytest
 import torch
 
 import sacl_fast
-from sacl_fast.cli import main, parse_config
+from sacl_fast.cli import _parse, main, parse_config
 from sacl_fast.config import Config, ProjectorConfig
+from sacl_fast.config.export import ExportConfig
 from sacl_fast.encoders import build_encoder
 from sacl_fast.encoders.file import encoder_metadata, save_encoder
 from sacl_fast.engine.trainer import RunResult, train
@@ -128,6 +129,8 @@ def test_commands_are_understood(capsys: pytest.CaptureFixture[str]):
         assert f"\n  {command} " in usage
         if command in ("train", "views"):
             parse_config(command, arguments)
+        elif command == "export":
+            _parse("export", ExportConfig(), arguments[2:])
 
 
 def options_of(settings: type, prefix: str = "--") -> Iterator[str]:
@@ -142,7 +145,8 @@ def options_of(settings: type, prefix: str = "--") -> Iterator[str]:
 
 @EVERY_PAGE
 def test_options_exist(page: Path):
-    known = {*options_of(Config), "--config", "--dry-run", "--help", "--no-build-isolation"}
+    known = {*options_of(Config), *options_of(ExportConfig)}
+    known |= {"--config", "--dry-run", "--help", "--no-build-isolation"}
     prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
     code = " ".join(re.findall(r"`[^`]+`", prose))
     named = set(re.findall(r"--[a-z][\w.*-]*", code))
