@@ -146,6 +146,8 @@ def tasks(options: argparse.Namespace) -> Iterable[Task]:
     brief = ("--seconds", "0.1" if on_gpu else "0.02")
     for name in ("batch_norm_act", "depthwise_conv", "slim_pointwise"):
         yield bench("B", name, 120, f"bench_{name}", *kind, *brief, headline=of_rows)
+    encoders = () if on_gpu else ("--encoders", "resnet20")
+    yield bench("B", "lars", 120, "bench_lars", *where, *brief, *encoders, headline=of_rows)
     sizes = ("--n", "256", "--d", "2048", "8192") if on_gpu else ("--n", "32", "--d", "64")
     loss = ("bench_xcorr_loss", *where, *sizes, *brief)
     yield bench("B", "xcorr_loss", 180, *loss, headline=of_loss)

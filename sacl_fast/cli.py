@@ -179,13 +179,13 @@ def _print_result(result: RunResult) -> None:
 def _eval(args: list[str]) -> None:
     from sacl_fast.evaluation.command import run_eval
 
-    run_eval(args, _parse)
+    run_eval(args, parse_options)
 
 
 def _export(args: list[str]) -> None:
     from sacl_fast.deploy.command import run_export
 
-    run_export(args, _parse)
+    run_export(args, parse_options)
 
 
 def _views(args: list[str]) -> None:
@@ -236,7 +236,7 @@ def parse_config(command: str, args: Sequence[str], *, extra: str = "") -> Confi
     config = get_preset(preset or "demo") if file is None else _with_file(preset, file)
     others = f"Preset {config.preset}; others: {', '.join(PRESETS)}."
     layers = "--config FILE: YAML, layered between preset and options."
-    config = _parse(command, config, rest, description=" ".join((others, layers, extra)))
+    config = parse_options(command, config, rest, description=" ".join((others, layers, extra)))
     _check_warmup(config, rest)
     return config
 
@@ -266,7 +266,7 @@ def _check_warmup(config: Config, args: list[str]) -> None:
         )
 
 
-def _parse(command: str, default: _S, args: list[str], *, description: str = "") -> _S:
+def parse_options(command: str, default: _S, args: list[str], *, description: str = "") -> _S:
     """``default`` with the options of ``args``."""
     import tyro
 

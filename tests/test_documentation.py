@@ -22,12 +22,13 @@ import pytest
 import torch
 
 import sacl_fast
-from sacl_fast.cli import _parse, main, parse_config
+from sacl_fast.cli import main, parse_config, parse_options
 from sacl_fast.config import Config, ProjectorConfig
 from sacl_fast.config.export import ExportConfig
 from sacl_fast.encoders import build_encoder
 from sacl_fast.encoders.file import encoder_metadata, save_encoder
 from sacl_fast.engine.trainer import RunResult, train
+from sacl_fast.evaluation.command import METHODS
 from sacl_fast.slim import Slicer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,8 +130,11 @@ def test_commands_are_understood(capsys: pytest.CaptureFixture[str]):
         assert f"\n  {command} " in usage
         if command in ("train", "views"):
             parse_config(command, arguments)
+        elif command == "eval":
+            method, _, *options = arguments
+            parse_options("eval", METHODS[method](), options)
         elif command == "export":
-            _parse("export", ExportConfig(), arguments[2:])
+            parse_options("export", ExportConfig(), arguments[2:])
 
 
 def options_of(settings: type, prefix: str = "--") -> Iterator[str]:
@@ -145,8 +149,17 @@ def options_of(settings: type, prefix: str = "--") -> Iterator[str]:
 
 @EVERY_PAGE
 def test_options_exist(page: Path):
-    known = {*options_of(Config), *options_of(ExportConfig)}
-    known |= {"--config", "--dry-run", "--help", "--no-build-isolation"}
+    evaluations = (name for kind in METHODS.values() for name in options_of(kind))
+    known = {
+        *options_of(Config),
+        *evaluations,
+        *options_of(ExportConfig),
+        "--no-control",
+        "--config",
+        "--dry-run",
+        "--help",
+        "--no-build-isolation",
+    }
     prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
     code = " ".join(re.findall(r"`[^`]+`", prose))
     named = set(re.findall(r"--[a-z][\w.*-]*", code))

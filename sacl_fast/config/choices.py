@@ -31,10 +31,12 @@ SlimModeSetting = Literal["auto", SlimMode]
 
 Plan = Literal["eager", "compile", "dense+mask", "dense+skip", "fused"]
 PlanSetting = Literal["auto", Plan]
+GradientType = Literal["fp32", "bf16"]
 Switch = Literal["auto", "on", "off"]
 
 OptimizerName = Literal["lars", "adamw"]
-Widths = Literal["both", "dense", "slim"]
+Width = Literal["dense", "slim"]
+Widths = Literal["both", Width]
 ResumeAt = Literal["step", "next_epoch"]
 
 ExportFormat = Literal["timm", "onnx", "torch-export"]

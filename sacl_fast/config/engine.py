@@ -1,11 +1,11 @@
-"""Settings of how a step is computed. None of them changes what is trained."""
+"""Settings of how a step is computed. But for rounding, none of them changes what is trained."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from sacl_fast.checks import Settings
-from sacl_fast.config.choices import PlanSetting, Switch
+from sacl_fast.config.choices import GradientType, PlanSetting, Switch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,9 @@ class EngineConfig(Settings, path="engine"):
     in that mode. 'fused': both recorded, batch norms fused into the convolutions around them (needs
     a GPU to pay). 'auto': on one GPU, the fastest of these, tried on the run's own shapes before
     the first step and remembered; elsewhere 'eager'."""
+    gradient_type: GradientType = "fp32"
+    """Among several processes: the type that gradients are sent in. 'bf16' sends half as many bytes
+    and rounds each gradient to 8 bits before the average; for slow networks between machines."""
     cuda_graph: Switch = "auto"
     """Whether a step, from its passes to the update, is captured as one CUDA graph, which the host
     launches at once. 'auto': on one GPU. 'on': on several, too. Captured anew where sizes change

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from sacl_fast.config import Config
 from sacl_fast.data.images.open import open_sources
-from sacl_fast.engine.evaluator import Evaluator
-from sacl_fast.engine.signals import StopRequest
+from sacl_fast.data.loading.evaluation import EvalLoader
 from sacl_fast.errors import UserError
 from sacl_fast.evaluation.evaluate import first_images
 from sacl_fast.evaluation.features import extract_features
+from sacl_fast.evaluation.images import choose_images
 from sacl_fast.evaluation.knn import knn_accuracy
 
 logger = logging.getLogger(__name__)
@@ -27,26 +27,26 @@ class RunImages:
     def __init__(self, config: Config) -> None:
         self._config = config
         splits = open_sources(config.data, config.seed, download=False)
-        self._evaluator = Evaluator(splits, config, _CPU, None, StopRequest())
-
-    @property
-    def classes(self) -> int:
-        return len(self._evaluator.classes)
+        kept = config.eval
+        chosen = choose_images(splits, config.seed, train=kept.bank, test=kept.queries)
+        self.classes = len(splits.train.classes)
+        self._bank = EvalLoader(chosen.train, chosen.train_index, config, _CPU)
+        self._queries = EvalLoader(chosen.test, chosen.test_index, config, _CPU)
 
     def training_batches(self) -> Iterator[Tensor]:
         """Batches (N, 3, S, S) to estimate batch-norm statistics from."""
-        return first_images(self._evaluator.bank, self._config.eval.recalibrate_batches, _CPU)
+        return first_images(self._bank, self._config.eval.recalibrate_batches, _CPU)
 
     def some(self, count: int) -> Tensor:
         """(n, 3, S, S), at most ``count``, of those that training is validated with."""
-        images, _ = next(iter(self._evaluator.queries))
+        images, _ = next(iter(self._queries))
         return images[:count]
 
     def knn(self, run: Callable[[Tensor], Tensor]) -> float:
         """kNN accuracy in percent of an encoder."""
         bank, queries = (
             extract_features(_AsModule(run), loader, device=_CPU)
-            for loader in (self._evaluator.bank, self._evaluator.queries)
+            for loader in (self._bank, self._queries)
         )
         k, temperature = self._config.eval.k, self._config.eval.temperature
         return knn_accuracy(*bank, *queries, k=k, temperature=temperature, num_classes=self.classes)

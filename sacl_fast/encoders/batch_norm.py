@@ -1,7 +1,7 @@
 """Batch norm over the global batch, on any device.
 
-``torch.nn.SyncBatchNorm`` refuses CPU tensors, and so does DDP for it. These take the arithmetic
-of ``ops.batch_norm``, which runs everywhere.
+``torch.nn.SyncBatchNorm`` refuses CPU tensors, and so does DDP for it. These take
+``ops.global_batch_norm``, which runs everywhere.
 """
 
 from __future__ import annotations
@@ -13,20 +13,27 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sacl_fast.ops.batch_norm import global_batch_norm
 from sacl_fast.ops.collectives import world_size
+from sacl_fast.ops.global_batch_norm import global_batch_norm
 
 
 class GlobalBatchNorm(_BatchNorm):
     """Batch norm of (N, C, ...) with statistics over all ranks, each bringing N samples."""
 
     synchronize = True
+    damped = False
+    """See ``ops.batch_norm.damped``; of a norm that communicates."""
+
+    @property
+    def is_global(self) -> bool:
+        """Whether statistics are those of all ranks now."""
+        return self.training and self.synchronize and world_size() > 1
 
     def _check_input_dim(self, input: Tensor) -> None:
         assert input.ndim >= 2, f"batch norm of a tensor of {input.ndim} dimensions"
 
     def forward(self, input: Tensor) -> Tensor:
-        if not (self.training and self.synchronize and world_size() > 1):
+        if not self.is_global:
             return super().forward(input)
         momentum = self._count_batch()
         return global_batch_norm(
@@ -37,6 +44,7 @@ class GlobalBatchNorm(_BatchNorm):
             self.bias,
             momentum,
             self.eps,
+            self.damped,
         )
 
     def _count_batch(self) -> float:

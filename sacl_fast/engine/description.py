@@ -31,6 +31,8 @@ def describe(
         yield reason
     if device.type == "cuda":
         yield "convolutions: cuDNN takes the fastest of its algorithms, tried at the first steps"
+    if step.graph is not None:
+        yield "steps: captured as one CUDA graph once they have settled"
     gpus = torch.cuda.device_count() if device.type == "cuda" else 1
     if ranks.world_size == 1 and gpus > 1:
         yield (

@@ -59,30 +59,50 @@ class Ranks:
         return int(largest.item())
 
     def on_first(self, function: Callable[[], T]) -> T:
-        """What ``function`` returns on rank 0, on every rank; it may take hours.
+        """What ``function`` returns on rank 0, on every rank; see ``jointly``."""
+        found: list[Any] = self.jointly(function if self.first else lambda: None)
+        return found[0]
+
+    def jointly(self, function: Callable[[], T]) -> list[T]:
+        """What ``function`` returns on each rank, in rank order, on every rank. It may take hours
+        if it calls ``check`` now and then.
 
         Raises:
-            UserError: on every rank, where it fails there; one of them says so.
-            Stopped: on every rank, where it is stopped there.
+            UserError: on every rank, where it fails on any; one of them says so.
+            Stopped: on every rank, where it is stopped on any.
         """
         if self.world_size == 1:
-            return function()
-        value, failed, stopped = None, None, 0
-        if self.first:
-            try:
-                value = function()
-            except UserError as error:
-                failed = error
-            except Stopped as error:
-                stopped = error.number or self.stop.number
+            return [function()]
+        value, failed, stopped = None, None, None
+        try:
+            value = function()
+        except UserError as error:
+            failed = error
+            self._call_off()
+        except Stopped as error:
+            stopped = error
+            self._call_off()
         self.wait()
-        box: list[Any] = [(value, failed and str(failed), stopped)]
-        dist.broadcast_object_list(box, src=0)
-        value, sentence, stopped = box[0]
-        if stopped:
-            raise Stopped(stopped, everywhere=True)
-        _fail_together(failed, sentence)
-        return value
+        number = (stopped and stopped.number) or self.stop.number
+        told = self.gather((value, failed and str(failed), stopped is not None, number))
+        values, sentences, ended, numbers = zip(*told, strict=True)
+        for rank, sentence in enumerate(sentences):
+            if sentence:
+                _fail_together(failed if rank == self.rank else None, sentence)
+        if any(ended):
+            raise Stopped(max(numbers), everywhere=True)
+        return list(values)
+
+    def check(self) -> None:
+        """Raise ``Stopped`` if asked to, or where another rank has ended what all do jointly."""
+        self.stop.check()
+        if self._store is not None and self._store.check([f"called off {self._meetings}"]):
+            raise Stopped(0)
+
+    def _call_off(self) -> None:
+        """Have the others end what they do before the next meeting, if they ``check``."""
+        if self._store is not None:
+            self._store.set(f"called off {self._meetings}", "")
 
     def together(self, function: Callable[[], T]) -> T:
         """What ``function`` returns, on each rank its own.
@@ -119,16 +139,18 @@ class Ranks:
         dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def _meet(self, store: dist.Store) -> None:
-        self._meetings += 1
         key = f"meeting {self._meetings}"
         pause, here = 0.001, store.add(key, 1)
         while here < self.world_size:
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
+            if self.stop.number:
+                self._call_off()
             self.stop.check_wait()
             if store.check([_FAILED]):
                 raise RuntimeError("a rank that is waited for has failed")
             here = store.add(key, 0)
+        self._meetings += 1
 
 
 @contextmanager

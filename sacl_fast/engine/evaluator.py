@@ -13,8 +13,8 @@ from sacl_fast.data.images.source import Source, Splits
 from sacl_fast.data.loading.evaluation import EvalLoader
 from sacl_fast.encoders.batch_norm import local_batch_norm
 from sacl_fast.encoders.recalibrate import recalibrated
+from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.method import SaclXd
-from sacl_fast.engine.signals import StopRequest
 from sacl_fast.evaluation.evaluate import evaluate_knn, first_images
 from sacl_fast.evaluation.images import choose_images
 
@@ -22,18 +22,22 @@ from sacl_fast.evaluation.images import choose_images
 class _UntilStopped:
     """Batches of a loader; once a stop is asked for, ``Stopped``: an evaluation can take long."""
 
-    def __init__(self, loader: EvalLoader, stop: StopRequest) -> None:
-        self.loader, self.stop = loader, stop
+    def __init__(self, loader: EvalLoader, ranks: Ranks) -> None:
+        self.loader, self.ranks = loader, ranks
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        self.stop.check()
+        self.ranks.check()
         for batch in self.loader:
             yield batch
-            self.stop.check()
+            self.ranks.check()
+
+    def share(self) -> _UntilStopped:
+        """This rank's batches."""
+        return _UntilStopped(self.loader.share(self.ranks.rank, self.ranks.world_size), self.ranks)
 
 
 class Evaluator:
-    """Evaluates the encoder on the splits of a data source, dense and slim.
+    """Evaluates the encoder on the splits of a data source, dense and slim; each rank its share.
 
     The bank is a random subset of the training images; the queries are one of the validation
     images or, where there are none, a tenth of the training images that the bank then lacks.
@@ -43,14 +47,13 @@ class Evaluator:
         self,
         splits: Splits,
         config: Config,
-        device: torch.device,
+        ranks: Ranks,
         amp_dtype: torch.dtype | None,
-        stop: StopRequest,
     ) -> None:
         self.config = config
-        self.device = device
+        self.ranks = ranks
+        self.device = ranks.device
         self.amp_dtype = amp_dtype
-        self.stop = stop
         self.classes = splits.train.classes
         self.possible = len(self.classes) > 1
         """Whether there are labels to evaluate with."""
@@ -61,21 +64,24 @@ class Evaluator:
         self.queries = self._loader(images.test, images.test_index)
 
     def _loader(self, source: Source, indices: np.ndarray) -> _UntilStopped:
-        loader = EvalLoader(source, indices, self.config, self.device, check=self.stop.check)
-        return _UntilStopped(loader, self.stop)
+        loader = EvalLoader(source, indices, self.config, self.device, check=self.ranks.check)
+        return _UntilStopped(loader, self.ranks)
 
     def knn(self, method: SaclXd) -> dict[str, float]:
-        """Top-1 accuracies in percent, ``knn_dense`` and ``knn_slim``; the model is unchanged."""
+        """Top-1 accuracies in percent, ``knn_dense`` and ``knn_slim``, by all ranks together; the
+        model is unchanged."""
         with local_batch_norm(method):
             return evaluate_knn(
                 method.encoder,
                 method.slicer,
-                self.bank,
-                self.queries,
+                self.bank.share(),
+                self.queries.share(),
                 self.config.eval,
                 len(self.classes),
                 device=self.device,
                 amp_dtype=self.amp_dtype,
+                first=self.bank,
+                jointly=self.ranks.jointly,
             )
 
     def final_states(self, method: SaclXd) -> dict[str, dict[str, torch.Tensor]]:

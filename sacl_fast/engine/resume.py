@@ -332,8 +332,9 @@ def _say_what_changed(
         logger.warning("the learning rate goes on at %.3g; it would have been %.3g", now, was)
     if (there := len(state["random"])) != ranks.world_size:
         logger.warning(
-            "resuming in %d processes what %d trained: drop path draws other numbers",
-            ranks.world_size, there,
+            "resuming in %d process%s what %d trained: the same batches in the same order; drop "
+            "path draws other numbers",
+            ranks.world_size, "" if ranks.world_size == 1 else "es", there,
         )  # fmt: skip
 
 

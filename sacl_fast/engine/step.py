@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from sacl_fast.config import Config
 from sacl_fast.encoders.onednn import avoid_memory_overwrite
 from sacl_fast.engine.cuda_graph import Graphs, StepGraph, wants_graph
+from sacl_fast.engine.data_parallel import data_parallel
 from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.method import Embeddings, SaclXd
 from sacl_fast.losses import SaclXdLoss
@@ -35,9 +34,11 @@ class TrainingStep:
         self.method = _on_device(method, device, channels_last=config.channels_last)
         self.model: nn.Module = self.method
         if ranks.world_size > 1:
-            self.model = _data_parallel(method, synchronized=config.encoder.sync_batch_norm)
+            self.model = data_parallel(method, config)
         self.criterion = SaclXdLoss(config.loss, backend=self.backends["xcorr_loss"].backend)
-        self.optimizer = build_optimizer(method.parameters(), config.optim)
+        self.optimizer = build_optimizer(
+            method.parameters(), config.optim, backend=self.backends["lars"].backend
+        )
         self.scaler = self._new_scaler()
         self.steps_per_epoch = steps_per_epoch
         self.number = torch.tensor(0, device=device)
@@ -124,10 +125,3 @@ def _on_device(method: SaclXd, device: torch.device, *, channels_last: bool) -> 
     if device.type == "cpu":
         avoid_memory_overwrite(method)
     return method
-
-
-def _data_parallel(method: SaclXd, *, synchronized: bool) -> nn.Module:
-    """``synchronized``: batch norms have the same statistics on all ranks anyway."""
-    # A 1x1 weight lies in memory in two ways at once; DDP copies either and warns of one.
-    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    return DistributedDataParallel(method, broadcast_buffers=not synchronized)

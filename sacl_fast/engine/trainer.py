@@ -116,9 +116,7 @@ class Run:
         self.step = TrainingStep(self.method, config, ranks, steps_per_epoch=steps_per_epoch)
         # Drop path differs between ranks. A seed may have 53 bits, torch's has 64.
         torch.manual_seed((config.seed * 65_537 + ranks.rank) % 2**64)
-        self.evaluator = Evaluator(
-            self.splits, config, ranks.device, self.step.amp_dtype, self.stop
-        )
+        self.evaluator = Evaluator(self.splits, config, ranks, self.step.amp_dtype)
         self.steps_done = 0
         self.knn: dict[str, float] = {}
         self.knn_before: dict[str, float] = {}
@@ -291,11 +289,11 @@ class Run:
     # What is measured
 
     def _evaluate(self, epochs_done: int) -> dict[str, float]:
-        """kNN accuracies on every rank, computed by the first; empty without labels."""
+        """kNN accuracies, the same on every rank; empty without labels."""
         if not self.evaluator.possible:
             return {}
         with self.console.doing("evaluating by kNN"):
-            self.knn = self.ranks.on_first(lambda: self.evaluator.knn(self.method))
+            self.knn = self.evaluator.knn(self.method)
         self.best_knn = max(self.best_knn, self.knn.get("knn_dense", -1.0))
         self.monitor.report_knn(self.steps_done, epochs_done, self.knn)
         return self.knn

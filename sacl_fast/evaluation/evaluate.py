@@ -7,8 +7,9 @@ the slim encoder's batch-norm statistics by the way.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,21 @@ from torch import Tensor, nn
 from sacl_fast.checks import Count, checked
 from sacl_fast.config import EvalConfig
 from sacl_fast.encoders.recalibrate import recalibrated
-from sacl_fast.evaluation.features import extract_features
-from sacl_fast.evaluation.knn import knn_accuracy
+from sacl_fast.errors import UserError
+from sacl_fast.evaluation.features import extract_share
+from sacl_fast.evaluation.knn import knn_hits
+from sacl_fast.ops.collectives import gather_uneven
 from sacl_fast.precision import autocast
 from sacl_fast.slim.slicer import Mode, Slicer
 
+T = TypeVar("T")
+
 _MODES: dict[str, Mode] = {"dense": "dense", "slim": "mask"}
+
+
+def alone(function: Callable[[], T]) -> list[T]:
+    """What each process gives, of one process."""
+    return [function()]
 
 
 @torch.no_grad()
@@ -36,6 +46,8 @@ def evaluate_knn(
     *,
     device: torch.device,
     amp_dtype: torch.dtype | None,
+    first: Iterable[tuple[Tensor, Tensor]] | None = None,
+    jointly: Callable[[Callable[[], Any]], list[Any]] = alone,
 ) -> dict[str, float]:
     """Top-1 in percent: ``knn_dense`` and ``knn_slim``, or the one ``config.encoders`` names.
 
@@ -43,38 +55,62 @@ def evaluate_knn(
     ``knn_dense``. Batch-norm statistics come from the first ``config.recalibrate_batches``
     batches of the bank loader, so the bank's order should mix the classes.
 
+    Several processes share the work: each is given its share of both loaders, and has the same
+    figures in the end.
+
     Args:
         bank_loader, query_loader: yield images (B, C, H, W), not augmented, and labels (B,);
             read anew for every encoder.
         amp_dtype: autocast type of the encoder (None: no autocast).
+        first: the whole bank, where the loaders are shares, for the batch-norm statistics; None:
+            ``bank_loader``.
+        jointly: what a function gives in each process, in all of them (``Ranks.jointly``).
+
+    Raises:
+        UserError: there are no images, or features are not finite.
     """
     widths = ("dense", "slim") if config.encoders == "both" else (config.encoders,)
     if not slicer.active:
         widths = ("dense",)
     cuda = [device] if device.type == "cuda" else []
+    options: Any = {"k": config.k, "temperature": config.temperature, "num_classes": num_classes}
     scores: dict[str, float] = {}
     with torch.random.fork_rng(devices=cuda):  # a data loader draws a seed each time it is read
         for width in widths:
-            images = first_images(bank_loader, config.recalibrate_batches, device)
-            with (
-                slicer.mode(_MODES[width]),
-                autocast(device, amp_dtype),
-                recalibrated(encoder, images),
-            ):
-                if width == "slim":
-                    slicer.note_statistics()
-                bank = extract_features(encoder, bank_loader, device=device, amp_dtype=amp_dtype)
-                queries = extract_features(
-                    encoder, query_loader, device=device, amp_dtype=amp_dtype
-                )
-            scores[f"knn_{width}"] = knn_accuracy(
-                *bank,
-                *queries,
-                k=config.k,
-                temperature=config.temperature,
-                num_classes=num_classes,
-            )
+            own: list[tuple[Tensor, Tensor]] = []
+
+            def extract(width: str = width, own: list[tuple[Tensor, Tensor]] = own) -> list[int]:
+                images = first_images(first or bank_loader, config.recalibrate_batches, device)
+                with (
+                    slicer.mode(_MODES[width]),
+                    autocast(device, amp_dtype),
+                    recalibrated(encoder, images),
+                ):
+                    if width == "slim":
+                        slicer.note_statistics()
+                    for loader in (bank_loader, query_loader):
+                        own.append(
+                            extract_share(encoder, loader, device=device, amp_dtype=amp_dtype)
+                        )
+                return [size for features, _ in own for size in features.shape]
+
+            sizes = jointly(extract)
+            bank = _of_all(*own[0], [s[:2] for s in sizes])
+            count = sum(s[2] for s in sizes)
+            if not count:
+                raise UserError("kNN queries: no features; at least one image is needed")
+            hits = jointly(lambda bank=bank, own=own: knn_hits(*bank, *own[1], **options))
+            scores[f"knn_{width}"] = 100.0 * sum(hits) / count
     return scores
+
+
+def _of_all(
+    features: Tensor, labels: Tensor, shapes: Sequence[Sequence[int]]
+) -> tuple[Tensor, Tensor]:
+    """Those of all processes; a process without any knows no dimensions."""
+    counts, dims = [n for n, _ in shapes], max(dims for _, dims in shapes)
+    features = features if len(features) else features.new_zeros(0, dims)
+    return gather_uneven(features, counts), gather_uneven(labels, counts)
 
 
 def first_images(

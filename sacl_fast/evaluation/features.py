@@ -28,7 +28,25 @@ def extract_features(
     Args:
         loader: yields images (B, C, H, W) and labels (B,).
         amp_dtype: autocast type of the encoder (None: no autocast).
+
+    Raises:
+        UserError: there are no images.
     """
+    features, labels = extract_share(encoder, loader, device=device, amp_dtype=amp_dtype)
+    if not len(features):
+        raise UserError("there are no images to extract features from: the data set is empty")
+    return features, labels
+
+
+@torch.no_grad()
+def extract_share(
+    encoder: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    device: torch.device,
+    amp_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``extract_features`` of what may be no images at all: then (0, 0) and (0,)."""
     features: list[Tensor] = []
     labels: list[Tensor] = []
     with autocast(device, amp_dtype):
@@ -36,5 +54,5 @@ def extract_features(
             features.append(encoder(images.to(device, non_blocking=True)).float())
             labels.append(targets)
     if not features:
-        raise UserError("there are no images to extract features from: the data set is empty")
+        return torch.zeros(0, 0, device=device), torch.zeros(0, dtype=torch.int64, device=device)
     return torch.cat(features), torch.cat(labels).to(device, torch.int64)

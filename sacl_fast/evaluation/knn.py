@@ -44,8 +44,31 @@ def knn_accuracy(
         UserError: shapes that do not fit, an empty input, labels out of range, features that are
             not finite.
     """
-    top = _knn_top(bank, bank_labels, queries, query_labels, k, temperature, num_classes, 1, chunk)
-    return 100.0 * (top[:, 0] == query_labels).sum().item() / len(queries)
+    _check_set("queries", queries, query_labels, num_classes)
+    options = {"k": k, "temperature": temperature, "num_classes": num_classes, "chunk": chunk}
+    return 100.0 * knn_hits(bank, bank_labels, queries, query_labels, **options) / len(queries)
+
+
+@torch.no_grad()
+def knn_hits(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    *,
+    k: int,
+    temperature: float,
+    num_classes: int,
+    chunk: int = 256,
+) -> int:
+    """How many queries ``knn_accuracy`` finds right; there may be none."""
+    if not len(queries):
+        _check_set("bank", bank, bank_labels, num_classes)
+        return 0
+    top = _classify(
+        bank, bank_labels, queries, query_labels, k, temperature, num_classes, chunk, count=1
+    )
+    return int((top[:, 0] == query_labels).sum().item())
 
 
 @torch.no_grad()
@@ -64,12 +87,12 @@ def knn_predictions(
 ) -> Tensor:
     """The ``count`` classes (Q, count) with most votes for each query, most first; at most
     ``num_classes`` of them. Arguments and errors as of ``knn_accuracy``."""
-    return _knn_top(
-        bank, bank_labels, queries, query_labels, k, temperature, num_classes, count, chunk
+    return _classify(
+        bank, bank_labels, queries, query_labels, k, temperature, num_classes, chunk, count
     )
 
 
-def _knn_top(
+def _classify(
     bank: Tensor,
     bank_labels: Tensor,
     queries: Tensor,
@@ -77,8 +100,8 @@ def _knn_top(
     k: int,
     temperature: float,
     num_classes: int,
-    count: int,
     chunk: int,
+    count: int,
 ) -> Tensor:
     _check_set("bank", bank, bank_labels, num_classes)
     _check_set("queries", queries, query_labels, num_classes)

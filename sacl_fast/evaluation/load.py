@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from sacl_fast.checks import check
+from sacl_fast.config.choices import Width
 from sacl_fast.data.images.open import open_sources
-from sacl_fast.engine.evaluator import Evaluator
+from sacl_fast.data.loading.evaluation import EvalLoader
 from sacl_fast.engine.run_folder import ENCODERS
-from sacl_fast.engine.signals import StopRequest
 from sacl_fast.errors import UserError
 from sacl_fast.evaluation.evaluate import first_images
-from sacl_fast.evaluation.trained import Trained, Width, open_trained
+from sacl_fast.evaluation.images import choose_images
+from sacl_fast.evaluation.trained import Trained, open_trained
 from sacl_fast.slim.export import compact, load_compact
 
 
@@ -71,5 +72,6 @@ def training_batches(trained: Trained, device: torch.device) -> Iterator[Tensor]
             f"{trained.path} is of the midst of a run, so that batch-norm statistics are to be "
             f"estimated from the images that it was trained on, but {error}"
         ) from error
-    bank = Evaluator(splits, config, device, None, StopRequest()).bank
+    images = choose_images(splits, config.seed, train=config.eval.bank)
+    bank = EvalLoader(images.train, images.train_index, config, device)
     return first_images(bank, config.eval.recalibrate_batches, device)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from sacl_fast.config import Config, ViewsConfig
+from sacl_fast.config.choices import Width
 from sacl_fast.config.evaluation import Evaluation
 from sacl_fast.encoders.recalibrate import recalibrated
 from sacl_fast.errors import UserError, reason_of
-from sacl_fast.evaluation.trained import Trained, Width, fresh_encoder, fresh_slicer
+from sacl_fast.evaluation.trained import Trained, fresh_encoder, fresh_slicer
 from sacl_fast.files import kind_of, user_path
 
 Batches = Callable[[], Iterable[Tensor]]

@@ -179,7 +179,7 @@ def _confusion_png(result: Result) -> bytes:
     shown = [scores for scores in result.scores if scores.control] or [result.scores[0]]
     classes, count = result.classes, len(result.classes)
     side = min(14.0, 3.2 + 0.32 * count)
-    picture = Picture(figsize=(side * len(shown), side), dpi=110, layout="constrained")
+    picture = Picture(figsize=(side * len(shown), side + 1.0), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(picture)
     panels = np.atleast_1d(picture.subplots(1, len(shown)))
     for axes, scores in zip(panels, shown, strict=True):

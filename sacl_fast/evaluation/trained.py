@@ -32,6 +32,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sacl_fast.checks import Settings, rules
 from sacl_fast.config import Config
+from sacl_fast.config.choices import Width
 from sacl_fast.config.file import layered, read_config_file
 from sacl_fast.encoders import build_encoder, load_encoder, read_encoder_metadata
 from sacl_fast.encoders.recalibrate import recalibrated
@@ -44,7 +45,6 @@ from sacl_fast.slim.slicer import Slicer
 logger = logging.getLogger(__name__)
 
 Kind = Literal["checkpoint", "encoder"]
-Width = Literal["dense", "slim"]
 
 _WORKS = "a run folder, a checkpoint (.pt) or an encoder (.safetensors) works"
 

@@ -83,6 +83,14 @@ def _compiled_for_cuda(device: torch.device) -> str | None:
     return compiled.cuda_obstacle(device)
 
 
+def _apex(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "it needs a CUDA device"
+    from sacl_fast.ops import lars_apex
+
+    return lars_apex.obstacle()
+
+
 _COMPILED: dict[Backend, Check] = {"cuda": _compiled_for_cuda, "cpu": _compiled_for_cpu}
 
 # Operator -> its backends besides ``torch``, fastest first.
@@ -93,7 +101,7 @@ OPERATORS: dict[str, dict[Backend, Check]] = {
     "batch_norm_act": _COMPILED,
     "slim_add": _COMPILED,
     "slim_gate": _COMPILED,
-    "lars": {},
+    "lars": {"triton": triton_obstacle, "apex": _apex},
     # ``torch``: torchvision, or DALI's own operators (see data/loading/open.py).
     "augment": {"cpu": _compiled_views},
 }

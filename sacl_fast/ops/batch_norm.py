@@ -1,10 +1,4 @@
-"""Batch norm over the global batch: statistics of all ranks, each bringing as many samples.
-
-Two differentiable sums over the ranks, mean first, then the centred squares, so that nothing
-cancels. On a GPU the whole activation goes through torch's fused kernels, which compute the same.
-
-And ``damped``, for batch norms of channels that hardly vary, over one rank or all.
-"""
+"""What batch norms are made of, and ``damped``, for those of channels that hardly vary."""
 
 from __future__ import annotations
 
@@ -12,20 +6,15 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.modules._functions import SyncBatchNorm as _FusedSyncBatchNorm
-from torch.overrides import handle_torch_function, has_torch_function_unary
-
-from sacl_fast.ops.collectives import sum_over_ranks, world_size
 
 DAMPED: ContextVar[bool] = ContextVar("DAMPED", default=False)
 """Whether batch norms of slim activations, in training, are to be ``damped``. Set by the slicer,
 which sees to ordinary tensors itself."""
 
 
-def damped(x: Tensor, eps: float, *, over_ranks: bool = False) -> Tensor:
+def damped(x: Tensor, eps: float) -> Tensor:
     """``x``, to be normalised in training, with its gradient times ``min(1, variance / eps)``.
 
     A norm multiplies gradients by ``weight / sqrt(variance + eps)``. Of a channel that hardly
@@ -36,19 +25,15 @@ def damped(x: Tensor, eps: float, *, over_ranks: bool = False) -> Tensor:
 
     Args:
         x: (N, C, ...).
-        over_ranks: the variance is that of all ranks, each bringing as many samples.
     """
     if not (torch.is_grad_enabled() and x.requires_grad and eps > 0):
         return x
     with torch.no_grad():
-        if over_ranks and world_size() > 1:
-            *_, variance = standardize_channels(x, eps, over_ranks=True)
-        else:
-            # Batch norm's own statistics: on the CPU, channels-last, ``var`` takes 90 times as long
-            # (32 images of 64 x 56 x 56, one core: 1.5 and 135 ms or more).
-            # Of differences to a channel's first value, so that a large constant's is exactly 0.
-            first = x[:1, :, *[slice(1)] * (x.ndim - 2)]
-            _, variance = torch.batch_norm_update_stats(x - first, None, None, 0.0)
+        # Batch norm's own statistics: on the CPU, channels-last, ``var`` takes 90 times as long (32
+        # images of 64 x 56 x 56, one core: 1.5 and 135 ms or more).
+        # Of differences to a channel's first value, so that a large constant's is exactly 0.
+        first = x[:1, :, *[slice(1)] * (x.ndim - 2)]
+        _, variance = torch.batch_norm_update_stats(x - first, None, None, 0.0)
         factor = (variance / eps).clamp(max=1).to(x.dtype)
     return _Damped.apply(x, factor.view(1, -1, *[1] * (x.ndim - 2)))
 
@@ -66,54 +51,15 @@ class _Damped(torch.autograd.Function):
         return gradient * factor, None
 
 
-def global_batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float,
-    eps: float,
-) -> Tensor:
-    """``F.batch_norm`` of (N, C, ...) in training, with the statistics of all ranks."""
-    if has_torch_function_unary(x):
-        return handle_torch_function(
-            global_batch_norm, (x,), x, running_mean, running_var, weight, bias, momentum, eps
-        )
-    if x.is_cuda:
-        return _FusedSyncBatchNorm.apply(
-            x,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            eps,
-            momentum,
-            dist.group.WORLD,
-            world_size(),
-        )
-    out, mean, var = standardize_channels(x, eps, over_ranks=True)
-    count = x.numel() // x.shape[1] * world_size()
-    update_running(running_mean, running_var, mean, var, count, momentum)
-    return affine(out, weight, bias).to(x.dtype)
-
-
-def standardize_channels(
-    x: Tensor, eps: float, *, over_ranks: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def standardize_channels(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Standardised (N, C, ...) in at least fp32, with the mean (C,) and biased variance (C,)."""
     dims = [0, *range(2, x.ndim)]
     shape = [1, -1, *[1] * (x.ndim - 2)]
     wide = x if x.dtype == torch.float64 else x.float()
     count = x.numel() // x.shape[1]
-
-    def mean_of(values: Tensor) -> Tensor:
-        total = values.sum(dims)
-        return sum_over_ranks(total) / (count * world_size()) if over_ranks else total / count
-
-    mean = mean_of(wide)
+    mean = wide.sum(dims) / count
     centered = wide - mean.view(shape)
-    var = mean_of(centered.square())
+    var = centered.square().sum(dims) / count
     return centered * (var + eps).rsqrt().view(shape), mean, var
 
 

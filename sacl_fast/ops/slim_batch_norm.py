@@ -11,13 +11,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from sacl_fast.ops.batch_norm import (
-    affine,
-    global_batch_norm,
-    standardize_channels,
-    update_running,
-)
+from sacl_fast.ops.batch_norm import affine, standardize_channels, update_running
 from sacl_fast.ops.collectives import world_size
+from sacl_fast.ops.global_batch_norm import global_batch_norm
 from sacl_fast.ops.slim_conv import take
 
 
@@ -34,6 +30,7 @@ def slim_batch_norm(
     momentum: float,
     eps: float,
     over_ranks: bool = False,
+    damped: bool = False,
 ) -> Tensor:
     """Normalises the channels ``channel_index`` and updates their running statistics.
 
@@ -44,20 +41,19 @@ def slim_batch_norm(
         running_mean, running_var, weight, bias: full, (C,) or None; as in ``F.batch_norm``.
         over_ranks: in training, with the statistics of all ranks. One sample's values are then
             those of every sample of every rank, so N must be more than 1.
+        damped: as of ``global_batch_norm``, where the ranks' statistics are merged.
     """
     weight, bias, mean, var = (
         None if v is None else take(v, channel_index)
         for v in (weight, bias, running_mean, running_var)
     )
-    if not training or values.numel() == count * values.shape[1]:
-        if training and over_ranks:
-            out = global_batch_norm(values, mean, var, weight, bias, momentum, eps)
-        else:
-            out = F.batch_norm(values, mean, var, weight, bias, training, momentum, eps)
+    norm = mean, var, weight, bias
+    if training and over_ranks and values.shape[0] > 1:
+        out = global_batch_norm(values, *norm, momentum, eps, damped, count)
+    elif not training or values.numel() == count * values.shape[1]:
+        out = F.batch_norm(values, *norm, training, momentum, eps)
     else:
-        out, batch_mean, batch_var = standardize_channels(
-            values, eps, over_ranks=over_ranks and values.shape[0] > 1
-        )
+        out, batch_mean, batch_var = standardize_channels(values, eps)
         count *= world_size() if over_ranks else 1
         update_running(mean, var, batch_mean, batch_var, count, momentum)
         out = affine(out, weight, bias).to(values.dtype)

@@ -266,7 +266,7 @@ class Slicer(nn.Module):
                 if self.norm_gradient == "damped":
                     undo.callback(DAMPED.reset, DAMPED.set(True))
                     for norm in self._norms:
-                        undo.callback(norm.register_forward_pre_hook(_damp).remove)
+                        undo.callback(_damp(norm))
                 if mode == "skip":
                     self._run_by_rules(self._unslimmed, undo)
             elif mode == "whole":
@@ -317,13 +317,19 @@ def _swap_module(parent: nn.Module, child: str, module: nn.Module) -> Callable[[
     return lambda: setattr(parent, child, own)
 
 
-def _damp(norm: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+def _damp(norm: nn.Module) -> Callable[[], None]:
     """Damp the gradient of what a batch norm is given; the rule of slim activations does theirs."""
-    x, *rest = arguments
-    if isinstance(x, SlimTensor) or not norm.training:
-        return None
-    over_ranks = isinstance(norm, GlobalBatchNorm) and norm.synchronize
-    return damped(x, norm.eps, over_ranks=over_ranks), *rest  # type: ignore[arg-type]
+    if isinstance(norm, GlobalBatchNorm) and norm.is_global:
+        norm.damped = True
+        return lambda: setattr(norm, "damped", False)
+
+    def before(norm: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        x, *rest = arguments
+        if isinstance(x, SlimTensor) or not norm.training:
+            return None
+        return damped(x, norm.eps), *rest  # type: ignore[arg-type]
+
+    return norm.register_forward_pre_hook(before).remove
 
 
 def _keep_all(conv: nn.Conv2d) -> Callable[[], None]:

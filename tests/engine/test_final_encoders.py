@@ -9,8 +9,8 @@ import torch
 
 from sacl_fast.data.images.open import open_sources
 from sacl_fast.encoders import build_encoder, load_encoder, read_encoder_metadata
+from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.evaluator import Evaluator
-from sacl_fast.engine.signals import StopRequest
 from sacl_fast.engine.trainer import train
 from sacl_fast.evaluation.features import extract_features
 from sacl_fast.evaluation.knn import knn_accuracy
@@ -22,7 +22,7 @@ def accuracy(encoder, config) -> float:
     """kNN accuracy in percent of an encoder as it is, on the images of the run's evaluation."""
     splits = open_sources(config.data, config.seed)
     device = torch.device("cpu")
-    images = Evaluator(splits, config, device, None, StopRequest())
+    images = Evaluator(splits, config, Ranks(0, 1, device), None)
     bank, queries = (
         extract_features(encoder, loader, device=device, amp_dtype=None)
         for loader in (images.bank, images.queries)

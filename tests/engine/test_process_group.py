@@ -63,6 +63,35 @@ def rank_0_stops_in_its_evaluation(ranks: Ranks) -> str:
     return "went on"
 
 
+def works_until_called_off(ranks: Ranks) -> str:
+    """Rank 1 is done and gets a signal while it waits; rank 0 has much left."""
+
+    def work() -> str:
+        if ranks.rank == 1:
+            ranks.stop.patience = 60.0
+            ranks.stop.ask(signal.SIGTERM)
+            return "done"
+        for _ in range(600):
+            time.sleep(0.1)
+            ranks.check()
+        return "all done"
+
+    return str(ranks.jointly(work))
+
+
+def rank_1_fails_in_joint_work(ranks: Ranks) -> str:
+    assert ranks.jointly(lambda: ranks.rank + 1) == [1, 2]
+
+    def work() -> None:
+        if ranks.rank == 1:
+            raise UserError("there is no such image")
+        for _ in range(600):
+            time.sleep(0.1)
+            ranks.check()
+
+    return str(ranks.jointly(work))
+
+
 def rank_1_does_not_wait_for_ever(ranks: Ranks) -> str:
     if ranks.rank == 1:
         ranks.stop.ask(signal.SIGTERM)
@@ -91,6 +120,8 @@ SCENES: tuple[Callable[[Ranks], str], ...] = (
     rank_1_fails,
     rank_1_has_a_bug,
     rank_0_stops_in_its_evaluation,
+    works_until_called_off,
+    rank_1_fails_in_joint_work,
     rank_1_does_not_wait_for_ever,
     settings_differ,
     rank_1_is_killed,
@@ -132,6 +163,10 @@ def test_ranks_wait_for_one_another_and_notice_who_fails(tmp_path):
         assert came[f"takes_long {rank}"] == "made by 0, 1, [0, 1]"
         stopped = came[f"rank_0_stops_in_its_evaluation {rank}"]
         assert stopped == f"Stopped {int(signal.SIGUSR1)} True"
+        called_off = came[f"works_until_called_off {rank}"]
+        assert called_off == f"Stopped {int(signal.SIGTERM)} True"
+        failed = came[f"rank_1_fails_in_joint_work {rank}"]
+        assert failed == f"{'UserError' if rank else 'SaidByAnother'}: there is no such image"
     assert came["rank_1_fails 1"] == "UserError: there is no such image"
     other = "OtherRankFailed True: rank 1 failed: "
     assert came["rank_1_fails 0"] == f"{other}there is no such image"

@@ -10,6 +10,7 @@ from sacl_fast.data.views.tables import CIFAR
 from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.step import TrainingStep
+from sacl_fast.optim import Lars
 from sacl_fast.passes import Passes, choose_passes
 
 
@@ -53,3 +54,9 @@ def test_training_is_the_same_with_recorded_passes():
             recorded.method.slicer.refresh()
             plain.method.slicer.refresh()
         assert torch.equal(recorded(view_a, view_b, i)[0], plain(view_a, view_b, i)[0])
+
+
+def test_the_optimiser_has_the_backend_that_the_run_resolved():
+    step = step_of(recorded=False)
+    assert isinstance(step.optimizer, Lars)
+    assert step.optimizer.backend == step.backends["lars"].backend == "torch"

@@ -53,16 +53,22 @@ def source(launched: Launched) -> tuple[ASTSource, dict[str, Any]]:
     signature, constants, hints = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = values[parameter.name]
-        is_one = isinstance(value, int) and value == 1
+        specialized = not parameter.do_not_specialize
+        is_one = isinstance(value, int) and value == 1 and specialized
         if parameter.is_constexpr or value is None or is_one:
             signature[parameter.name] = "constexpr"
             constants[(i,)] = value
+            continue
+        if isinstance(value, tuple):  # of whole numbers above 2**32, all multiples of 16
+            signature[parameter.name] = ("i64",) * len(value)
+            hints |= {(i, j): [["tt.divisibility", 16]] for j in range(len(value))}
             continue
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
         else:
             signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        sixteenth = isinstance(value, int) and value % 16 == 0 and specialized
+        if isinstance(value, torch.Tensor) or sixteenth:
             hints[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, hints), options
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import copy
 
 import numpy as np
 import torch
@@ -42,6 +43,14 @@ class EvalLoader:
         self._chunks = [np.asarray(indices[i : i + size]) for i in range(0, len(indices), size)]
         self._source, self._config, self._device = source, config, device
         self._check = check
+
+    def share(self, rank: int, world_size: int) -> EvalLoader:
+        """The same for one of several ranks: of the batches, in order, as many as for the others or
+        one more. All ranks' batches, in rank order, are these."""
+        shared, count = copy(self), len(self._chunks)
+        ends = count * rank // world_size, count * (rank + 1) // world_size
+        shared._chunks = self._chunks[slice(*ends)]
+        return shared
 
     @property
     def bad(self) -> dict[int, str]:

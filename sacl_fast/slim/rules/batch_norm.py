@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from sacl_fast.ops.batch_norm import DAMPED, damped, global_batch_norm
+from sacl_fast.ops.batch_norm import DAMPED, damped
 from sacl_fast.ops.batch_norm_act import Activation, batch_norm_act
+from sacl_fast.ops.global_batch_norm import global_batch_norm
 from sacl_fast.ops.slim_batch_norm import slim_batch_norm
 from sacl_fast.ops.slim_conv import BACKEND
 from sacl_fast.slim.channels import Channels
@@ -43,9 +44,9 @@ def batch_norm(
         return channels.index(input.device, shape[1])
 
     def given(p: Part) -> Tensor:
-        if not (training and DAMPED.get()):
+        if not (training and DAMPED.get()) or (over_ranks and len(p.values) > 1):
             return p.values
-        return damped(p.values, eps, over_ranks=bool(over_ranks) and len(p.values) > 1)
+        return damped(p.values, eps)
 
     if not training or over_ranks or weight is None or bias is None:
         norm = running_mean, running_var, weight, bias
@@ -91,11 +92,8 @@ def batch_norm(
 
 @rule_for(global_batch_norm)
 def global_norm(func: Any, input: Any, *args: Any) -> Any:
-    running_mean, running_var, weight, bias, momentum, eps = args
+    running_mean, running_var, weight, bias, momentum, eps, _, _ = args
+    damp, norm = DAMPED.get(), (running_mean, running_var, weight, bias)
     if input.shape[0] == 1:  # a rank's own value cannot be told from one that all ranks have
-        if not DAMPED.get():
-            return NotImplemented
-        return global_batch_norm(damped(dense(input), eps, over_ranks=True), *args)
-    return batch_norm(
-        func, input, running_mean, running_var, weight, bias, True, momentum, eps, over_ranks=True
-    )
+        return global_batch_norm(dense(input), *norm, momentum, eps, damp)
+    return batch_norm(func, input, *norm, True, momentum, eps, over_ranks=True, damped=damp)

@@ -1,0 +1,235 @@
+"""``sacl-fast eval`` and ``sacl_fast.evaluate`` on what a tiny run leaves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import sacl_fast
+from sacl_fast.cli import main
+from sacl_fast.config import Config, DataConfig, EncoderConfig, EvalConfig
+from sacl_fast.encoders import build_encoder, load_encoder
+from sacl_fast.engine.trainer import train
+from sacl_fast.errors import UserError
+from sacl_fast.evaluation.networks import supervised_encoder
+
+SMALL = "--per-class 1 3 --percent 20 --draws 3"
+
+
+@pytest.fixture
+def noisy(tmp_path: Path) -> Path:
+    """60 training and 30 validation images of three classes that no encoder tells apart wholly."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("val", 10)):
+        for i, name in enumerate(("one", "three", "two")):
+            folder = tmp_path / "noisy" / split / name
+            folder.mkdir(parents=True)
+            for nth in range(count):
+                pixels = rng.normal(90 + 30 * i, 60, (20, 20, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).resize((40, 40)).save(folder / f"{nth}.png")
+    return tmp_path / "noisy"
+
+
+@pytest.fixture
+def config(tiny: Config, noisy: Path) -> Config:
+    return replace(tiny, epochs=1, seed=3, data=replace(tiny.data, root=str(noisy)))
+
+
+def said(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    capsys.readouterr()
+    assert main([str(arg) for arg in args]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    capsys.readouterr()
+    assert main([str(arg) for arg in args]) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("sacl-fast:")]
+    return line
+
+
+def test_knn_is_what_the_run_printed_by_every_way_to_name_it(config, noisy, capsys):
+    """The run folder, its checkpoint, and its encoders' files alone, elsewhere."""
+    run = train(config)
+    folder = run.folder
+    said(capsys, "eval", "knn", folder)
+    written = json.loads((folder / "eval/knn.json").read_text())
+    rows = {row["name"]: row["figures"]["top-1"]["mean"] for row in written["encoders"]}
+    assert list(rows) == ["dense", "slim", "dense, untrained", "slim, untrained"]
+    for width in ("dense", "slim"):
+        assert rows[width] == pytest.approx(run.knn[f"knn_{width}"])
+        assert rows[f"{width}, untrained"] == pytest.approx(run.knn_before[f"knn_{width}"])
+    (checkpoint,) = (folder / "checkpoints").glob("step_*.pt")
+    again = sacl_fast.evaluate.knn(checkpoint, control=False)
+    assert [s.figures["top-1"].mean for s in again.scores] == list(rows.values())[:2]
+    alone = folder.parent / "alone"
+    alone.mkdir()
+    for width, name in (("dense", "encoder"), ("slim", "encoder_slim")):
+        shutil.copy(folder / f"{name}.safetensors", alone)
+        path = alone / f"{name}.safetensors"
+        result = sacl_fast.evaluate.knn(path, data=DataConfig(root=str(noisy), workers=0))
+        assert result.of(width).figures["top-1"].mean == pytest.approx(rows[width])
+        module = sacl_fast.evaluate.knn(
+            load_encoder(path), data=DataConfig(root=str(noisy), workers=0), views=config.views
+        )
+        assert module.scores[0].figures["top-1"].mean == pytest.approx(rows[width])
+    assert not list(alone.glob("eval/*.tmp"))
+
+
+def test_linear_and_few_shot_write_what_they_print(config, tmp_path, capsys):
+    folder = train(config).folder
+    out = tmp_path / "results"
+    told = said(capsys, "eval", "linear", folder, "--out", out, "--weight-decays", "1", "0.01")
+    assert "weight decay" in told and "(linear, 30 images;" in told
+    assert sorted(p.name for p in out.iterdir()) == [
+        "linear.json", "linear.md", "linear_confusion.png",
+    ]  # fmt: skip
+    written = json.loads((out / "linear.json").read_text())
+    assert np.sum(written["encoders"][0]["confusion"]) == written["test_images"] == 30
+    assert written["train_images"] == 60 and not written["held_out"]
+    assert written["verdict"] in told and written["verdict"] in (out / "linear.md").read_text()
+    assert "| three | 10 |" in (out / "linear.md").read_text()
+    assert Image.open(out / "linear_confusion.png").size[0] > 400
+    told = said(capsys, "eval", "few-shot", folder, "--out", out, *SMALL.split())
+    assert "(few-shot, 3 per class, 30 images;" in told
+    figures = json.loads((out / "few-shot.json").read_text())["encoders"][0]["figures"]
+    assert list(figures) == ["1 per class", "3 per class", "20 %"]
+
+
+def test_the_slim_encoder_alone_without_a_control(config, capsys):
+    folder = train(config).folder
+    told = said(capsys, "eval", "knn", folder, "--no-control", "--eval.encoders", "slim")
+    assert "top-1 is" in told and "slim encoder" in told and "untrained" not in told
+
+
+def test_without_validation_images_a_tenth_is_held_out(tiny, capsys):
+    folder = train(replace(tiny, epochs=1)).folder
+    result = sacl_fast.evaluate.linear(folder, control=False)
+    assert (result.train_images, result.test_images, result.held_out) == (44, 4, True)
+    assert result.folder == folder.absolute() / "eval"
+
+
+def test_unreadable_images_are_skipped(config, noisy, capsys):
+    folder = train(config).folder
+    (noisy / "val/one/0.png").write_text("none")
+    result = sacl_fast.evaluate.knn(folder, control=False)
+    assert result.test_images == 29
+
+
+def test_mistakes_are_one_sentence_and_leave_nothing(config, noisy, tmp_path, capsys):
+    folder = train(config).folder
+    encoder = folder / "encoder.safetensors"
+    unlabelled, one = tmp_path / "unlabelled", tmp_path / "one"
+    shutil.copytree(noisy / "train/one", unlabelled)
+    shutil.copytree(noisy / "train/one", one / "only")
+    lacking = tmp_path / "lacking"
+    shutil.copytree(noisy, lacking)
+    shutil.rmtree(lacking / "train/two")
+    (tmp_path / "file").write_text("")
+    for args, hint in {
+        ("knn", folder, "--data.root", unlabelled): "no labels",
+        ("linear", folder, "--data.root", one): "no labels",
+        ("knn", folder, "--data.root", lacking): "none of the class folders",
+        ("knn", folder, "--data.root", tmp_path / "no"): "does not exist",
+        ("knn", folder, "--data.limit", "1"): "none of class",
+        ("knn", folder, "--eval.k", "61"): "eval.k is 61, but there are only 60 training images",
+        ("few-shot", folder): "",
+        (
+            "few-shot",
+            folder,
+            "--per-class",
+            "1",
+            "21",
+        ): "per_class is 21, but class one has only 20",
+        ("few-shot", folder, "--draws", "1"): "draws is 1; a value from 3",
+        ("knn", folder, "--out", tmp_path / "file/x"): "--out names another folder",
+        ("knn", encoder.rename(tmp_path / "e.safetensors")): "does not say on which images",
+        ("knn", tmp_path / "file"): "neither a checkpoint nor an encoder",
+        ("knn",): "needs what to evaluate",
+        ("knn", folder, "--eval.kk", "3"): "--eval.kk",
+        ("knn", folder, "--supervised", "timm"): "timm has no supervised weights of resnet20",
+        ("knn", folder, "--supervised", tmp_path / "no"): "where there is no file",
+        ("knnn", folder): "did you mean knn?",
+    }.items():
+        if hint:
+            out = () if "--out" in args else ("--out", tmp_path / "out")
+            more = out if len(args) > 1 and args[0] != "knnn" else ()
+            assert hint in refused(capsys, "eval", *args, *more), args
+    assert not (tmp_path / "out").exists() and not (tmp_path / "eval").exists()
+
+
+def test_an_interrupted_evaluation_leaves_nothing(config, monkeypatch, capsys):
+    folder = train(config).folder
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sacl_fast.evaluation.report._confusion_png", interrupt)
+    assert main(["eval", "knn", str(folder)]) == 130
+    assert not (folder / "eval").exists()
+
+
+def test_help_needs_no_encoder(capsys):
+    assert "few-shot" in said(capsys, "eval")
+    for method, option in (
+        ("knn", "--eval.k"),
+        ("linear", "--weight-decays"),
+        ("few-shot", "--draws"),
+    ):
+        assert option in said(capsys, "eval", method, "--help")
+
+
+def test_from_python_mistakes_are_said(config):
+    encoder = build_encoder("resnet20", width=0.25, image_size=16)
+    with pytest.raises(UserError, match="does not say on which images"):
+        sacl_fast.evaluate.knn(encoder)
+    with pytest.raises(UserError, match="unknown setting drawz; did you mean draws"):
+        sacl_fast.evaluate.few_shot("x", drawz=3)
+    with pytest.raises(UserError, match="views are those of the run"):
+        sacl_fast.evaluate.knn("x", views=config.views)
+
+
+def test_a_module_is_evaluated_as_it_is(config):
+    encoder = build_encoder("resnet20", width=0.25, image_size=16).train()
+    encoder.bn1.eval()  # type: ignore[union-attr]
+    flags = [m.training for m in encoder.modules()]
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    rng = torch.get_rng_state()
+    result = sacl_fast.evaluate.knn(
+        encoder, data=config.data, views=config.views, eval=EvalConfig(k=3)
+    )
+    assert result.folder is None and [s.name for s in result.scores] == ["dense"]
+    assert [m.training for m in encoder.modules()] == flags
+    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_supervised_weights_from_a_file(tmp_path):
+    """The classifier in the file is passed over; images are normalised as timm says."""
+    import timm
+
+    config = replace(Config(), encoder=EncoderConfig(name="mobilenetv3_small_050"))
+    weights = timm.create_model("mobilenetv3_small_050").state_dict()
+    save_file(weights, tmp_path / "weights.safetensors")
+    encoder, views = supervised_encoder(config, str(tmp_path / "weights.safetensors"))
+    assert not encoder.training
+    assert torch.equal(encoder.state_dict()["conv_stem.weight"], weights["conv_stem.weight"])
+    assert views.size == 224 and len(views.mean) == 3
+    del weights["conv_stem.weight"]
+    save_file(weights, tmp_path / "less.safetensors")
+    with pytest.raises(UserError, match=r"1 tensors are missing, conv_stem.weight first"):
+        supervised_encoder(config, str(tmp_path / "less.safetensors"))
+    wide = replace(config, encoder=replace(config.encoder, width=2.0))
+    with pytest.raises(UserError, match="do not fit mobilenetv3_small_050 with width 2"):
+        supervised_encoder(wide, str(tmp_path / "weights.safetensors"))
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(UserError, match="no weights can be read from"):
+        supervised_encoder(config, str(tmp_path / "text.pth"))
