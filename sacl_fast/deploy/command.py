@@ -39,21 +39,25 @@ def run_export(args: list[str], parse: Callable[..., ExportConfig]) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("sacl_fast").setLevel(logging.INFO)
 
-    from sacl_fast.deploy.export import export
+    from sacl_fast.deploy.export import NotKept, export
     from sacl_fast.evaluation.trained import open_trained
 
     trained = open_trained(paths[0])
     default = replace(ExportConfig(), data=trained.config.data)
     config = parse("export", default, options, description=_HELP)
-    result = export(
-        trained,
-        paths[1],
-        *(_listed(text) for text in (config.width, config.format)),
-        fold_norm=config.fold_norm,
-        int8=config.int8,
-        knn=config.knn,
-        data=config.data if trained.config.data != config.data else None,
-    )
+    try:
+        result = export(
+            trained,
+            paths[1],
+            *(_listed(text) for text in (config.width, config.format)),
+            fold_norm=config.fold_norm,
+            int8=config.int8,
+            knn=config.knn,
+            data=config.data if trained.config.data != config.data else None,
+        )
+    except NotKept as error:
+        _print(error.result)
+        raise
     _print(result)
 
 

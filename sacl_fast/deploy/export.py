@@ -41,6 +41,16 @@ CARD = "MODEL_CARD.md"
 _COMPARED = 64  # images
 
 
+class NotKept(UserError):
+    """Some files did not give the encoder's features; the others are there."""
+
+    def __init__(self, result: ExportResult) -> None:
+        super().__init__(
+            f"not kept: {'; '.join(result.refused)}. The other files are in {result.folder}"
+        )
+        self.result = result
+
+
 @dataclass(frozen=True)
 class _Options:
     fold_norm: bool
@@ -76,8 +86,8 @@ def export(
         data: the images, where they are not those of the run's configuration.
 
     Raises:
-        UserError: what is asked for cannot be done, and nothing is written; or a file does not hold
-            what the encoder does, and is not kept.
+        NotKept: a UserError; some files do not give the encoder's features. The others are there.
+        UserError: what is asked for cannot be done, or no file holds; nothing is left.
     """
     chosen = _read_formats(formats)
     ratios = read_widths([widths] if isinstance(widths, str) else widths)
@@ -104,9 +114,7 @@ def export(
     with _new_folder(folder) as written:
         result = _Export(trained, images, options, folder, written).write(ratios, chosen)
     if result.refused:
-        raise UserError(
-            f"not kept: {'; '.join(result.refused)}. The other files are in {result.folder}"
-        )
+        raise NotKept(result)
     return result
 
 

@@ -234,9 +234,7 @@ def test_a_checkpoint_in_the_midst_of_a_run(run: Path, tmp_path: Path):
     trained = open_trained(run)
     trained.states.clear()
     result = sacl_fast.export(trained, tmp_path / "a", ["dense"])
-    assert (
-        result.compared_with == "20 of the run's images" or "of the run's" in result.compared_with
-    )
+    assert result.compared_with == "16 of the run's images"
     sacl_fast.export(run / "encoder.safetensors", tmp_path / "b", [0.3], data=_demo())
     assert (tmp_path / "b/encoder_0.3.safetensors").exists()
 
