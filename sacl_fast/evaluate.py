@@ -103,4 +103,5 @@ def _evaluate(
     if views is not None:
         raise UserError("views are those of the run or the file; without views works")
     trained = open_trained(encoder)
-    return evaluate_trained(trained, replace(defaults(kind, trained), **changes), quiet=True)
+    wanted = replace(defaults(kind, trained), **changes)
+    return evaluate_trained(trained, wanted, write=False, quiet=True)

@@ -47,8 +47,14 @@ from sacl_fast.precision import autocast_dtype
 _Features = tuple[Tensor, Tensor]  # (N, F), labels (N,)
 
 
-def evaluate_trained(trained: Trained, settings: Evaluation, *, quiet: bool = False) -> Result:
-    """Evaluate what ``open_trained`` found, and write the result.
+def evaluate_trained(
+    trained: Trained, settings: Evaluation, *, write: bool = True, quiet: bool = False
+) -> Result:
+    """Evaluate what ``open_trained`` found.
+
+    Args:
+        write: the result into the run folder, where ``settings.out`` names no other.
+        quiet: no progress.
 
     Raises:
         UserError: before any work, where the images, their labels, the settings or the folder of
@@ -60,7 +66,7 @@ def evaluate_trained(trained: Trained, settings: Evaluation, *, quiet: bool = Fa
             "folder of them, --data.source cifar10 and the like a data set"
         )
     device = pick_device(settings.device)
-    folder = (trained.folder or trained.path.parent) / "eval"
+    folder = (trained.folder or trained.path.parent) / "eval" if write else None
     if settings.out is not None:
         folder = user_path(settings.out, "out")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sacl_fast.errors import UserError
-from sacl_fast.evaluation.knn import _nearest, knn_accuracy
+from sacl_fast.evaluation.knn import _nearest, knn_accuracy, knn_predictions
 
 
 def brute_force(bank, bank_labels, queries, query_labels, k, temperature, classes) -> float:
@@ -133,3 +133,20 @@ def test_what_does_not_fit_is_said(change: dict, sentence: str):
     options: dict = given | {"k": 5, "temperature": 0.07, "num_classes": 7} | change
     with pytest.raises(UserError, match=sentence):
         knn_accuracy(**options)
+
+
+def test_predictions_are_the_classes_by_their_votes():
+    """Of three neighbours two classes have votes; the others follow by their number."""
+    bank = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.9, 0.3], [-1.0, 0.0]])
+    labels = torch.tensor([4, 2, 2, 0])
+    options = {"k": 3, "temperature": 1.0, "num_classes": 6}
+    query = torch.tensor([[2.0, 0.0]]), torch.tensor([2])
+    top = knn_predictions(bank, labels, *query, **options)
+    assert top.tolist() == [[2, 4, 0, 1, 3]]
+    assert knn_predictions(bank, labels, *query, count=9, **options).shape == (1, 6)
+    g = torch.Generator().manual_seed(0)
+    features, classes = torch.randn(80, 8, generator=g), torch.arange(80) % 6
+    split = features[:50], classes[:50], features[50:], classes[50:]
+    top = knn_predictions(*split, chunk=7, **options)
+    first = 100.0 * (top[:, 0] == split[3]).double().mean().item()
+    assert knn_accuracy(*split, **options) == pytest.approx(first)
