@@ -12,7 +12,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from timing import copy_bandwidth, device_name, product_rate, write_json
+from timing import device_name, write_json
+
+from sacl_fast.engine.ceilings import copy_bandwidth, product_rate
 
 
 def main() -> None:

@@ -186,7 +186,7 @@ def data_wait(source: Source, config: Config, device: torch.device, steps: int) 
         passes = choose_passes(config, device, steps_per_epoch=steps)
         method = build_method(config, passes)
         step = TrainingStep(method, config, Ranks(0, 1, device), steps_per_epoch=steps)
-        clock = Clock(config.batch_size)
+        clock = Clock(config.batch_size, device)
         warmup = 3
         for i, batch in enumerate(clock.waiting(endless(loader))):
             loss, *_ = step(batch.view_a, batch.view_b, i % steps)

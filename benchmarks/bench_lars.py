@@ -20,18 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import (
-    copy_bandwidth,
-    device_name,
-    kernel_launches,
-    time_in_turns,
-    time_ms,
-    write_json,
-)
+from timing import device_name, kernel_launches, time_in_turns, write_json
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sacl_fast.config import Backend, EncoderConfig
+from sacl_fast.engine.ceilings import copy_bandwidth, time_ms
 from sacl_fast.engine.memory import keep_freed_memory
 from sacl_fast.engine.method import build_networks
 from sacl_fast.ops.backend import OPERATORS

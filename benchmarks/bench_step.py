@@ -16,8 +16,14 @@ plain       ours by plain PyTorch: the loss without D x D matrices, LARS in mult
 kernels     the same with our kernels
 trial       the same, and cuDNN chooses algorithms by trial (on a GPU)
 skip        the same, and slim passes skip
+dense       the same, and dense passes are recorded on our operators
+fused       the same, and batch norms are fused into the convolutions around them
+graph       the same, and a step is one CUDA graph (on a GPU)
 compiled    the pseudocode by torch.compile
 ==========  =====================================================================================
+
+On the CPU each step of a variant is timed next to one of the pseudocode, and the ratio is the
+median of theirs, so that what slows the machine down for a while slows both.
 
 One image is one sample of the batch, that is two views and (with distillation) four passes.
 """
@@ -30,22 +36,25 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pseudocode import pseudocode_step
-from timing import device_name, kernel_launches, percentiles, write_json
+from timing import device_name, kernel_launches, peak_bytes, write_json
 from torch import Tensor
 
 from sacl_fast.cli import parse_config
 from sacl_fast.config import Backend, Config
 from sacl_fast.config.choices import Plan, SlimMode
+from sacl_fast.engine.ceilings import percentiles
 from sacl_fast.engine.convolutions import tried_algorithms
 from sacl_fast.engine.distributed import Ranks, pick_device
 from sacl_fast.engine.memory import keep_freed_memory
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.step import TrainingStep
+from sacl_fast.engine.traffic import Traffic
 from sacl_fast.passes import choose_passes
 
 PHASES = ("four_passes", "loss", "backward", "optimiser")
@@ -200,9 +209,17 @@ def variants(config: Config) -> dict[str, Make]:
         run = pseudocode_step(step.method, config, step.amp_dtype, compiled=compiled)
         return run, view_a, view_b
 
-    def ours(backend: Backend, mode: SlimMode, *, trial: bool = False, plan: Plan = "eager") -> Any:
+    def ours(
+        backend: Backend,
+        mode: SlimMode,
+        *,
+        trial: bool = False,
+        plan: Plan = "eager",
+        graph: Literal["off", "on"] = "off",
+    ) -> Any:
         torch.backends.cudnn.benchmark = trial
-        slim, engine = replace(config.slim, mode=mode), replace(config.engine, plan=plan)
+        slim = replace(config.slim, mode=mode)
+        engine = replace(config.engine, plan=plan, cuda_graph=graph)
         return prepared(replace(config, backend=backend, slim=slim, engine=engine))
 
     found = {
@@ -213,10 +230,11 @@ def variants(config: Config) -> dict[str, Make]:
         "skip": lambda: ours("auto", "skip", trial=True),
         "dense": lambda: ours("auto", "skip", trial=True, plan="dense+skip"),
         "fused": lambda: ours("auto", "skip", trial=True, plan="fused"),
+        "graph": lambda: ours("auto", "skip", trial=True, plan="fused", graph="on"),
         "compiled": lambda: baseline(compiled=True),  # last, since compiling takes minutes
     }
     if pick_device(config.device).type != "cuda":
-        del found["trial"]
+        del found["trial"], found["graph"]
     return found
 
 
@@ -227,13 +245,16 @@ def waterfall(
     each, so that what was measured stays. One that fails says why and ends no other."""
     result: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
+    first: Callable[[], object] | None = None
     for name, make in chosen.items():
         row: dict[str, Any] = {"name": name}
         try:
             run, view_a, view_b = make()
             if not result:
                 result = {**described(config, prepared(config)[0]), "steps": steps, "rows": rows}
-            row |= timed_steps(run, view_a, view_b, config.batch_size, steps, warmup)
+            if view_a.device.type == "cpu" and first is None:
+                first = partial(run, view_a, view_b, 0)
+            row |= timed_steps(run, view_a, view_b, config.batch_size, steps, warmup, first)
         except (RuntimeError, torch.OutOfMemoryError, ImportError) as error:
             row["error"] = f"{type(error).__name__}: {error}".split("\n")[0]
         rows.append(row)
@@ -249,32 +270,50 @@ def waterfall(
 
 
 def timed_steps(
-    run: Run, view_a: Tensor, view_b: Tensor, batch: int, steps: int, warmup: int
+    run: Run,
+    view_a: Tensor,
+    view_b: Tensor,
+    batch: int,
+    steps: int,
+    warmup: int,
+    first: Callable[[], object] | None = None,
 ) -> dict[str, Any]:
+    """``first``: a step of the first variant, to be timed next to each of these."""
     device = view_a.device
-    for i in range(max(warmup, 4)):  # slim passes run from their recording from the third on
+    for i in range(max(warmup, 6)):  # until passes are recorded and the step is captured
         run(view_a, view_b, i)
     synchronize(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    times = []
+    times, ratios = [], []
     for i in range(steps):
-        start = time.perf_counter()
-        run(view_a, view_b, i)
-        synchronize(device)
-        times.append(1e3 * (time.perf_counter() - start))
+        beside = wall_ms(first, device) if first else 0.0
+        times.append(wall_ms(lambda: run(view_a, view_b, i), device))  # noqa: B023
+        ratios.append(beside / times[-1])
     ms = percentiles(times)
-    return {
-        "step_ms": ms,
-        "images_per_second": batch / ms["p50"] * 1e3,
-        "launches": launches(lambda: run(view_a, view_b, steps), device),
-        "peak_memory_bytes": peak_memory(device),
-    }
+    row = {"step_ms": ms, "images_per_second": batch / ms["p50"] * 1e3}
+    if first:
+        row["of_first"] = percentiles(ratios)
+    once = partial(run, view_a, view_b, steps)
+    row["launches"] = launches(once, device)
+    row["peak_memory_bytes"] = peak_memory(device) or peak_bytes(once, device)
+    return row
+
+
+def wall_ms(function: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return 1e3 * (time.perf_counter() - start)
 
 
 def launches(function: Callable[[], Any], device: torch.device) -> int | None:
-    """How many kernels a call launches; None on the CPU."""
-    return len(kernel_launches(function)) if device.type == "cuda" else None
+    """How many kernels a call launches; on the CPU how many operators, views aside."""
+    if device.type == "cuda":
+        return len(kernel_launches(function))
+    with Traffic() as traffic:
+        function()
+    return traffic.launches
 
 
 def print_row(row: dict[str, Any], first: dict[str, Any]) -> None:
@@ -284,26 +323,31 @@ def print_row(row: dict[str, Any], first: dict[str, Any]) -> None:
     ms = row["step_ms"]
     line = f"  {row['name']:12} {ms['p50']:9.2f} ms ({ms['p20']:.2f} .. {ms['p80']:.2f})"
     line += f"  {row['images_per_second']:10,.1f} images/s"
-    if "step_ms" in first:
+    if "of_first" in row:
+        line += f"  {row['of_first']['p50']:.2f}x"
+    elif "step_ms" in first:
         line += f"  {first['step_ms']['p50'] / ms['p50']:.2f}x"
-    if row["launches"]:
-        line += f"  {row['launches']:,} launches, {row['peak_memory_bytes'] / 2**30:.1f} GiB"
+    line += f"  {row['launches']:,} launches, {row['peak_memory_bytes'] / 2**30:.2f} GiB"
     print(line, flush=True)
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Bars of images/s, one a variant."""
+    """Bars, one a variant: images/s, or, where steps were paired, how many times the first's."""
     from matplotlib.figure import Figure
 
     rows = [row for row in result["rows"] if "step_ms" in row]
     figure = Figure(figsize=(7, 0.5 * len(rows) + 1.2), layout="constrained")
     axes = figure.subplots()
     names = [row["name"] for row in rows]
-    bars = axes.barh(names, [row["images_per_second"] for row in rows])
-    axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
+    paired = "of_first" in rows[0]
+    lengths = [row["of_first"]["p50"] if paired else row["images_per_second"] for row in rows]
+    bars = axes.barh(names, lengths)
+    axes.bar_label(bars, fmt="{:.2f}x" if paired else "{:,.0f}", padding=3, fontsize=8)
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("images/s, two views each")
+    axes.set_xlabel(
+        f"images/s, times those of {names[0]}" if paired else "images/s, two views each"
+    )
     axes.set_title(
         f"{result['encoder']}, {result['image_size']} px, batch {result['batch_size']}, "
         f"{result['precision'].removeprefix('torch.')}, {result['device']}",

@@ -3,9 +3,7 @@
     python benchmarks/bench_traffic.py --encoder mobilenetv1_100 --ratio 0.5 --json a.json
 
 No GPU is needed and no time is taken: a dispatch mode counts, on the CPU, the step's operators
-(four passes, loss, backward, update) and what each is given and gives. Each operand counts once a
-call, however often a kernel goes over it; a broadcast one as what lies in memory; one that is
-changed in place as read and written. Views and empty tensors are free.
+(four passes, loss, backward, update) and what each is given and gives (``engine/traffic.py``).
 
 What grows with the batch is activations. So two small batches are counted, at the full image size,
 and the difference is what a sample costs: weights, statistics and lists of channels drop out. It is
@@ -16,20 +14,18 @@ precision. ``launches`` are the operators that are not free.
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from timing import write_json
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sacl_fast.cli import parse_config
 from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.step import TrainingStep
+from sacl_fast.engine.traffic import Traffic
 from sacl_fast.passes import Passes
 
 PLANS = {
@@ -41,52 +37,6 @@ PLANS = {
 }
 _SMALL = 2, 4  # samples
 _WARM_UP = 3  # steps, in which slim passes are recorded
-_ONLY_WRITE = {"copy_", "zero_", "fill_", "normal_", "uniform_"}
-
-
-class Traffic(TorchDispatchMode):
-    """Counts the operators that run within it and the values that they read and write."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.values: Counter[str] = Counter()
-        """Operator -> values read and written."""
-        self.operators = self.launches = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        name = func.overloadpacket.__name__
-        self.operators += 1
-        given = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        made = {id(t): t for t in tree_leaves(out) if isinstance(t, Tensor)}
-        memory = {t.untyped_storage().data_ptr() for t in given.values()}
-        own = [t for t in made.values() if t.untyped_storage().data_ptr() not in memory]
-        is_view = not func._schema.is_mutable and not own
-        if is_view or "empty" in name:
-            return out
-        self.launches += 1
-        changed = _changed(func, args, kwargs)
-        read = [t for t in given.values() if name not in _ONLY_WRITE or id(t) not in changed]
-        self.values[name] += sum(map(_in_memory, [*read, *changed.values(), *own]))
-        return out
-
-
-def _changed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, Tensor]:
-    found: dict[int, Tensor] = {}
-    for i, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[i] if i < len(args) else kwargs.get(argument.name)
-            found |= {id(t): t for t in tree_leaves(value) if isinstance(t, Tensor)}
-    return found
-
-
-def _in_memory(x: Tensor) -> int:
-    """Its values, without the copies that a broadcast makes of them."""
-    count = 1
-    for size, stride in zip(x.shape, x.stride(), strict=True):
-        count *= size if stride or not size else 1
-    return count
 
 
 def convolution_outputs(encoder: nn.Module, size: int) -> int:

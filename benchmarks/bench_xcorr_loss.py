@@ -24,9 +24,10 @@ from typing import Any
 
 import torch
 from pseudocode import pseudocode_loss
-from timing import copy_bandwidth, device_name, peak_bytes, product_rate, time_ms, write_json
+from timing import device_name, peak_bytes, write_json
 from torch import Tensor
 
+from sacl_fast.engine.ceilings import copy_bandwidth, product_rate, time_ms
 from sacl_fast.ops.backend import resolve
 from sacl_fast.ops.xcorr_loss import sacl_xd_loss
 

@@ -9,14 +9,15 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from statistics import quantiles
 from typing import Any
 
 import torch
 
+from sacl_fast.engine.ceilings import once_ms, percentiles, time_ms
 from sacl_fast.engine.environment import environment
+from sacl_fast.engine.trace import kernels_of
 from sacl_fast.ops import compiled
 
 
@@ -33,43 +34,6 @@ def operator_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if obstacle:
         parser.exit(1, f"the compiled operators cannot run: {obstacle}\n")
     return options
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written a second by copying 256 MiB."""
-    source = torch.empty(2**28, dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / time_ms(lambda: target.copy_(source), device)["p20"] * 1e3
-
-
-def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP a second of one large product of random matrices."""
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / time_ms(lambda: a @ b, device)["p20"] * 1e3
-
-
-def percentiles(values: list[float]) -> dict[str, float]:
-    if len(values) < 2:
-        return dict.fromkeys(("p20", "p50", "p80"), values[0])
-    tenths = quantiles(values, n=10, method="inclusive")
-    return {"p20": tenths[1], "p50": tenths[4], "p80": tenths[7]}
-
-
-def time_ms(
-    function: Callable[[], Any], device: torch.device, *, seconds: float = 1.0, graph: bool = False
-) -> dict[str, float]:
-    """Milliseconds of a call at the 20th, 50th and 80th percentile of at least 5 runs, after
-    warming up. On a GPU by events, each run with a cold L2 cache; ``graph``: replayed as a CUDA
-    graph, without the launch costs of the CPU."""
-    function()
-    if device.type != "cuda":
-        return percentiles(_repeat(lambda: _wall_ms(function), seconds))
-    if graph:
-        function = captured(function)
-    for _ in range(3):
-        function()
-    return percentiles(_repeat(lambda: _timed_on_gpu(function), seconds))
 
 
 def beside_torch(
@@ -107,66 +71,19 @@ def told(name: str, figures: dict[str, Any]) -> str:
     return f"  {name} {figures['ours']['p50']:6.3f} ms ({share:.0%}), {', '.join(others)}"
 
 
-def _timed_on_gpu(function: Callable[[], Any]) -> float:
-    _flush().zero_()
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    function()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop)
-
-
-@cache
-def _flush() -> torch.Tensor:
-    """As large as no L2 cache is."""
-    return torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
-
-
 def time_in_turns(
     functions: dict[str, Callable[[], Any]], device: torch.device, *, seconds: float
 ) -> dict[str, dict[str, float]]:
     """``time_ms`` of several, one run of each after another, so that what slows the machine down
     for a while slows all of them."""
     values: dict[str, list[float]] = {name: [] for name in functions}
-    once = _timed_on_gpu if device.type == "cuda" else _wall_ms
     for function in functions.values():
         function()
     stop = time.perf_counter() + seconds
     while time.perf_counter() < stop or len(next(iter(values.values()))) < 5:
         for name, function in functions.items():
-            values[name].append(once(function))
+            values[name].append(once_ms(function, device))
     return {name: percentiles(v) for name, v in values.items()}
-
-
-def captured(function: Callable[[], Any]) -> Callable[[], None]:
-    """``function`` as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
-
-
-def _repeat(once: Callable[[], float], seconds: float) -> list[float]:
-    values: list[float] = []
-    stop = time.perf_counter() + seconds
-    while len(values) < 5 or time.perf_counter() < stop:
-        values.append(once())
-        if len(values) >= 3 and sum(values) > 30_000:  # half a minute says enough
-            break
-    return values
-
-
-def _wall_ms(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    function()
-    return 1e3 * (time.perf_counter() - start)
 
 
 def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
@@ -203,11 +120,6 @@ def kernel_launches(function: Callable[[], Any]) -> list[str]:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
         return kernels_of(json.loads(trace.read_text()))
-
-
-def kernels_of(trace: dict[str, Any]) -> list[str]:
-    """The names of the kernels in a trace as the profiler exports it."""
-    return [event["name"] for event in trace["traceEvents"] if event.get("cat") == "kernel"]
 
 
 def device_name(device: torch.device) -> str:

@@ -15,8 +15,8 @@ from dataclasses import replace
 
 import torch
 import triton
-from timing import time_ms
 
+from sacl_fast.engine.ceilings import time_ms
 from sacl_fast.ops.xcorr_loss_reference import Rows, Terms
 from sacl_kernels import xcorr_loss
 from sacl_kernels.xcorr_loss_launch import Launch, launch_for

@@ -44,12 +44,15 @@ _S = TypeVar("_S", bound=Settings)
 _USAGE = """\
 usage: sacl-fast COMMAND ...
 
-  train [PRESET] [--config FILE] [--dry-run] [options]   pre-train an encoder without labels
-  eval knn|linear|few-shot TRAINED [options]             how good an encoder is, and what it gained
-  export TRAINED OUT [options]                           an encoder as ONNX and other files
-  views [PRESET] [--config FILE] [options]               draw both views of some images
-  index SHARDS                                           index .tar shards (data.source webdataset)
-  doctor                                                 what is installed, what runs, and why
+  train [PRESET] [--config FILE] [--dry-run] [--profile] [options]
+                                            pre-train an encoder without labels
+  eval knn|linear|few-shot TRAINED [options]
+                                            how good an encoder is, and what it gained
+  export TRAINED OUT [options]              an encoder as ONNX and other files
+  views [PRESET] [--config FILE] [options]  draw both views of some images
+  index SHARDS                              index .tar shards (data.source webdataset)
+  doctor                                    what is installed, what runs, and why
+  doctor --measure [PRESET] [options]       what bounds a step here, and what to change
 
 presets: {presets}
 (default: demo, which needs no data)
@@ -133,8 +136,12 @@ def _train(args: list[str]) -> int:
 
 def _train_or_describe(args: list[str]) -> int:
     dry_run = _take_flag(args, "--dry-run")
+    profile = _take_flag(args, "--profile")
     config = parse_config(
-        "train", args, extra="--dry-run: print the resolved configuration, sizes and costs only."
+        "train",
+        args,
+        extra="--dry-run: print the resolved configuration, sizes and costs only. --profile: "
+        "write a trace of some steps into the run folder and print where their time goes.",
     )
     if dry_run:
         from sacl_fast.engine.dry_run import print_dry_run
@@ -150,7 +157,7 @@ def _train_or_describe(args: list[str]) -> int:
     logging.basicConfig(format="%(message)s")
     if first:
         logging.getLogger("sacl_fast").setLevel(logging.INFO)
-    result = train(config)
+    result = train(config, profile=profile)
     if result.finished and first:
         _print_result(result)
     return 0 if result.finished else 128 + result.stopped_by
@@ -216,8 +223,14 @@ def _index(args: list[str]) -> None:
 
 
 def _doctor(args: list[str]) -> None:
+    if _take_flag(args, "--measure"):
+        config = parse_config("doctor --measure", args, extra="Trains nothing and writes nothing.")
+        from sacl_fast.engine.verdict import print_verdict
+
+        print_verdict(config)
+        return
     if args:
-        raise UserError(f"doctor takes no options, {args[0]!r} was given")
+        raise UserError(f"doctor takes options after --measure only, {args[0]!r} was given")
     from sacl_fast.engine.environment import print_doctor
 
     print_doctor(sys.stdout)

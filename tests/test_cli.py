@@ -70,7 +70,7 @@ def test_help_and_mistakes_do_not_import_torch(args):
     [
         ("train cifr10", "did you mean cifar10?"),
         ("trian", "did you mean train?"),
-        ("doctor --all", "no options"),
+        ("doctor --all", "after --measure only"),
         ("train demo --encoder.name mobilnetv1_100", "did you mean mobilenetv1_100"),
         ("train --data.source folder", "data.root"),
         ("train --data.source folder --data.root {tmp}/nowhere", "nowhere"),

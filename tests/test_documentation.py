@@ -129,7 +129,7 @@ def test_commands_are_understood(capsys: pytest.CaptureFixture[str]):
     for command, *arguments in found:
         assert f"\n  {command} " in usage
         if command in ("train", "views"):
-            parse_config(command, arguments)
+            parse_config(command, [a for a in arguments if a not in ("--dry-run", "--profile")])
         elif command == "eval":
             method, _, *options = arguments
             parse_options("eval", METHODS[method](), options)
@@ -157,6 +157,8 @@ def test_options_exist(page: Path):
         "--no-control",
         "--config",
         "--dry-run",
+        "--profile",
+        "--measure",
         "--help",
         "--no-build-isolation",
     }

@@ -1,10 +1,12 @@
-"""The values that ``bench_traffic`` counts, by hand."""
+"""What ``engine.traffic`` and ``bench_traffic`` count, by hand."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_traffic import Traffic, convolution_outputs, measure
+from bench_traffic import convolution_outputs, measure
 from torch import nn
+
+from sacl_fast.engine.traffic import Traffic
 
 
 def traffic(function) -> tuple[dict[str, int], int, int]:
@@ -54,3 +56,18 @@ def test_a_step(plan):
     assert 15 < row["in_y"] < 60
     assert row["launches"] < row["operators"]
     assert row["gbytes"] == pytest.approx(row["in_y"] * row["y_gbytes"], rel=0.1)
+
+
+def test_products_and_bytes():
+    x = torch.randn(2, 6, 5, 5, dtype=torch.bfloat16, requires_grad=True)
+    conv = nn.Conv2d(6, 12, 3, padding=1, groups=6, bias=False).bfloat16()
+    with Traffic() as seen:
+        y = conv(x)
+    assert seen.flops == 2 * (2 * 12 * 25) * 9  # each value of y: nine taps of one channel
+    assert seen.bytes == 2 * (2 * 6 * 25 + 12 * 9 + 2 * 12 * 25)
+    with Traffic() as seen:
+        y.backward(torch.ones_like(y))
+    assert seen.flops == 2 * 2 * (2 * 12 * 25) * 9  # both gradients, as many each
+    with Traffic() as seen:
+        torch.mm(torch.randn(3, 4), torch.randn(4, 5))
+    assert seen.flops == 2 * 3 * 4 * 5

@@ -1,16 +1,17 @@
-"""Settings of how a step is computed. But for rounding, none of them changes what is trained."""
+"""Settings of how a step is computed. But for rounding and ``accumulate``, none changes what is
+trained."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sacl_fast.checks import Settings
+from sacl_fast.checks import Count, Settings
 from sacl_fast.config.choices import GradientType, PlanSetting, Switch
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(Settings, path="engine"):
-    """How the encoder's passes run, with equal results up to rounding."""
+    """How a step is computed, with equal results up to rounding but for 'accumulate'."""
 
     plan: PlanSetting = "auto"
     """'eager': the dense passes as the model's code says, the slim ones in 'slim.mode'. 'compile':
@@ -26,3 +27,10 @@ class EngineConfig(Settings, path="engine"):
     launches at once. 'auto': on one GPU. 'on': on several, too. Captured anew where sizes change
     (in mode 'skip', with the filters); what cannot be captured runs as ever, and the log says why.
     """
+    accumulate: Count = 1
+    """Parts that a step's batch is computed in, one after the other, to take less memory; the
+    gradient is the mean of theirs. Batch norms and the loss's correlations are those of a part, so
+    that this is not a step on the whole batch, and running statistics move once a part."""
+    activation_checkpointing: bool = False
+    """Passes with gradient keep what goes in and out of the encoder's blocks only, and compute the
+    rest again in backward: less memory for more time."""

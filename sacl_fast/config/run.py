@@ -57,6 +57,10 @@ class Config(Settings):
     backend: Backend = "auto"
     """Implementation of the operators ('sacl-fast doctor' lists them). 'torch': plain PyTorch,
     nothing compiled."""
+    deterministic: bool = False
+    """On one device, the same figures every time, to the bit, also after a resume: torch's
+    deterministic operations, and nothing chosen by time. An operation that has no such form is an
+    error. Slower on a GPU."""
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
@@ -83,6 +87,7 @@ class Config(Settings):
                 f"engine.plan {plan} runs the slim passes in mode {_SLIM_MODES[plan][0]}, but "
                 f"slim.mode is {mode}; engine.plan eager, {fitting} or slim.mode auto works"
             )
+        check_parts(self.batch_size, self.engine.accumulate)
         if self.slim.warmup_epochs >= self.epochs:
             raise UserError(
                 f"slim.warmup_epochs is {self.slim.warmup_epochs} in a run of {self.epochs} "
@@ -99,6 +104,22 @@ class Config(Settings):
     def base_lr(self) -> float:
         """The learning rate after warm-up, scaled with the global batch."""
         return self.optim.lr * self.batch_size / 256
+
+
+def check_parts(batch_size: int, parts: int, processes: int = 1) -> None:
+    """Refuse a batch that does not fall into equal parts of two or more images in each process.
+
+    Raises:
+        UserError: it names a number of parts that works.
+    """
+    share = batch_size // processes
+    if share % parts or share // parts < 2 <= parts:
+        works = max((n for n in range(1, min(parts, share // 2) + 1) if share % n == 0), default=1)
+        where = f" over {processes} processes" if processes > 1 else ""
+        raise UserError(
+            f"engine.accumulate is {parts}, but batch_size {batch_size}{where} does not fall into "
+            f"{parts} equal parts of 2 or more images each; engine.accumulate {works} works"
+        )
 
 
 def warmup_as_trained(asked: int, epochs: int) -> float:

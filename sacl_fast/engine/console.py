@@ -80,8 +80,8 @@ class RunConsole:
             step: steps done.
             epoch: epochs done, counted from 0 (0.5: in the middle of the first).
             metrics: any of ``loss``, ``on_diagonal``, ``off_diagonal``, ``distillation``, ``lr``,
-                ``images_per_second``, ``data_wait`` (0 to 1), ``embedding_std``,
-                ``effective_rank``, ``knn_dense``, ``knn_slim`` (percent).
+                ``images_per_second``, ``data_wait`` (0 to 1), ``peak_memory_bytes``,
+                ``embedding_std``, ``effective_rank``, ``knn_dense``, ``knn_slim`` (percent).
         """
         if self._quiet or self._closed:
             return
@@ -276,6 +276,7 @@ class _Status:
             yield Text.assemble((f"{speed:,.0f}", "bold green"), (" images/s", "dim"))
         slow = self.metrics.get("data_wait", 0.0) > _WAIT_WARNING
         yield from cell("waiting for data", "data_wait", "bold yellow" if slow else "")
+        yield from cell("memory", "peak_memory_bytes", suffix=" GiB")
         yield from cell("std", "embedding_std")
         yield from cell("rank", "effective_rank")
         yield from cell("kNN dense", "knn_dense", "bold magenta", " %")
@@ -290,6 +291,7 @@ _PLAIN = {
     "lr": ("lr", 8),
     "images_per_second": ("img/s", 6),
     "data_wait": ("wait", 4),
+    "peak_memory_bytes": ("GiB", 5),
     "embedding_std": ("std", 5),
     "effective_rank": ("rank", 6),
     "knn_dense": ("kNN dense %", 5),
@@ -303,6 +305,8 @@ def _value(key: str, value: float) -> str:
             return f"{value:.0f}"
         case "data_wait":
             return f"{value:.0%}"
+        case "peak_memory_bytes":
+            return f"{value / 2**30:.2f}"
         case "embedding_std":
             return f"{value:.3f}"
         case "effective_rank" | "knn_dense" | "knn_slim":

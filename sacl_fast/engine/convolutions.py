@@ -11,13 +11,15 @@ import torch
 @contextmanager
 def tried_algorithms(device: torch.device) -> Iterator[None]:
     """Within, on a GPU, cuDNN tries its algorithms at the first convolution of each size and takes
-    the fastest. A run's sizes stay the same, so it tries once; by default cuDNN guesses.
+    the fastest. A run's sizes stay the same, so it tries once; by default cuDNN guesses. Where it
+    is to be deterministic it takes the same ones every time.
 
     ``torch.backends.cudnn.flags`` is not used: it also reads and sets TF32, which fails where that
     was set by ``fp32_precision``.
     """
     before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = before or device.type == "cuda"
+    tries = device.type == "cuda" and not torch.backends.cudnn.deterministic
+    torch.backends.cudnn.benchmark = before or tries
     try:
         yield
     finally:

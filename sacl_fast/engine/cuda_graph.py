@@ -31,11 +31,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sacl_fast.config import Config
+from sacl_fast.engine.regions import region
 from sacl_fast.errors import UserError
-from sacl_fast.ops.xcorr_loss import LossParts
 
 if TYPE_CHECKING:
-    from sacl_fast.engine.step import TrainingStep
+    from sacl_fast.engine.step import Reading, TrainingStep
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,6 @@ _WARM_UP_OF_RANKS = 11  # steps in which DistributedDataParallel settles its buc
 _STEPS_WORTH_CAPTURING = 50
 _CLOSE = 0.05  # of the update; kernels that add in no fixed order differ by less
 
-Result = tuple[Tensor, LossParts, Tensor]
-"""Of a step: loss, parts, ``z1``."""
 T = TypeVar("T")
 
 
@@ -78,10 +76,10 @@ class StepGraph:
         self._steps = 0  # of this form
         self._views: tuple[Tensor, Tensor] | None = None
         self._replay: Callable[[], object] | None = None
-        self._result: Result | None = None
+        self._result: Reading | None = None
         self._read: dict[int, Tensor] = {}
 
-    def __call__(self, view_a: Tensor, view_b: Tensor) -> Result:
+    def __call__(self, view_a: Tensor, view_b: Tensor) -> Reading:
         """``TrainingStep.compute``; a replay's results are overwritten by the next one's."""
         if not self._obstacle and (form := self._form_of(view_a, view_b)) != self._form:
             self._begin(form, view_a, view_b)
@@ -91,7 +89,8 @@ class StepGraph:
             own.copy_(view)
         self._steps += 1
         if self._replay is not None and self._result is not None:
-            self._replay()
+            with region("replay"):
+                self._replay()
             self.replays += 1
             return self._result
         if self._steps <= self._warm_up:
@@ -124,12 +123,12 @@ class StepGraph:
         self._replay = self._result = None
         self._read = {}
 
-    def _computed(self) -> Result:
+    def _computed(self) -> Reading:
         assert self._views is not None
         a, b = self._views
         return self.graphs.beside(lambda: self.step.compute(a, b))
 
-    def _capture(self) -> Result:
+    def _capture(self) -> Reading:
         """The step, computed as ever; after it there is a graph, or there never will be."""
         assert self._views is not None
         a, b = self._views
@@ -150,7 +149,9 @@ class StepGraph:
             found = f"a step cannot be captured ({type(error).__name__}: {first[:200]})"
         else:
             off = after.unlike(before)
-            if not off and not _close((result[0] - expected[0]).abs(), *[expected[0].abs()] * 2):
+            if not off and not _close(
+                (result.loss - expected.loss).abs(), *[expected.loss.abs()] * 2
+            ):
                 off = "loss"
             if not off:
                 logger.info("a step is one CUDA graph from here on")

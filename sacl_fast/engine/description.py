@@ -23,13 +23,21 @@ def describe(
     processes = f" x {ranks.world_size} processes" if ranks.world_size > 1 else ""
     dtype = str(step.amp_dtype or torch.float32).removeprefix("torch.")
     yield f"{steps_per_epoch} steps an epoch, batches of {config.batch_size} images"
+    if (parts := config.engine.accumulate) > 1:
+        each = config.batch_size // parts
+        yield (
+            f"gradients: the mean of {parts} parts of {each} images, whose batch norms and "
+            f"correlations are each part's own; running statistics move {parts} times a step"
+        )
     yield (
         f"{config.encoder.name} x {config.encoder.width:g}, {parameters / 1e6:.2f} M "
         f"parameters, slim ratio {config.slim.ratio:g}, {dtype} on {name}{processes}"
     )
     if reason := precision_reason(config.precision, device):
         yield reason
-    if device.type == "cuda":
+    if config.deterministic:
+        yield "deterministic: nothing is chosen by time, and what has no fixed order is an error"
+    elif device.type == "cuda":
         yield "convolutions: cuDNN takes the fastest of its algorithms, tried at the first steps"
     if step.graph is not None:
         yield "steps: captured as one CUDA graph once they have settled"

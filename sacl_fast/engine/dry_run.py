@@ -1,10 +1,14 @@
 """``--dry-run``: what a configuration comes to, without training.
 
-FLOPs are counted by running the encoder once; memory is estimated from the tensors that autograd
-keeps of a small batch.
+FLOPs are counted by running the encoder once; memory is estimated from steps of a few images
+(``memory_use``).
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 
 import torch
 import yaml
@@ -15,13 +19,14 @@ from sacl_fast.config import Config, to_dict
 from sacl_fast.data.images.open import open_sources
 from sacl_fast.engine.distributed import pick_device
 from sacl_fast.engine.launch import read_launch
+from sacl_fast.engine.memory_use import Forecast, forecast, memory_here
 from sacl_fast.engine.method import SaclXd, build_method
 from sacl_fast.engine.preflight import check_run, remarks
 from sacl_fast.errors import UserError
 from sacl_fast.passes import Passes
-from sacl_fast.precision import autocast_dtype
 
-_GIB, _PROBE_BATCH = 2**30, 4
+_GIB = 2**30
+_RUNTIME = _GIB // 2  # of Python's libraries, or of CUDA
 
 
 def print_dry_run(config: Config) -> None:
@@ -34,7 +39,6 @@ def print_dry_run(config: Config) -> None:
     forward = _forward_flops(method, config.views.size)
     # A pass with gradient is a forward and a backward of twice its cost.
     passes = 2 * 3 + (2 if method.distill else 0)
-    half = autocast_dtype(config.precision, pick_device(config.device)) is not None
     kept = sum(int(mask.sum()) for mask in method.slicer.masks.values())
     filters = sum(len(mask) for mask in method.slicer.masks.values())
 
@@ -45,11 +49,9 @@ def print_dry_run(config: Config) -> None:
     print(f"forward     {forward / 1e9:.3f} GFLOP an image (a multiplication and addition: 2)")
     step = passes * forward * config.batch_size
     print(f"step        {step / 1e12:.2f} TFLOP for {config.batch_size} images ({passes} forwards)")
-    state, activations = _memory(method, config, world_size, half)
-    print(
-        f"memory      {(state + activations) / _GIB:.1f} GiB per process, estimated: "
-        f"{state / _GIB:.2f} weights, gradients and optimiser, {activations / _GIB:.2f} activations"
-    )
+    del method  # which the estimate makes once more
+    for name, text in _memory(config, world_size):
+        print(f"{name:<11} {text}")
     try:
         images = len(open_sources(config.data, config.seed, download=False).train)
     except UserError as error:
@@ -81,23 +83,40 @@ def _forward_flops(method: SaclXd, size: int) -> int:
     return counter.get_total_flops()
 
 
-def _memory(method: SaclXd, config: Config, world_size: int, half: bool) -> tuple[int, int]:
-    """Bytes of weights, gradients and optimiser, and of activations, in one process."""
-    copies = 3 if config.optim.name == "lars" else 4  # weight, gradient, momentum (two for Adam)
-    parameters = {p.untyped_storage().data_ptr() for p in method.parameters()}
-    kept: dict[int, int] = {}
+def _memory(config: Config, world_size: int) -> Iterator[tuple[str, str]]:
+    """What a step will take in a process, what there is, and what would fit where that does not."""
+    device = pick_device(config.device)
+    expected = forecast(config, device, world_size)
+    images, parts = config.batch_size // world_size, config.engine.accumulate
+    peak, (total, free) = expected.peak(images, parts), memory_here(device)
+    yield (
+        "memory",
+        f"{peak / _GIB:.2f} GiB per process, estimated: {expected.state / _GIB:.2f} weights, "
+        f"gradients and optimiser, {(peak - expected.state) / _GIB:.2f} activations and batches, "
+        f"plan {expected.plan}",
+    )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine"
+    yield "", f"of {total / _GIB:.1f} GiB of {name}, {free / _GIB:.1f} free now"
+    # On one machine, processes share its memory; each GPU has its own.
+    sharing = 1 if device.type == "cuda" else world_size
+    room = free // sharing - _RUNTIME
+    if peak > room:
+        ways = ", or ".join(_ways_to_fit(config, expected, world_size, room))
+        says = f"; {ways} would fit" if ways else ", nor would less of a batch"
+        yield "warning", f"a step will not fit into {room / _GIB:.1f} GiB{says}"
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
-    images = torch.zeros(_PROBE_BATCH, 3, config.views.size, config.views.size)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = method.dense(images)
-    del output
-    per_image = sum(kept.values()) / _PROBE_BATCH * (0.5 if half else 1.0)
-    # Both passes with gradient are alive when the backward starts.
-    activations = int(2 * per_image * config.batch_size / world_size)
-    return 4 * copies * _count(method), activations
+def _ways_to_fit(config: Config, expected: Forecast, world_size: int, room: int) -> Iterator[str]:
+    images, parts = config.batch_size // world_size, config.engine.accumulate
+    more = (n for n in range(parts + 1, images // 2 + 1) if images % n == 0)
+    if n := next((n for n in more if expected.peak(images, n) <= room), None):
+        yield f"--engine.accumulate {n}"
+    if not config.engine.activation_checkpointing:
+        engine = replace(config.engine, activation_checkpointing=True)
+        with suppress(UserError):  # an encoder or a plan that cannot
+            own = forecast(replace(config, engine=engine), pick_device(config.device), world_size)
+            if own.peak(images, parts) <= room:
+                yield "--engine.activation-checkpointing"
+    fewer = (images // 2**k // parts * parts for k in range(1, images.bit_length()))
+    if n := next((n for n in fewer if n >= 2 * parts and expected.peak(n, parts) <= room), None):
+        yield f"--batch-size {n * world_size}"

@@ -25,9 +25,11 @@ from torch import Tensor, nn
 from sacl_fast.config import Config
 from sacl_fast.encoders import Projector, build_encoder, output_dim
 from sacl_fast.encoders.batch_norm import local_batch_norm, synchronize_batch_norm
+from sacl_fast.engine.regions import region
 from sacl_fast.ops.collectives import RowGather, world_size
 from sacl_fast.passes import Passes, share_gradients
 from sacl_fast.slim import Slicer
+from sacl_fast.slim.checkpointing import blocks_of
 from sacl_fast.slim.constant_channels import constant_norms_in_a_row
 
 _AT_MOST_IN_A_ROW = 1.5
@@ -96,14 +98,18 @@ class SaclXd(nn.Module):
                 gathers.append(RowGather(z))
             return z
 
-        z1 = sent(self.dense(x_a))
-        z2 = sent(self.slim(x_b))
+        with region("z1 dense a"):
+            z1 = sent(self.dense(x_a))
+        with region("z2 slim b"):
+            z2 = sent(self.slim(x_b))
         self.sharing.forget()
         if not self.distill:
             return Embeddings(z1, z2, gathers=tuple(gathers))
         with torch.no_grad():
-            z1_t = sent(self.dense(x_b))
-            z2_t = sent(self.slim(x_a))
+            with region("z1_t dense b"):
+                z1_t = sent(self.dense(x_b))
+            with region("z2_t slim a"):
+                z2_t = sent(self.slim(x_a))
         return Embeddings(z1, z2, z1_t, z2_t, tuple(gathers))
 
 
@@ -153,6 +159,9 @@ def build_networks(config: Config) -> Networks:
         exclude=config.slim.exclude,
         batch_norm=config.slim.batch_norm,
     )
+    if config.engine.activation_checkpointing:
+        blocks_of(encoder)  # refuses what has none
+        slicer.checkpointing = True
     if config.slim.norm_gradient != "auto":
         slicer.norm_gradient = config.slim.norm_gradient
     else:

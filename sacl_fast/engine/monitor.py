@@ -12,7 +12,9 @@ from sacl_fast.engine.clock import Clock
 from sacl_fast.engine.collapse import CollapseAlarm, effective_rank, embedding_std
 from sacl_fast.engine.console import RunConsole
 from sacl_fast.engine.diagnosis import NonFiniteLoss
+from sacl_fast.engine.memory_use import peak_memory
 from sacl_fast.engine.metrics import Kind, MetricWriter
+from sacl_fast.engine.regions import region
 from sacl_fast.engine.step import TrainingStep
 from sacl_fast.ops.xcorr_loss import LossParts
 
@@ -35,7 +37,7 @@ class Monitor:
         self.config, self.folder, self.step = config, folder, step
         self.console, self.writer = console, writer
         # The rank of a few rows is low whatever they hold: standardised, at most one less.
-        rows = min(_ROWS, config.batch_size // world_size)
+        rows = min(_ROWS, config.batch_size // world_size // config.engine.accumulate)
         min_rank = config.log.min_rank if rows - 1 > config.log.min_rank else 0
         self.alarm = CollapseAlarm(config.log.min_std, min_rank)
 
@@ -50,7 +52,8 @@ class Monitor:
         """
         z1 = z1[:_ROWS].float()
         on_device = torch.stack([loss, *parts, embedding_std(z1), effective_rank(z1)])
-        values = [*on_device.tolist(), float(self.step.first_nonfinite.item())]
+        with region("reading"):  # waits for the device
+            values = [*on_device.tolist(), float(self.step.first_nonfinite.item())]
         names = ["loss", *LossParts._fields, "embedding_std", "effective_rank"]
         *readings, first_nonfinite = values
         if first_nonfinite >= 0:
@@ -59,7 +62,7 @@ class Monitor:
             raise self._not_finite(int(first_nonfinite) + 1)
         metrics = dict(zip(names, readings, strict=True))
         metrics["lr"] = self.step.learning_rate(steps_done - 1)
-        metrics |= clock.read()
+        metrics |= clock.read() | peak_memory(self.step.device)
         self._report("train", steps_done, self._epoch(steps_done), metrics)
         warning = self.alarm.check(metrics["embedding_std"], metrics["effective_rank"], steps_done)
         if warning:

@@ -61,12 +61,13 @@ class Trial:
 
 
 def take_plan(config: Config, step: TrainingStep, resumed: Plan | None) -> None:
-    """Where ``engine.plan`` is ``auto``, on one GPU: have the step's model run by the best plan.
+    """Where ``engine.plan`` is ``auto``, on one GPU: have the step's model run by the best plan,
+    unless nothing is to be chosen by time (``deterministic``).
 
     Args:
         resumed: the plan of the checkpoint that the run goes on from; None where it starts.
     """
-    if config.engine.plan != "auto" or not _may_try(step):
+    if config.engine.plan != "auto" or config.deterministic or not _may_try(step):
         return
     if resumed is not None and not plan_obstacle(resumed, config, step.device):
         plan, reason = resumed, "as before it was resumed"
@@ -104,11 +105,11 @@ def try_plans(
     """Each plan's time for a step of the run's shapes, the first one's the reference."""
     method, trials, started = step.method, [], time.monotonic()
     own = method.passes
-    exact = _results(step, config, _views(config, step.device, _CHECKED), None)
+    exact = _results(step, config, _few_views(config, step.device), None)
     rounding: dict[str, float] = {}
     try:
         for plan in plans:
-            if why_not := _why_not(plan, config, step.device, time.monotonic() - started):
+            if why_not := why_not_tried(plan, config, step.device, time.monotonic() - started):
                 trials.append(Trial(plan, None, why_not))
                 continue
             passes = passes_of(plan, config, step.device, steps_per_epoch=step.steps_per_epoch)
@@ -131,7 +132,10 @@ def try_plans(
     return trials
 
 
-def _why_not(plan: Plan, config: Config, device: torch.device, seconds: float) -> str | None:
+def why_not_tried(
+    plan: Plan, config: Config, device: torch.device, seconds: float = 0.0
+) -> str | None:
+    """``seconds`` have been spent on others already; None: it can be tried."""
     if obstacle := _WITHOUT_TRIAL.get(plan) or plan_obstacle(plan, config, device):
         return obstacle
     mode = config.slim.mode
@@ -153,7 +157,7 @@ def _try(
     rounding: dict[str, float],
 ) -> Trial:
     step.method.run_by(passes)
-    views = _views(config, step.device, _CHECKED)
+    views = _few_views(config, step.device)
     for _ in range(_WARM_UP - 1):
         _results(step, config, views, step.amp_dtype)
     found = _results(step, config, views, step.amp_dtype)
@@ -163,7 +167,7 @@ def _try(
     for name, distance in off.items():
         if not distance <= _ROUNDING * rounding[name] + _FLOOR:
             return Trial(plan, None, f"its {name} are off by {distance:.1e}")
-    views = _views(config, step.device, config.batch_size)
+    views = random_views(config, step.device, _part(config))
     run: Callable[[], object] = partial(_forward_and_backward, step, views, step.amp_dtype)
     with _kept_as_it_is(step):
         for _ in range(_WARM_UP):
@@ -188,7 +192,17 @@ def _captured(run: Callable[[], object], graph: StepGraph) -> Callable[[], objec
     return replay
 
 
-def _views(config: Config, device: torch.device, most: int) -> tuple[Tensor, Tensor]:
+def _part(config: Config) -> int:
+    """Images that the passes are given at once."""
+    return config.batch_size // config.engine.accumulate
+
+
+def _few_views(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
+    return random_views(config, device, min(_CHECKED, _part(config)))
+
+
+def random_views(config: Config, device: torch.device, most: int) -> tuple[Tensor, Tensor]:
+    """Two batches (n, 3, S, S) of a run's shape, n at most ``most``, always the same."""
     shape = (2, min(most, config.batch_size), 3, config.views.size, config.views.size)
     generator = torch.Generator().manual_seed(0)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -260,6 +274,7 @@ def _key(config: Config, step: TrainingStep) -> str:
     own = to_dict(config)
     told = {name: own[name] for name in ("encoder", "projector", "slim", "loss")}
     told |= {name: own[name] for name in ("batch_size", "precision", "channels_last", "backend")}
+    told |= {name: own["engine"][name] for name in ("accumulate", "activation_checkpointing")}
     told |= {
         "graph": step.graph is not None,
         "size": config.views.size,

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 
 from sacl_fast.checks import check
 from sacl_fast.config import Config
+from sacl_fast.config.run import check_parts
 from sacl_fast.data.loading.workers import worker_count
+from sacl_fast.engine.launch import read_launch
 from sacl_fast.errors import UserError
 from sacl_fast.files import user_path
 
@@ -35,6 +37,7 @@ def check_run(config: Config) -> None:
     for name, path in paths.items():
         if path is not None:
             user_path(path, name)
+    check_parts(config.batch_size, config.engine.accumulate, read_launch().world_size)
     head = config.projector
     weights = head.hidden * (head.hidden * max(0, head.layers - 2) + head.out)
     if 4 * weights > _memory():

@@ -10,6 +10,7 @@
     checkpoints/         step_NNNNNNNN.pt (the last ones), best.pt (best kNN)
     encoder.safetensors  the dense encoder after training, under timm's names
     encoder_slim.safetensors  the slim one likewise, where it is another
+    trace.json.gz        some steps as the profiler saw them (--profile), one of each process
     superseded/          what a run left that went on from an earlier step (see resume.py)
     run.lock             whose folder it is, while a run writes there (see lock.py)
 """
@@ -29,6 +30,7 @@ from datetime import datetime
 from pathlib import Path
 
 import yaml
+from torch import nn
 
 from sacl_fast.config import Config, to_dict
 from sacl_fast.engine.checkpoint import list_checkpoints
@@ -143,6 +145,13 @@ def prepare_run_folder(
         raise UserError(
             f"cannot write to run folder {folder}: {reason_of(error)}; --out names another"
         ) from error
+
+
+def size_of_checkpoint(model: nn.Module, optimizer: str) -> int:
+    """Bytes of a checkpoint: the model's tensors, and the optimiser's for each of its weights."""
+    moments = 2 if optimizer == "adamw" else 1
+    tensors = [*model.parameters(), *model.buffers(), *moments * [*model.parameters()]]
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _make(folder: Path | None, config: Config) -> tuple[Path, bool]:

@@ -25,6 +25,7 @@ from sacl_fast.engine.clock import Clock
 from sacl_fast.engine.console import RunConsole
 from sacl_fast.engine.convolutions import tried_algorithms
 from sacl_fast.engine.description import describe
+from sacl_fast.engine.determinism import deterministic
 from sacl_fast.engine.distributed import Ranks, process_group
 from sacl_fast.engine.environment import environment
 from sacl_fast.engine.evaluator import Evaluator
@@ -35,6 +36,7 @@ from sacl_fast.engine.monitor import Monitor
 from sacl_fast.engine.plan import take_plan
 from sacl_fast.engine.plots import plot_curves
 from sacl_fast.engine.preflight import check_run, remarks
+from sacl_fast.engine.profiling import Profile
 from sacl_fast.engine.resume import Continuation, data_record, find_continuation, restore, set_aside
 from sacl_fast.engine.signals import StopRequest
 from sacl_fast.engine.step import TrainingStep
@@ -64,8 +66,10 @@ class RunResult:
     """The number of the signal that ended it, 0 for none."""
 
 
-def train(config: Config) -> RunResult:
+def train(config: Config, *, profile: bool = False) -> RunResult:
     """Pre-train an encoder as configured; under ``torchrun``, with the other ranks.
+
+    ``profile``: write a trace of some steps into the run folder, and log what it says.
 
     Raises:
         UserError: what is asked for cannot be done; the sentence says what can.
@@ -73,10 +77,10 @@ def train(config: Config) -> RunResult:
         Stopped: by a signal, but not at a step that all processes could stop at.
     """
     check_run(config)
-    with process_group(config.device) as ranks, tried_algorithms(ranks.device):
+    with deterministic(config.deterministic), process_group(config.device) as ranks:
         check_same_settings(config, ranks)
-        with files.claimed_run_folder(config, ranks) as claim:
-            run = Run(config, ranks, claim)
+        with tried_algorithms(ranks.device), files.claimed_run_folder(config, ranks) as claim:
+            run = Run(config, ranks, claim, profile)
             try:
                 return run.train()
             finally:
@@ -86,7 +90,9 @@ def train(config: Config) -> RunResult:
 class Run:
     """The state of a run, and the loop over it."""
 
-    def __init__(self, config: Config, ranks: Ranks, claim: files.RunFolder) -> None:
+    def __init__(
+        self, config: Config, ranks: Ranks, claim: files.RunFolder, profile: bool = False
+    ) -> None:
         self.config = config
         self.ranks = ranks
         self.claim = claim
@@ -127,16 +133,16 @@ class Run:
         """Whether the run folder vanished; known to the first rank."""
         self.data = ranks.on_first(lambda: data_record(self.splits.train))
         self.resumed = self._resume()
+        self.profile = ranks.together(
+            lambda: Profile(config, self.folder, ranks, profile, self.steps_done, steps_per_epoch)
+        )
         take_plan(config, self.step, self.resumed and self.resumed.state.get("plan", "eager"))
         self.writer: MetricWriter | None = None
         ranks.on_first(self._open_records)
         self.console = RunConsole(
-            config.epochs,
-            self.loader.steps_per_epoch,
-            config.batch_size,
-            start_step=self.steps_done,
+            config.epochs, steps_per_epoch, config.batch_size, self.steps_done,
             quiet=not ranks.first,
-        )
+        )  # fmt: skip
         self.monitor = Monitor(
             config, self.folder, self.step, self.console, self.writer, ranks.world_size
         )
@@ -175,8 +181,9 @@ class Run:
         config, per_epoch, slicer = self.config, self.loader.steps_per_epoch, self.method.slicer
         slicer.enabled = epoch >= config.slim.warmup_epochs
         slicer.statistics = None  # of the weights before this epoch
-        clock = Clock(config.batch_size)
-        for batch in clock.waiting(self.loader.epoch(epoch, self.steps_done % per_epoch)):
+        clock = Clock(config.batch_size, self.ranks.device)
+        batches = clock.waiting(self.loader.epoch(epoch, self.steps_done % per_epoch))
+        for batch in self.profile.over(batches):
             loss, parts, z1 = self.step(batch.view_a, batch.view_b, self.steps_done)
             self.steps_done += 1
             if config.slim.refresh_steps and self.steps_done % config.slim.refresh_steps == 0:
@@ -372,14 +379,11 @@ class Run:
             set_aside(self.folder, after=-1)
         elif not found.finished:
             set_aside(self.folder, after=self.steps_done, spare=found.path)
-        tensors = [*self.method.parameters(), *self.method.buffers()]
-        moments = 2 if config.optim.name == "adamw" else 1
-        tensors += moments * [*self.method.parameters()]
         files.prepare_run_folder(
             self.folder,
             config,
             environment(),
-            checkpoint_size=sum(tensor.nbytes for tensor in tensors),
+            checkpoint_size=files.size_of_checkpoint(self.method, config.optim.name),
         )
         self.writer = MetricWriter(
             self.folder, config.log, to_dict(config), self.steps_done if found else None
@@ -391,5 +395,5 @@ class Run:
         )
 
     def close(self) -> None:
-        self.loader.close()
-        self.monitor.close()
+        for part in (self.loader, self.monitor, self.profile):
+            part.close()

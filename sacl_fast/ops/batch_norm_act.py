@@ -134,7 +134,8 @@ class _BatchNormAct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, drest: Tensor | None, dout: Tensor | None) -> Any:
         op = torch.ops.sacl_fast.batch_norm_act_backward
-        x, map, *norm, mean, rstd = ctx.saved_tensors[:6]
+        x, map, weight, bias, mean, rstd, *of_map = ctx.saved_tensors
+        norm = weight, bias
         kept_index, zeroed_index, map_index = ctx.lists
         drest = None if drest is None or not drest.numel() else drest.contiguous()
         dx, *dnorm = op(
@@ -142,10 +143,7 @@ class _BatchNormAct(torch.autograd.Function):
         )
         dmap = None
         if dout is not None:
-            statistics = ctx.saved_tensors[6:]
-            dmap, *more = op(
-                _given(dout, map), None, map, *norm, map_index, None, *statistics, ctx.act
-            )
+            dmap, *more = op(_given(dout, map), None, map, *norm, map_index, None, *of_map, ctx.act)
             dnorm = [own.add_(other) for own, other in zip(dnorm, more, strict=True)]
         return dx, dmap, *dnorm, *[None] * 9
 

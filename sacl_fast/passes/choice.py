@@ -108,6 +108,8 @@ def passes_of(
 
 def plan_obstacle(plan: Plan, config: Config, device: torch.device) -> str | None:
     """Why a run on a device cannot have a plan; None if it can."""
+    if plan in ("compile", "fused") and config.engine.activation_checkpointing:
+        return "it would fuse what engine.activation-checkpointing computes again"
     if plan != "fused":
         return None
     operators = of_slim_operators(resolve_all(config.backend, device))

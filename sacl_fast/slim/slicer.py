@@ -23,7 +23,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Literal, get_args
 
 import torch
@@ -41,9 +41,11 @@ from sacl_fast.errors import UserError, nearest
 from sacl_fast.ops.batch_norm import DAMPED, damped
 from sacl_fast.ops.slim_conv import BACKEND
 from sacl_fast.slim.channels import Channels, all_channels, channels
+from sacl_fast.slim.checkpointing import Recomputation, blocks_of, checkpointed
 from sacl_fast.slim.tensor import KeptFilters, SlimTensor, dense, resolving
 
 Mode = Literal["dense", "whole", SlimMode]
+Given = dict[nn.Conv2d, dict[str, Tensor]]
 # timm's, some of which stand under other names than the patterns of SlimConfig.exclude know.
 _SQUEEZE_EXCITE = (EffectiveSEModule, SEModule, SqueezeExcite)
 
@@ -114,7 +116,13 @@ class Slicer(nn.Module):
         """Off while slimming has not started (``slim.warmup_epochs``): all filters are kept."""
         self.backend = "auto"
         """Of the operators of ``skip`` and ``whole``; see ``ops.backend``."""
+        self.checkpointing = False
+        """Whether passes with gradient are checkpointed (``slim.checkpointing``). They are also
+        where timm's ``set_grad_checkpointing`` was called, in place of its own way, which would
+        compute again with all filters."""
         self._mode: Mode | None = None
+        self._given: Given = {}
+        self._switches = [m for m in encoder.modules() if hasattr(m, "grad_checkpointing")]
         # Plain lists: the encoder's modules are not the slicer's to save or to train.
         self._encoder = [encoder]
         self._kept: dict[str, Channels] = {}
@@ -252,11 +260,38 @@ class Slicer(nn.Module):
         ``skip``)."""
         if mode not in get_args(Mode):
             raise UserError(f"unknown mode {mode!r}; {nearest(mode, get_args(Mode))}")
+        on = [m for m in self._switches if m.grad_checkpointing]
+        checkpointing = (self.checkpointing or on) and torch.is_grad_enabled()
+        blocks = blocks_of(self.encoder) if checkpointing else []
+        with self._within(mode, {}), checkpointed(blocks, self._again(), instead_of=on):
+            yield
+
+    def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """For whoever checkpoints something within a mode: in backward it is to be in it again::
+
+        checkpoint(block, x, use_reentrant=False, context_fn=slicer.contexts)
+        """
+        return nullcontext(), Recomputation(self.encoder, self._again())
+
+    def _again(self) -> Callable[[], AbstractContextManager[None]]:
+        """What enters the present mode once more, with the same weights."""
+        mode, given = self._mode, self._given
+
+        def enter() -> AbstractContextManager[None]:
+            if mode is None or self._given is given:
+                return nullcontext()
+            return self._within(mode, given)
+
+        return enter
+
+    @contextmanager
+    def _within(self, mode: Mode, given: Given) -> Iterator[None]:
+        """``given``: what is in the place of weights; filled where the mode is entered anew."""
         if self._mode is not None:
             raise RuntimeError(f"mode {mode!r} inside mode {self._mode!r}: leave that one first")
-        self._mode = mode
+        self._mode, self._given = mode, given
         with ExitStack() as undo:
-            undo.callback(setattr, self, "_mode", None)
+            undo.callback(self._leave)
             if mode in get_args(SlimMode):
                 for parent, child, key in self._norm_sites:
                     undo.callback(_swap_module(parent, child, self.slim_norms[key]))
@@ -274,10 +309,13 @@ class Slicer(nn.Module):
                 self._run_by_rules((*convs, *self._unslimmed), undo)
             yield
 
+    def _leave(self) -> None:
+        self._mode, self._given = None, {}
+
     def _run_by_rules(self, whole: Iterable[nn.Conv2d], undo: ExitStack) -> None:
         """Have the encoder run by the rules of slim activations, with these convolutions whole."""
         for conv in whole:
-            undo.callback(_keep_all(conv))
+            undo.callback(_keep_all(conv, self._given))
         undo.callback(BACKEND.reset, BACKEND.set(self.backend))
         hook = self._encoder[0].register_forward_hook(lambda *call: dense(call[2]))
         undo.callback(hook.remove)
@@ -287,8 +325,10 @@ class Slicer(nn.Module):
         """Zero the filters of a convolution that are not kept; returns what undoes it."""
         mask, kept = self.get_buffer(key), self._kept[key]
         if mode == "skip":
-            return _replace_parameters(conv, lambda p: KeptFilters(p, mask, kept))
-        return _replace_parameters(conv, lambda p: p * mask.view(-1, *[1] * (p.ndim - 1)))
+            return _replace_parameters(conv, self._given, lambda p: KeptFilters(p, mask, kept))
+        return _replace_parameters(
+            conv, self._given, lambda p: p * mask.view(-1, *[1] * (p.ndim - 1))
+        )
 
     def extra_repr(self) -> str:
         return f"ratio={self.ratio}, convolutions={len(self._convs)}"
@@ -332,21 +372,24 @@ def _damp(norm: nn.Module) -> Callable[[], None]:
     return norm.register_forward_pre_hook(before).remove
 
 
-def _keep_all(conv: nn.Conv2d) -> Callable[[], None]:
+def _keep_all(conv: nn.Conv2d, given: Given) -> Callable[[], None]:
     """Have a rule compute a convolution of which all filters are kept, too. ``slim_pointwise``
     takes a squeeze-excite block's 0.4 to 0.6 of the time (32 images, two CPU cores)."""
     kept = all_channels(conv.out_channels)
-    return _replace_parameters(conv, lambda p: KeptFilters(p, None, kept))
+    return _replace_parameters(conv, given, lambda p: KeptFilters(p, None, kept))
 
 
 def _replace_parameters(
-    conv: nn.Conv2d, replace: Callable[[nn.Parameter], Tensor]
+    conv: nn.Conv2d, given: Given, replace: Callable[[nn.Parameter], Tensor]
 ) -> Callable[[], None]:
-    """Replace weight and bias by other tensors; returns what undoes it."""
+    """Replace weight and bias by the tensors that are given for them, or else made; returns what
+    undoes it."""
     own = {name: p for name, p in conv._parameters.items() if p is not None}
-    for name, parameter in own.items():
+    if conv not in given:
+        given[conv] = {name: replace(parameter) for name, parameter in own.items()}
+    for name, tensor in given[conv].items():
         del conv._parameters[name]
-        setattr(conv, name, replace(parameter))
+        setattr(conv, name, tensor)
 
     def undo() -> None:
         for name, parameter in own.items():
