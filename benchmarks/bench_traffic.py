@@ -32,8 +32,8 @@ PLANS = {
     "eager+mask": Passes("mask"),
     "eager+skip": Passes("skip", recorded=True),
     "dense+mask": Passes("mask", dense="recorded"),
-    "dense+skip": Passes("skip", dense="recorded", recorded=True),
-    "fused": Passes("skip", dense="recorded", recorded=True, fused=True),
+    "dense+skip": Passes("skip", dense="recorded", recorded=True, fused="around"),
+    "fused": Passes("skip", dense="recorded", recorded=True, fused="all"),
 }
 _SMALL = 2, 4  # samples
 _WARM_UP = 3  # steps, in which slim passes are recorded

@@ -22,18 +22,22 @@ using torch::stable::new_zeros;
 using torch::stable::transpose;
 
 constexpr int64_t kRowsAtOnce = 16;  // of a weight, in one task
-// With so few pixels (of all samples) oneDNN's convolution takes longer than a product of matrices:
-// 32 pixels, 960 to 240 channels, two cores, 0.24 against 0.12 ms and backward 0.73 against 0.28;
-// 512 pixels, 240 to 40, 0.11 against 0.08 and 0.21 against 0.15; 1,568 pixels, 28 to 168, 0.09
-// against 0.10 and 0.18 against 0.28.
-constexpr int64_t kFewPixels = 512;
+// With so few pixels (of all samples), or up to so many in so small a product, oneDNN's convolution
+// takes longer than a product of matrices. Forward and backward together, two cores, as a share of
+// the convolution's time: 32 pixels, 960 to 240 channels, 0.50; 128 pixels, 256 to 256, 0.84; 512
+// pixels, 240 to 40, 0.83, but 256 to 256, 1.3; 800 pixels, 28 to 168, 1.07.
+constexpr int64_t kFewPixels = 128, kMorePixels = 512, kSmallProduct = 1 << 23;
 const std::array<int64_t, 2> kOnes = {1, 1}, kZeros = {0, 0};
 
 // (b, C, 1, 1) as (b, C), and back
 Tensor matrix(const Tensor& t) { return torch::stable::view(t, {t.size(0), t.size(1)}); }
 Tensor by_channel(const Tensor& t) { return torch::stable::view(t, {t.size(0), t.size(1), 1, 1}); }
 
-bool has_few_pixels(const Tensor& x) { return x.size(0) * x.size(2) * x.size(3) <= kFewPixels; }
+bool is_product(const Tensor& x, const Tensor& weight) {
+  const int64_t pixels = x.size(0) * x.size(2) * x.size(3);
+  return pixels <= kFewPixels ||
+         (pixels <= kMorePixels && pixels * weight.numel() <= kSmallProduct);
+}
 
 // (N, C, H, W) in channels-last memory as (N * H * W, C)
 Tensor pixels(const Tensor& x) {
@@ -102,7 +106,7 @@ Tensor sum_of(const Tensor& a, const Tensor& b) {
 }
 
 Tensor convolved(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  if (has_few_pixels(x)) return times(x, transpose(matrix(weight), 0, 1), bias);
+  if (is_product(x, weight)) return times(x, transpose(matrix(weight), 0, 1), bias);
   AtenTensorHandle result = nullptr, bias_handle = bias.has_value() ? bias->get() : nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution(
       x.get(), weight.get(), bias.has_value() ? &bias_handle : nullptr, kOnes.data(), 2,
@@ -115,7 +119,7 @@ Tensor convolved(const Tensor& x, const Tensor& weight, const std::optional<Tens
 
 // dx and dweight (O, K, 1, 1). With the bias's gradient oneDNN would take twice the time.
 std::array<Tensor, 2> gradients(const Tensor& dy, const Tensor& x, const Tensor& weight) {
-  if (has_few_pixels(x)) {
+  if (is_product(x, weight)) {
     const Tensor product = matmul(transpose(pixels(dy), 0, 1), pixels(x));
     return {times(dy, matrix(weight), std::nullopt),
             by_channel(torch::stable::contiguous(product))};

@@ -1,9 +1,9 @@
 r"""1x1 convolution of a normalised operand: batch norm's work in its prologue and epilogue.
 
 ``forward`` gives y = v W^T + offset and the moments of y, of raw x (N, K, H, W), where
-v = gate act((x - mean) scale + bias). ``backward`` gives dx = dy W, through the activation if
-``to_norm``, the sums of it that the norm before needs, and dweight = dy^T v, where
-dy = c0 g + c1 (y - c3) + c2 is the gradient of what the norm behind is given.
+v = gate act((x - mean) scale + bias). ``backward`` gives dx = dy W + other, through the activation
+if ``to_norm``, the sums of it that the norm before needs, the gate's gradient and dweight = dy^T v,
+where dy = c0 g + c1 (y - c3) + c2 is the gradient of what the norm behind is given.
 ``sacl_fast/ops/norm_pointwise.py`` is the same in plain PyTorch. Images are in channels-last
 memory, weights full and in the type of x or float32, affine (4, K) and coefficients (4, O) float32.
 
@@ -12,8 +12,10 @@ What a call reads and writes, in X = N K H W and Y = N O H W values, and its lau
 ========================  ==========  ===============================================
 forward                   X + Y       1 (K at most 128), or part and 1
 backward, fused           2 X + 2 Y   fused, scatter
-backward, apart           3 X + 4 Y   part, input, weight, scatter; 2 X if not to_norm
+backward, apart           3 X + 4 Y   part, input, weight, scatter; 2 X if neither to_norm
+                                      nor gated
 backward, without dx      X + 2 Y     weight, scatter
+``other``                 + X
 ========================  ==========  ===============================================
 
 Fused is what has few output channels (`launch_for`): a program holds its part of dweight in
@@ -107,15 +109,18 @@ def backward(
     out_index: Tensor | None,
     to_norm: bool,
     input: bool,
+    other: Tensor | None,
     launch: Launch | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (N, K, H, W), gsums (T, 2, K) and dweight (Cout, Cin), 0 where the weight is not used.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx (N, K, H, W), gsums (T, 2, K), dgate (N, K) and dweight (Cout, Cin), 0 where the weight is
+    not used.
 
     Args:
         g: (N, O, H, W), with ``y`` and ``coefficients`` the gradient of the norm's output.
         to_norm: dx is the gradient before the operand's activation, with its gsums; else that of
             the gated operand, and gsums is empty (0).
-        input: if not, dx and gsums are empty (0).
+        input: if not, dx, gsums and dgate are empty (0); dgate is without a gate, too.
+        other: (N, K, H, W), the rest of the gated operand's gradient.
     """
     x, g, y = _images(x), _images(g), None if y is None else _images(y)
     weight = weight.contiguous()
@@ -124,7 +129,8 @@ def backward(
     M, to_norm = N * H * W, to_norm and input and affine is not None
     of_dy = g, y, _contiguous(coefficients)
     affine, gate = _contiguous(affine), _contiguous(gate)
-    dx, gsums, dweight = x.new_empty(0), _fp32(x, 0), torch.empty_like(weight)
+    dx, gsums, dgate, dweight = x.new_empty(0), _fp32(x, 0), _fp32(x, 0), torch.empty_like(weight)
+    other, gates = None if other is None else _images(other), None
     fill = dweight.numel() if dweight.numel() > K * O else 0
     common = {
         "ACT": act if affine is not None else 0,
@@ -136,12 +142,13 @@ def backward(
             dx = _empty_images(x, N, K, H, W)
         if input and launch.fused is not None:
             tile, blocks = launch.fused, triton.cdiv(K, launch.fused.ins)
-            programs = _programs(triton.cdiv(M, tile.rows), blocks, tile, launch)
+            tiles, gates = _gradient_tiles(x, gate, tile)
+            programs = _programs(tiles, blocks, tile, launch)
             gsums = _fp32(x, programs, 2, K) if to_norm else gsums
             partial = _fp32(x, programs, O, K)
             fused_kernel[(programs * blocks,)](
-                *(*of_dy, x, affine, gate, weight, out_index, in_index, dx, gsums, partial),
-                *(dweight, M, K, O, H * W, weight.stride(0), fill),
+                *(*of_dy, x, affine, gate, weight, out_index, in_index, other, dx, gsums, gates),
+                *(partial, dweight, M, K, O, H * W, weight.stride(0), fill),
                 TO_NORM=to_norm,
                 WARPS=tile.sharing,
                 **common,
@@ -151,11 +158,12 @@ def backward(
             if input:
                 tile = launch.input
                 blocks = triton.cdiv(K, tile.ins)
-                programs = _programs(triton.cdiv(M, tile.rows), blocks, tile, launch)
+                tiles, gates = _gradient_tiles(x, gate, tile)
+                programs = _programs(tiles, blocks, tile, launch)
                 gsums = _fp32(x, programs, 2, K) if to_norm else gsums
                 part = _part(weight, in_index, out_index, x)
                 input_kernel[(programs * blocks,)](
-                    *(*of_dy, x, affine, part, dx, gsums, M, K, O),
+                    *(*of_dy, x, affine, part, other, dx, gsums, gates, M, K, O, H * W),
                     TO_NORM=to_norm,
                     WARPS=tile.sharing,
                     **common,
@@ -175,7 +183,9 @@ def backward(
             BLOCK_P=16,
             BLOCK=128,
         )
-    return dx, gsums, dweight
+        if gates is not None:
+            dgate = gates.sum(1)
+    return dx, gsums, dgate, dweight
 
 
 def _part(
@@ -190,6 +200,16 @@ def _part(
         *(weight, out_index, in_index, part, O, K, weight.stride(0)), BLOCK_O=16, BLOCK_K=128
     )
     return part
+
+
+def _gradient_tiles(x: Tensor, gate: Tensor | None, tile: Tile) -> tuple[int, Tensor | None]:
+    """How many tiles of rows there are, and where each leaves its part of the gate's gradient
+    (N, tiles of a sample, K)."""
+    N, K, H, W = x.shape
+    if gate is None:
+        return -(-N * H * W // tile.rows), None
+    each = -(-H * W // tile.rows)
+    return N * each, _fp32(x, N, each, K)
 
 
 def _programs(tiles: int, blocks: int, tile: Tile, launch: Launch) -> int:

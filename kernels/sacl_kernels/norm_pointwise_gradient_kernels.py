@@ -49,6 +49,35 @@ def store_gsums(gsums, program, total, products, affine, cols, col_mask, width):
 
 
 @triton.jit
+def tiles_of(M, pixels, BY_SAMPLE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """How many tiles hold all rows; ``BY_SAMPLE``: each those of one sample."""
+    if BY_SAMPLE:
+        return M // pixels * tl.cdiv(pixels, BLOCK_M)
+    else:
+        return tl.cdiv(M, BLOCK_M)
+
+
+@triton.jit
+def rows_of(tile, M, pixels, BY_SAMPLE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The first row of a tile, and how many there are from it on that may be its own."""
+    if BY_SAMPLE:
+        each = tl.cdiv(pixels, BLOCK_M)
+        start = tile % each * BLOCK_M
+        return tile // each * pixels + start, pixels - start
+    else:
+        first = tile * BLOCK_M
+        return first, M - first
+
+
+@triton.jit
+def store_gate_sums(gates, tile, d, raw, affine, cols, col_mask, width, ACT: tl.constexpr):
+    """Of a tile's rows, the sums of the gated operand's gradient times what is gated."""
+    z, _ = normalised(raw, affine, cols, col_mask, width)
+    sums = tl.sum(d * activated(z, ACT).to(tl.float32), 0)
+    tl.store(gates + tl.cast(tile, tl.int64) * width + cols, sums, mask=col_mask)
+
+
+@triton.jit
 def fill_zero(base, size, BLOCK: tl.constexpr):
     """All programs together."""
     index = tl.arange(0, BLOCK)
@@ -67,8 +96,10 @@ def fused_kernel(
     weight,  # (Cout, Cin), any type
     out_index,  # (O,) int64 or None
     in_index,  # (K,) int64 or None
+    other,  # (M, K) or None: added to dx
     dx,  # (M, K)
     gsums,  # (T, 2, K) fp32
+    gates,  # (tiles, K) fp32 or None: of the gate's gradient; then tiles are of one sample
     partial,  # (T, O, K) fp32: of dweight
     dweight,  # (Cout, Cin), filled with 0
     M,
@@ -101,12 +132,18 @@ def fused_kernel(
     acc = tl.zeros((BLOCK_O, BLOCK_K), tl.float32)
     total = tl.zeros((WARPS, 8, BLOCK_K), tl.float32)
     products = tl.zeros((WARPS, 8, BLOCK_K), tl.float32)
-    for tile in tl.range(program, tl.cdiv(M, BLOCK_M), programs, disable_licm=True):
-        first = tile * BLOCK_M
-        row_mask = rows < M - first
+    tiles = tiles_of(M, pixels, gates is not None, BLOCK_M)
+    for tile in tl.range(program, tiles, programs, disable_licm=True):
+        first, count = rows_of(tile, M, pixels, gates is not None, BLOCK_M)
+        row_mask = rows < count
         dy = load_gradient(g, y, coefficients, first, rows, row_mask, outs, out_mask, O)
         raw = load_rows(x, first, rows, row_mask, ins, in_mask, K)
-        d = tl.dot(dy, w, input_precision=PRECISION)
+        d = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+        if other is not None:
+            d = load_rows(other, first, rows, row_mask, ins, in_mask, K).to(tl.float32)
+        d = tl.dot(dy, w, d, input_precision=PRECISION)
+        if gates is not None:
+            store_gate_sums(gates, tile, d, raw, affine, ins, in_mask, K, ACT)
         if TO_NORM:
             z, centred = normalised(raw, affine, ins, in_mask, K)
             d = through_activation(d, z, ACT)
@@ -132,11 +169,14 @@ def input_kernel(
     x,  # (M, K)
     affine,  # (4, K) fp32 or None
     part,  # (O, K) of the weight, in the type of x
+    other,  # (M, K) or None: added to dx
     dx,  # (M, K)
     gsums,  # (T, 2, K) fp32
+    gates,  # (tiles, K) fp32 or None: of the gate's gradient; then tiles are of one sample
     M,
     K,
     O,
+    pixels,
     ACT: tl.constexpr,
     TO_NORM: tl.constexpr,
     ALIGN_K: tl.constexpr,
@@ -157,15 +197,21 @@ def input_kernel(
     in_mask = ins < K
     total = tl.zeros((WARPS, 8, BLOCK_K), tl.float32)
     products = tl.zeros((WARPS, 8, BLOCK_K), tl.float32)
-    for tile in tl.range(program, tl.cdiv(M, BLOCK_M), programs, disable_licm=True):
-        first = tile * BLOCK_M
-        row_mask = rows < M - first
+    tiles = tiles_of(M, pixels, gates is not None, BLOCK_M)
+    for tile in tl.range(program, tiles, programs, disable_licm=True):
+        first, count = rows_of(tile, M, pixels, gates is not None, BLOCK_M)
+        row_mask = rows < count
         d = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
         for o in range(0, O, BLOCK_O):
             outs = o + os
             dy = load_gradient(g, y, coefficients, first, rows, row_mask, outs, outs < O, O)
             w = load_weight(part, None, None, outs, outs < O, ins, in_mask, K)
             d = tl.dot(dy, w, d, input_precision=PRECISION)
+        if other is not None:
+            d += load_rows(other, first, rows, row_mask, ins, in_mask, K).to(tl.float32)
+        if gates is not None:
+            raw = load_rows(x, first, rows, row_mask, ins, in_mask, K)
+            store_gate_sums(gates, tile, d, raw, affine, ins, in_mask, K, ACT)
         if TO_NORM:
             raw = load_rows(x, first, rows, row_mask, ins, in_mask, K)
             z, centred = normalised(raw, affine, ins, in_mask, K)

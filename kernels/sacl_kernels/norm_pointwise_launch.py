@@ -84,7 +84,8 @@ def _aligned(K: int, O: int, hopper: bool, processors: int) -> Launch:
         warps, resident = (4, 3) if small else (8, 1)
         fused = _tile(K, O, 64, 128, 32, warps, 2, resident) if O <= 128 else None
     elif O <= 64 and K <= 32:
-        fused = _tile(K, O, 64, 64, 32, 8 if O > 32 else 4, 3, 2)
+        warps, stages = (8, 2) if O > 32 else (4, 3)
+        fused = _tile(K, O, 64, 64, 32, warps, stages, 2)
     elif O <= 128:
         fused = _tile(K, O, 64, 128, 64, 8, 2 if O > 64 else 3, 1)
     elif O <= 256 and K <= 64:  # g and y are read again for every 32 of K

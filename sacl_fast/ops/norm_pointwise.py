@@ -3,9 +3,10 @@
 ``sacl_fast::norm_pointwise`` gives ``y (N, O, H, W)`` and its ``sums`` of an operand (N, K, H, W),
 times a gate (N, K) where there is one: the filters ``out_index`` of the full weight (Cout, Cin) on
 the channels ``in_index``, plus an offset (1 or N, O, 1 or H, 1 or W). Its backward gives ``dx``,
-``gsums`` and the full weight's gradient; ``to_norm``: dx is the gradient before the operand's
-activation, with its gsums, else that of the operand (gated, as the product reads it). ``input``:
-whether dx is wanted.
+``gsums``, the gate's gradient (N, K) and the full weight's; ``to_norm``: dx is the gradient before
+the operand's activation, with its gsums, else that of the operand (gated, as the product reads it).
+``other`` (N, K, H, W) is added to the operand's gradient: what comes from where else it is read.
+``input``: whether dx is wanted.
 
 On CUDA devices the kernels are Triton's (``sacl_kernels.norm_pointwise``); what is written here, in
 plain PyTorch, runs on CPUs: the reference that they are tested against.
@@ -41,7 +42,7 @@ _SCHEMAS = {
     "norm_pointwise_backward": (
         "(Tensor g, Tensor? y, Tensor? coefficients, Tensor x, Tensor? affine, int act, "
         "Tensor? gate, Tensor weight, Tensor? in_index, Tensor? out_index, bool to_norm, "
-        "bool input) -> (Tensor, Tensor, Tensor)"
+        "bool input, Tensor? other) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
 }
 
@@ -85,7 +86,8 @@ def _backward(
     out_index: Tensor | None,
     to_norm: bool,
     input: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    other: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dy, values = input_gradient(g, y, coefficients), operand(x, affine, act, gate)
     own = torch.einsum("nohw,nkhw->ok", dy, values).to(weight.dtype)
     dweight = weight.new_zeros(weight.shape)
@@ -94,14 +96,16 @@ def _backward(
         for index, count in zip((out_index, in_index), weight.shape, strict=True)
     )
     dweight[rows[:, None], columns] = own
-    sums = precise(x).new_empty(0)
+    sums = dgate = precise(x).new_empty(0)
     if not input:
-        return x.new_empty(0), sums, dweight
+        return x.new_empty(0), sums, dgate.clone(), dweight
     dx = torch.einsum("nohw,ok->nkhw", dy, _filters(weight, in_index, out_index, x))
+    dx = dx if other is None else dx + other
+    dgate = dgate.clone() if gate is None else (precise(dx) * operand(x, affine, act)).sum((2, 3))
     if to_norm and affine is not None:
         dx = before_activation(dx, x, affine, act)
         sums = gradient_sums(dx, x, affine)
-    return images_like(dx), sums, dweight
+    return images_like(dx), sums, dgate, dweight
 
 
 def obstacle(device: torch.device) -> str | None:

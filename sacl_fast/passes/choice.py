@@ -14,6 +14,7 @@ from sacl_fast.config.choices import Plan, SlimMode
 from sacl_fast.errors import UserError
 from sacl_fast.ops import norm_pointwise
 from sacl_fast.ops.backend import of_slim_operators, resolve_all
+from sacl_fast.passes.graph import Fusion
 from sacl_fast.passes.recorded import RecordedEncoder
 from sacl_fast.precision import autocast_dtype
 from sacl_fast.slim import Slicer
@@ -37,8 +38,8 @@ class Passes:
     torch.compile, and then the slim one too."""
     recorded: bool = False
     """Whether mode ``skip`` runs from a recording of itself."""
-    fused: bool = False
-    """Whether recordings have their batch norms fused, see ``passes.fusion``."""
+    fused: Fusion = "none"
+    """How far recordings have their batch norms fused, see ``passes.fusion``."""
     backend: Backend = "auto"
     """Of the operators; see ``ops.backend``."""
     plan: Plan = "eager"
@@ -103,7 +104,10 @@ def passes_of(
         return replace(passes, dense="compiled")
     skips = plan != "dense+mask"
     mode = "skip" if skips else "mask"
-    return replace(passes, dense="recorded", mode=mode, recorded=skips, fused=plan == "fused")
+    fused: Fusion = "all" if plan == "fused" else "none"
+    if plan == "dense+skip" and device.type != "cpu" and not _fusion_obstacle(config, device):
+        fused = "around"
+    return replace(passes, dense="recorded", mode=mode, recorded=skips, fused=fused)
 
 
 def plan_obstacle(plan: Plan, config: Config, device: torch.device) -> str | None:
@@ -112,12 +116,16 @@ def plan_obstacle(plan: Plan, config: Config, device: torch.device) -> str | Non
         return "it would fuse what engine.activation-checkpointing computes again"
     if plan != "fused":
         return None
+    return _fusion_obstacle(config, device) or norm_pointwise.obstacle(device)
+
+
+def _fusion_obstacle(config: Config, device: torch.device) -> str | None:
     operators = of_slim_operators(resolve_all(config.backend, device))
     if operators.backend == "torch":
         return f"the operators that are fused are those of the compiled module: {operators.reason}"
     if not config.channels_last:
         return "the fused operators are for channels-last memory"
-    return norm_pointwise.obstacle(device)
+    return None
 
 
 def choose_passes(config: Config, device: torch.device, *, steps_per_epoch: int) -> Passes:

@@ -22,7 +22,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from sacl_fast.passes.graph import Form, Graph, Source
+from sacl_fast.passes.graph import Form, Fusion, Graph, Source
 
 _ops, _aten = torch.ops.sacl_fast, torch.ops.aten
 
@@ -132,6 +132,7 @@ def fuse(
     out: Source,
     gradients: Sequence[Source | None],
     batch: int,
+    fusion: Fusion,
 ) -> Fused:
     """The same pass with batch norms fused into their neighbours.
 
@@ -141,8 +142,9 @@ def fuse(
         gradients: of the input and the parameters, None where nothing wants one.
         batch: samples. With a single one, what is the same for all samples cannot be told from an
             activation, and nothing is fused.
+        fusion: whether 1x1 convolutions take part.
     """
-    writer = Writer((forward, backward), {out, *gradients}, batch)
+    writer = Writer((forward, backward), {out, *gradients}, batch, fusion)
     writer.run(forward)
     result = writer.source(out)
     writer.add_up()
@@ -156,8 +158,12 @@ def fuse(
 class Writer:
     """Writes the operators of the old graphs into new ones, by their rules."""
 
-    def __init__(self, old: tuple[Graph, Graph], results: set[Source | None], batch: int) -> None:
+    def __init__(
+        self, old: tuple[Graph, Graph], results: set[Source | None], batch: int, fusion: Fusion
+    ) -> None:
         self.old, self.results, self.batch = old, results, batch
+        self.products = fusion == "all"
+        """Whether 1x1 convolutions take part."""
         self.needed = _needed(old, results)
         self._sources = {node: source for source, node in old[1].inputs.items()}
         self.graphs = Graph(), Graph()
@@ -176,6 +182,8 @@ class Writer:
         """Norms' counters, to which 1 is added at the end of the pass."""
         self.sums: dict[fx.Node, fx.Node] = {}
         """Gradient -> what is added to it at the end of the pass."""
+        self.gate_gradients: dict[fx.Node, fx.Node] = {}
+        """By the gradient of what was gated."""
         self.full: set[fx.Node] = set()
         """Gradients of whole weights, though only some filters were used."""
         self.chains: dict[fx.Node, tuple[Any, ...]] = {}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, fx
+
+Fusion = Literal["none", "around", "all"]
+"""Which operators take part of a batch norm's work: none; those around the 1x1 convolutions, which
+stay the library's (depthwise convolutions, means, gates, sums); or these convolutions as well."""
 
 Source = fx.Node | int
 """Where an operator has a tensor from: a node's result, or the external tensor of that number."""

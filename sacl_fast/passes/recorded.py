@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sacl_fast.checks import checked
+from sacl_fast.passes.graph import Fusion
 from sacl_fast.passes.recording import Obstacle, Recording, record
 from sacl_fast.passes.sharing import SharedGradients
 from sacl_fast.slim.slicer import Slicer
@@ -63,12 +64,14 @@ class RecordedEncoder:
     """
 
     @checked
-    def __init__(self, slicer: Slicer, mode: RecordedMode = "skip", *, fused: bool = False) -> None:
-        """``fused``: with batch norms fused into their neighbours (``passes.fusion``), and so equal
-        up to rounding."""
+    def __init__(
+        self, slicer: Slicer, mode: RecordedMode = "skip", *, fused: Fusion = "none"
+    ) -> None:
+        """``fused``: how far batch norms are fused into their neighbours (``passes.fusion``); if
+        they are, passes are equal up to rounding."""
         self.slicer = slicer
         self.mode: RecordedMode = mode
-        self.fused = fused
+        self.fused: Fusion = fused
         self.sharing: SharedGradients | None = None
         """With another encoder of the same parameters, whose pass follows or came before."""
         self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()

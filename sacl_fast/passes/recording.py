@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sacl_fast.passes.fusion import fuse
-from sacl_fast.passes.graph import Form, Graph, Source
+from sacl_fast.passes.graph import Form, Fusion, Graph, Source
 from sacl_fast.passes.sharing import Shared, SharedGradients
 from sacl_fast.precision import autocast
 
@@ -52,12 +52,12 @@ def record(
     x: Tensor,
     done: Callable[[Recording | Obstacle], object],
     *,
-    fused: bool = False,
+    fused: Fusion = "none",
 ) -> Tensor:
     """``run(x)``, as it would be without; ``done`` is given the recording when it is complete.
 
-    With gradient, that is after the first backward through the result. ``fused``: the recording's
-    batch norms are fused into their neighbours (``fusion``).
+    With gradient, that is after the first backward through the result. ``fused``: how far the
+    recording's batch norms are fused into their neighbours (``fusion``).
     """
     tape, drawn = _Tape(x, fused), _random_state()
     with tape, _casts_of_its_own(x.device):
@@ -86,9 +86,9 @@ class Recording:
         wanted = [None if g is None else tape.source(g) for g in gradients or ()]
         self.fused_norms = 0
         """Batch norms whose output is not stored."""
-        if tape.fused:
+        if tape.fused != "none":
             *graphs, result, wanted, self.fused_norms = fuse(
-                *graphs, result, wanted, tape.external[_INPUT].shape[0]
+                *graphs, result, wanted, tape.external[_INPUT].shape[0], tape.fused
             )
         self._backward = _Function(graphs[1], wanted)
         # For backward, autograd keeps results of forward, and of what it is asked the gradient of.
@@ -208,9 +208,9 @@ class _Tape(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, x: Tensor, fused: bool) -> None:
+    def __init__(self, x: Tensor, fused: Fusion) -> None:
         super().__init__()
-        self.fused = fused
+        self.fused: Fusion = fused
         self.obstacle: Obstacle | None = None
         self.forward = self._graph = Graph()
         self.backward = Graph()

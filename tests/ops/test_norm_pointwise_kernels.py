@@ -73,7 +73,11 @@ def launches(monkeypatch, layer, dtype, capability):
         offset = images(O, 1) if layer.offset else None
         norm_pointwise.forward(*operand, *weight, offset, launch=launch)
         dy = images(O), images(O), floats(4, O)
-        norm_pointwise.backward(*dy, *operand, *weight, True, True, launch=launch)
+        # A gradient to a norm, or a gate's; both with a residual gradient and without.
+        for other in (None, images(K)):
+            norm_pointwise.backward(
+                *dy, *operand, *weight, not layer.gate, True, other, launch=launch
+            )
 
     return noted_launches(monkeypatch, run)
 
@@ -109,5 +113,5 @@ def test_launches(monkeypatch):
         names(launches(monkeypatch, layer, torch.bfloat16, (9, 0)))
         for layer in (Layer(64, 128, 56), Layer(512, 512, 14))
     )
-    assert small == ["forward", "fused", "scatter"]
-    assert large == ["part", "forward", "part", "input", "weight", "scatter"]
+    assert small == ["forward", *2 * ["fused", "scatter"]]
+    assert large == ["part", "forward", *2 * ["part", "input", "weight", "scatter"]]

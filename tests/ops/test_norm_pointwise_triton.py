@@ -61,7 +61,7 @@ class Case:
 
         self.act = act
         self.x, self.g = images(N, K, H, W, shift=0.5), images(N, O, H, W)
-        self.affine = self.gate = self.y = self.coefficients = self.offset = None
+        self.affine = self.gate = self.y = self.coefficients = self.offset = self.other = None
         self.in_index = self.out_index = None
         inputs, outputs = K, O
         if not plain:
@@ -69,6 +69,7 @@ class Case:
             self.gate = random(N, K).sigmoid()
             self.y = images(N, O, H, W, shift=-1.0)
             self.coefficients = random(4, O)
+            self.other = images(N, K, H, W)
             self.offset = images(*(offset or (1, O, H, W)))
             inputs, outputs = K + 5, O + 2
             self.in_index = torch.randperm(inputs, generator=generator)[:K].to(DEVICE)
@@ -85,12 +86,13 @@ class Case:
     def backward(self, to_norm=True, input=True, **options):
         return norm_pointwise.backward(
             *(self.g, self.y, self.coefficients, self.x, self.affine, self.act, self.gate),
-            *(self.weight, self.in_index, self.out_index, to_norm, input),
+            *(self.weight, self.in_index, self.out_index, to_norm, input, self.other),
             **options,
         )
 
     def expected(self):
-        """y; dx not to a norm and to one; sums of g and g * xhat (2, K); dweight: in float64."""
+        """y; dx not to a norm and to one; sums of g and g * xhat (2, K); the gate's gradient;
+        dweight: in float64."""
         x, g, weight = self.x.double(), self.g.double(), self.weight.double()
         z = xhat = x
         if self.affine is not None:
@@ -108,6 +110,8 @@ class Case:
             c0, c1, c2, c3 = (v.double().view(1, -1, 1, 1) for v in self.coefficients)
             dy = c0 * g + c1 * (self.y.double() - c3) + c2
         dx = torch.einsum("nohw,ok->nkhw", dy, part)
+        dx = dx if self.other is None else dx + self.other.double()
+        dgate = (dx * value.detach()).sum((2, 3))
         (to_norm,) = torch.autograd.grad(value, z, dx)
         gsums = torch.stack([to_norm.sum((0, 2, 3)), (to_norm * xhat).sum((0, 2, 3))]).detach()
         dweight = torch.zeros_like(weight)
@@ -116,7 +120,7 @@ class Case:
             for i, n in zip((self.out_index, self.in_index), weight.shape, strict=True)
         )
         dweight[outs[:, None], ins] = torch.einsum("nohw,nkhw->ok", dy, gated.detach())
-        return y.detach(), dx, to_norm, gsums, dweight
+        return y.detach(), dx, to_norm, gsums, dgate, dweight
 
 
 def merged(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,23 +149,27 @@ def check_moments(sums: Tensor, y: Tensor, tolerance: float) -> None:
 
 def check(case, dtype, to_norm=True, **options):
     """Both launchers against float64."""
-    y, dx, dx_to_norm, gsums, dweight = case.expected()
+    y, dx, dx_to_norm, gsums, dgate, dweight = case.expected()
     tolerance = TOLERANCES[dtype]
     ours, sums = case.forward(**options)
     assert ours.is_contiguous(memory_format=torch.channels_last) and ours.dtype == dtype
     close(ours, y, tolerance)
     check_moments(sums, ours, 10 * tolerance)
-    our_dx, our_gsums, our_dweight = case.backward(to_norm, **options)
+    our_dx, our_gsums, our_dgate, our_dweight = case.backward(to_norm, **options)
     assert our_dx.is_contiguous(memory_format=torch.channels_last) and our_dx.dtype == dtype
     close(our_dx, dx_to_norm if to_norm else dx, tolerance)
     if to_norm:
         close(our_gsums.double().sum(0), gsums, tolerance)
     else:
         assert not our_gsums.numel()
+    if case.gate is None:
+        assert not our_dgate.numel()
+    else:
+        close(our_dgate, dgate, 2 * tolerance)
     assert our_dweight.dtype == case.weight.dtype
     close(our_dweight, dweight, tolerance)
     assert (our_dweight[dweight == 0] == 0).all()
-    return ours, sums, our_dx, our_gsums, our_dweight
+    return ours, sums, our_dx, our_gsums, our_dgate, our_dweight
 
 
 @device_test
@@ -202,9 +210,11 @@ def test_few_programs_for_many_tiles(dtype, fused):
     assert (launch.fused is not None) == fused
     results = check(case, dtype, launch=launch)
     assert len(results[1]) <= 3 and len(results[3]) <= 3
-    dx, gsums, dweight = case.backward(input=False, launch=launch)
-    assert not dx.numel() and not gsums.numel()
-    close(dweight, results[4].double(), TOLERANCES[dtype])
+    dx, gsums, dgate, dweight = case.backward(input=False, launch=launch)
+    assert not dx.numel() and not gsums.numel() and not dgate.numel()
+    close(dweight, results[5].double(), TOLERANCES[dtype])
+    case.gate = case.other = None
+    check(case, dtype, launch=launch)
 
 
 @device_test

@@ -18,6 +18,7 @@ from sacl_fast.ops.backend import of_slim_operators, resolve_all
 from sacl_fast.passes import (
     Passes,
     RecordedEncoder,
+    choice,
     choose_passes,
     passes_of,
     plan_obstacle,
@@ -86,14 +87,25 @@ def test_what_the_plans_are():
     assert planned("auto") == chosen(100)
     found = {plan: planned(plan) for plan in get_args(Plan)}
     assert {plan: (p.dense, p.mode, p.recorded, p.fused) for plan, p in found.items()} == {
-        "eager": ("eager", "skip", True, False),
-        "compile": ("compiled", "mask", False, False),
-        "dense+mask": ("recorded", "mask", False, False),
-        "dense+skip": ("recorded", "skip", True, False),
-        "fused": ("recorded", "skip", True, True),
+        "eager": ("eager", "skip", True, "none"),
+        "compile": ("compiled", "mask", False, "none"),
+        "dense+mask": ("recorded", "mask", False, "none"),
+        "dense+skip": ("recorded", "skip", True, "none"),
+        "fused": ("recorded", "skip", True, "all"),
     }
     assert all(p.plan == plan for plan, p in found.items())
     assert all(p.reason == "as requested" for plan, p in found.items() if plan != "eager")
+
+
+@pytest.mark.parametrize("changes", [{}, {"channels_last": False}])
+def test_on_a_gpu_norms_are_fused_around_products(changes, monkeypatch):
+    if compiled.obstacle():
+        pytest.skip("the operators are not compiled")
+    monkeypatch.setattr(choice, "resolve_all", lambda backend, _: resolve_all(backend, CPU))
+    gpu, config = torch.device("cuda"), Config(**changes)
+    passes = passes_of("dense+skip", config, gpu, steps_per_epoch=100)
+    assert passes.fused == ("none" if changes else "around")
+    assert passes_of("dense+mask", config, gpu, steps_per_epoch=100).fused == "none"
 
 
 @pytest.mark.parametrize("changes", [{"backend": "torch"}, {"channels_last": False}])

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sacl_fast.passes import RecordedEncoder
+from sacl_fast.passes.graph import Fusion
 from sacl_fast.passes.recorded import RecordedMode
 from sacl_fast.slim import Slicer
 from tests.modules import channels_last
@@ -43,6 +44,7 @@ class Passes:
         n=4,
         size=SIZE,
         input_gradient=False,
+        fused: Fusion = "all",
         **options,
     ) -> None:
         encoder = channels_last(encoder).train()
@@ -50,7 +52,7 @@ class Passes:
         self.n, self.size, self.input_gradient = n, size, input_gradient
         self.encoders = [encoder, copy.deepcopy(encoder), copy.deepcopy(encoder).double()]
         self.slicers = [Slicer(e, ratio, **options) for e in self.encoders]
-        self.fused = RecordedEncoder(self.slicers[0], mode, fused=True)
+        self.fused = RecordedEncoder(self.slicers[0], mode, fused=fused)
         self.plain = RecordedEncoder(self.slicers[1], mode)
         for run in (self.fused, self.plain):
             self.prepare(run)
@@ -165,10 +167,24 @@ def test_a_fused_pass_is_as_exact_as_the_encoder(name, mode):
     passes.compare()
 
 
+# The same where 1x1 convolutions stay the library's.
+AROUND = {"mobilenetv1_100": 26, "mobilenetv3_small_100": 22, "efficientnet_b0": 32}
+
+
+@pytest.mark.parametrize("mode", ["whole", "skip"])
+@pytest.mark.parametrize("name", AROUND)
+def test_a_pass_that_is_fused_around_products_is_as_exact(name, mode):
+    passes = Passes(encoder_of(name, width=0.5), mode, fused="around")
+    if mode == "whole":
+        assert passes.norms == AROUND[name]
+    passes.compare()
+
+
+@pytest.mark.parametrize("fused", ["around", "all"])
 @pytest.mark.parametrize("mode", ["whole", "skip"])
 @pytest.mark.parametrize("n", [2, 5])
-def test_odd_sizes(mode, n):
-    Passes(encoder_of("mobilenetv3_small_100"), mode, n=n, size=67).compare()
+def test_odd_sizes(mode, n, fused):
+    Passes(encoder_of("mobilenetv3_small_100"), mode, n=n, size=67, fused=fused).compare()
 
 
 def test_a_single_sample_is_left_as_it_is():
@@ -244,6 +260,10 @@ MIDDLES = {
     "a norm is read again later": lambda m, x: m.two(y := F.silu(m.depthwise(x))) * y.sigmoid(),
     "no activation": lambda m, x: m.five(m.two(m.depthwise(x))),
     "a residual sum": lambda m, x: x + m.two(F.relu(m.depthwise(x))),
+    "a residual sum with what a product reads": lambda m, x: x + m.two(F.relu(m.other(x))),
+    "two residual sums": lambda m, x: (
+        (y := x + m.two(F.relu(m.other(x)))) + m.biased(F.relu(m.norm(m.gate(y))))
+    ),
     "a sum of two norms": lambda m, x: F.relu(m.two(x) + m.depthwise(x)),
     "a sum in place": lambda m, x: F.relu(m.two(x).add_(x), inplace=True),
     "a sum and what it was before its activation": lambda m, x: F.relu(y := m.two(x) + x) - y,
@@ -285,11 +305,12 @@ MIDDLES = {
 
 @pytest.mark.parametrize("mode", ["whole", "skip"])
 @pytest.mark.parametrize("middle", MIDDLES)
-def test_whatever_a_model_does_with_a_norm(middle, mode):
+@pytest.mark.parametrize("fused", ["around", "all"])
+def test_whatever_a_model_does_with_a_norm(middle, mode, fused):
     torch.manual_seed(0)
-    passes = Passes(Model(MIDDLES[middle]), mode, ratio=0.6, size=32)
+    passes = Passes(Model(MIDDLES[middle]), mode, ratio=0.6, size=32, fused=fused)
     passes.compare()
-    assert passes.norms >= 2
+    assert passes.norms >= 2 or fused == "around"
 
 
 @pytest.mark.parametrize("frozen", ["depthwise", "two", "stem", "one"])
@@ -303,3 +324,11 @@ def test_frozen_layers(frozen):
 @pytest.mark.parametrize("mode", ["whole", "skip"])
 def test_the_gradient_of_the_images(mode):
     Passes(encoder_of("mobilenetv1_100"), mode, input_gradient=True).compare()
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2_100", "efficientnet_b0"])
+def test_products_give_the_gradients_of_gates_and_add_those_of_residuals(name):
+    passes = Passes(encoder_of(name), "whole")
+    code = "".join(recording._backward.code for recording in passes.recordings)
+    assert "norm_pointwise_backward" in code
+    assert "aten.add." not in code and "gate_gradient" not in code

@@ -41,6 +41,26 @@ def may_wait(w: Writer, x: fx.Node) -> bool:
     )
 
 
+def stays(w: Writer, x: fx.Node) -> bool:
+    """Whether nothing that is yet to be written changes a tensor."""
+    base: Any = x
+    while base.target in _VIEWS:
+        base = base.args[0]
+    return _is_unchanged(w, base)
+
+
+def _is_unchanged(w: Writer, x: fx.Node) -> bool:
+    return all(
+        _is_unchanged(w, user) if user.target in _VIEWS else user in w.values or not changes(user)
+        for user in w.users(x)
+    )
+
+
+def changes(node: fx.Node) -> bool:
+    """Whether an operator changes a tensor in place."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
 def is_own(w: Writer, x: fx.Node) -> bool:
     """Whether nothing but one addition reads a tensor's memory."""
     base: Any = x

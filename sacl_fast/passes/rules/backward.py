@@ -17,6 +17,7 @@ from sacl_fast.passes.fusion import (
     Zeros,
     rule_for,
 )
+from sacl_fast.passes.rules.additions import stays
 from sacl_fast.passes.rules.border import Chain, Gradients, Within, chain_to, write_backward
 from sacl_fast.passes.rules.forward import filters_of
 
@@ -73,10 +74,14 @@ def _pointwise_backward(
         return NotImplemented
     given, form = (gradient.g, gradient.y, gradient.coefficients), w.form(dy)
     dx = _output(w, node, 0)
-    to_norm = dx is not None and _goes_to_norm(w, dx, x)
+    total, other = _with_what_is_added(w, dx)
+    to_norm = total is not None and _goes_to_norm(w, total, x)
     matrix, chosen = w.read(weight), w.read(out_index)
-    own = *w.operand(x), matrix, w.read(in_index), chosen, to_norm, dx is not None
-    g, gsums, dweight = w.outputs(3, _ops.norm_pointwise_backward, *given, *own)
+    raw, affine, act, gate = w.operand(x)
+    own = raw, affine, act, gate, matrix, w.read(in_index), chosen, to_norm, dx is not None, other
+    g, gsums, dgate, dweight = w.outputs(4, _ops.norm_pointwise_backward, *given, *own)
+    if gate is not None:
+        w.gate_gradients[g] = dgate
 
     def summed(shape: list[int], border: list[int]) -> fx.Node:
         found = w.emit(_ops.norm_act_offset_gradient, *given, shape, border)
@@ -100,7 +105,24 @@ def _pointwise_backward(
         doffset = Zeros(form._replace(shape=torch.Size(offset_shape)))
     elif offset_shape:
         doffset = summed(offset_shape, list(w.convolutions[gradient.y].border))
-    return BeforeActivation(g, gsums) if to_norm else g, dweight, drest, doffset
+    found = BeforeActivation(g, gsums) if to_norm else g
+    if other is not None and total is not None:
+        w.done[total] = found
+    return found, dweight, drest, doffset
+
+
+def _with_what_is_added(w: Writer, dx: fx.Node | None) -> tuple[fx.Node | None, fx.Node | None]:
+    """A gradient and None; or what it is added to, if that is all that is done with it: the sum in
+    the old graph, and the other summand, which is there already, in the new one."""
+    total = None if dx is None else w.only_user(dx)
+    if dx is None or total is None or total.target is not _aten.add.Tensor or total.kwargs:
+        return dx, None
+    other = total.args[1] if total.args[0] is dx else total.args[0]
+    if other is dx or not isinstance(other, fx.Node) or w.form(other) != w.form(dx):
+        return dx, None
+    if not isinstance(w.values.get(other), fx.Node) or not stays(w, other):
+        return dx, None
+    return total, w.read(other)
 
 
 @rule_for(_ops.depthwise_conv_backward_input.default)
@@ -180,7 +202,9 @@ def _gate_backward(
         return NotImplemented
     norm, form = (value.norm.raw, value.norm.affine, value.norm.act), w.form(x)
     own, factors, dmap = w.read(dy), w.read(gate), None
-    if map is None and indices == (None, None):
+    if own in w.gate_gradients:
+        dgate = w.gate_gradients[own]
+    elif map is None and indices == (None, None):
         dgate = w.emit(_ops.norm_act_gate_gradient, own, *norm)
     else:
         x_index, map_index = (w.read(index) for index in indices)

@@ -55,19 +55,18 @@ def _is_fused(w: Writer, norm: fx.Node) -> bool:
     assert isinstance(x, fx.Node)
     if not w.is_activation(x) or w.only_user(x) is not norm:
         return False
-    return _takes_norms(x) or any(
-        _takes_norms(user) and user.args[0] is y and feeds_norm(w, user)
+    return _takes_norms(w, x) or any(
+        _takes_norms(w, user) and user.args[0] is y and feeds_norm(w, user)
         for y in w.users(norm)
         if y.args[1] == 0
         for user in w.users(y)
     )
 
 
-_CONVOLUTIONS = {_ops.slim_pointwise.default, _ops.depthwise_conv.default}
-
-
-def _takes_norms(node: fx.Node) -> bool:
-    return node.target in _CONVOLUTIONS
+def _takes_norms(w: Writer, node: fx.Node) -> bool:
+    if node.target is _ops.slim_pointwise.default:
+        return w.products
+    return node.target is _ops.depthwise_conv.default
 
 
 def feeds_norm(w: Writer, convolution: fx.Node) -> bool:
@@ -91,7 +90,7 @@ def _pointwise(
 ) -> Any:
     if chain := chain_to(w, node):
         return write(w, chain)
-    if not feeds_norm(w, node) or not w.is_activation(x):
+    if not w.products or not feeds_norm(w, node) or not w.is_activation(x):
         return NotImplemented
     by_sample = rest is not None and w.form(rest).shape[0] > 1
     if by_sample and offset is not None:
@@ -173,7 +172,7 @@ def _gate(w: Writer, node: fx.Node, x: fx.Node, map: Any, gate: fx.Node, *indice
     value, user = w.value(x), w.only_user(node)
     if not isinstance(value, Operand) or value.gate is not None or value.computed:
         return NotImplemented
-    read = user is not None and user.target is _ops.slim_pointwise.default
+    read = user is not None and user.target is _ops.slim_pointwise.default and w.products
     if user is not None and read and feeds_norm(w, user) and (map, *indices) == (None,) * 3:
         return Operand(value.norm, w.read(gate))
     given = w.read(map), w.read(gate), *(w.read(index) for index in indices)
@@ -200,6 +199,8 @@ def _slim_sum(
 
 @rule_for(_aten.add.Tensor)
 def _add(w: Writer, node: fx.Node, a: Any, b: Any) -> Any:
+    if node in w.done:
+        return w.done[node]
     for one, other in ((w.value(a), w.value(b)), (w.value(b), w.value(a))):
         if isinstance(one, Gated) and one.dmean is None and isinstance(other, OfMean):
             return replace(one, dmean=other.dmean)
