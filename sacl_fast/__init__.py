@@ -15,15 +15,25 @@ from sacl_fast._version import __version__
 if TYPE_CHECKING:
     from sacl_fast import evaluate
     from sacl_fast.config import Config
+    from sacl_fast.deploy.export import export
     from sacl_fast.engine.trainer import RunResult, train
     from sacl_fast.evaluation.load import load_encoder
 
-__all__ = ["Config", "RunResult", "__version__", "evaluate", "load_encoder", "train"]
+__all__ = [
+    "Config",
+    "RunResult",
+    "__version__",
+    "evaluate",
+    "export",
+    "load_encoder",
+    "train",
+]
 
 _LAZY = {
     "Config": "sacl_fast.config",
     "RunResult": "sacl_fast.engine.trainer",
     "evaluate": "sacl_fast.evaluate",
+    "export": "sacl_fast.deploy.export",
     "load_encoder": "sacl_fast.evaluation.load",
     "train": "sacl_fast.engine.trainer",
 }

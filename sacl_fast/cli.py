@@ -1,4 +1,4 @@
-"""The command line: ``sacl-fast train | eval | views | index | doctor``.
+"""The command line: ``sacl-fast train | eval | export | views | index | doctor``.
 
 The options of ``train`` and ``views`` are the fields of ``sacl_fast.config.Config``. They are
 layered: preset, then the file given with ``--config``, then the options themselves. Torch is
@@ -48,6 +48,7 @@ usage: sacl-fast COMMAND ...
                                             pre-train an encoder without labels
   eval knn|linear|few-shot TRAINED [options]
                                             how good an encoder is, and what it gained
+  export TRAINED OUT [options]              an encoder as ONNX and other files
   views [PRESET] [--config FILE] [options]  draw both views of some images
   index SHARDS                              index .tar shards (data.source webdataset)
   doctor                                    what is installed, what runs, and why
@@ -80,6 +81,7 @@ def _run(args: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int | None]] = {
         "train": _train,
         "eval": _eval,
+        "export": _export,
         "views": _views,
         "index": _index,
         "doctor": _doctor,
@@ -185,6 +187,12 @@ def _eval(args: list[str]) -> None:
     from sacl_fast.evaluation.command import run_eval
 
     run_eval(args, parse_options)
+
+
+def _export(args: list[str]) -> None:
+    from sacl_fast.deploy.command import run_export
+
+    run_export(args, parse_options)
 
 
 def _views(args: list[str]) -> None:

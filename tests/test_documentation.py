@@ -24,6 +24,7 @@ import torch
 import sacl_fast
 from sacl_fast.cli import main, parse_config, parse_options
 from sacl_fast.config import Config, ProjectorConfig
+from sacl_fast.config.export import ExportConfig
 from sacl_fast.encoders import build_encoder
 from sacl_fast.encoders.file import encoder_metadata, save_encoder
 from sacl_fast.engine.trainer import RunResult, train
@@ -112,7 +113,7 @@ def test_examples_in_docstrings_run(a_run_of_imagenet: None):
 def commands(page: Path) -> Iterator[list[str]]:
     """The arguments of each ``sacl-fast`` in the blocks of a shell."""
     for _, block in blocks(page, "sh"):
-        for line in block.splitlines():
+        for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if words[:1] == ["sacl-fast"]:
                 yield words[1:]
@@ -132,6 +133,8 @@ def test_commands_are_understood(capsys: pytest.CaptureFixture[str]):
         elif command == "eval":
             method, _, *options = arguments
             parse_options("eval", METHODS[method](), options)
+        elif command == "export":
+            parse_options("export", ExportConfig(), arguments[2:])
 
 
 def options_of(settings: type, prefix: str = "--") -> Iterator[str]:
@@ -148,7 +151,7 @@ def options_of(settings: type, prefix: str = "--") -> Iterator[str]:
 def test_options_exist(page: Path):
     known = {*options_of(Config), "--config", "--dry-run", "--profile", "--measure", "--help"}
     known |= {"--no-build-isolation", "--no-control"}
-    known.update(*map(options_of, METHODS.values()))
+    known.update(*map(options_of, (ExportConfig, *METHODS.values())))
     prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
     code = " ".join(re.findall(r"`[^`]+`", prose))
     named = set(re.findall(r"--[a-z][\w.*-]*", code))

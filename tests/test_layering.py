@@ -41,21 +41,22 @@ OURS: dict[str, tuple[str, ...]] = {
     "engine": RUN,
     "evaluation": RUN,
     "evaluate": RUN,
+    "deploy": RUN,
     "cli": ("presets",),
     "__init__": ("presets",),
     "__main__": ("cli",),
     "sacl_kernels": (),
-    "benchmarks": (*RUN, "cli", "sacl_kernels", "_C"),
-    "examples": RUN,
-    "tests": (*RUN, "cli", "sacl_kernels", "_C"),
+    "benchmarks": (*RUN, "deploy", "cli", "sacl_kernels", "_C"),
+    "examples": (*RUN, "deploy"),
+    "tests": (*RUN, "deploy", "cli", "sacl_kernels", "_C"),
 }
 
 # Besides those, inside functions.
 OURS_LAZILY: dict[str, tuple[str, ...]] = {
     "ops": ("sacl_kernels", "_C"),
     "data.views": ("ops",),
-    "cli": (*RUN, "sacl_kernels", "_C"),
-    "__init__": (*RUN, "evaluate"),
+    "cli": (*RUN, "deploy", "sacl_kernels", "_C"),
+    "__init__": (*RUN, "evaluate", "deploy"),
 }
 
 # The only packages of others; a part that is not named here may import any.

@@ -38,3 +38,5 @@ OptimizerName = Literal["lars", "adamw"]
 Width = Literal["dense", "slim"]
 Widths = Literal["both", Width]
 ResumeAt = Literal["step", "next_epoch"]
+
+ExportFormat = Literal["timm", "onnx", "torch-export"]

@@ -178,6 +178,14 @@ _PACKAGES = (
         "fast decoding and augmentation, on the GPU and the CPU",
         _OPTIONAL.format("dali") + ", or nvidia-dali-cuda120 for CUDA 12",
     ),
+    _Package("ONNX", "onnxscript", ("onnx",), "sacl-fast export", _OPTIONAL.format("export")),
+    _Package(
+        "ONNX Runtime",
+        "onnxruntime",
+        ("onnxruntime",),
+        "sacl-fast export",
+        _OPTIONAL.format("export"),
+    ),
     _Package(
         "TensorBoard",
         "tensorboard",

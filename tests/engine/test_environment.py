@@ -98,6 +98,8 @@ def test_doctor_covers_packages_devices_and_every_operator():
         "sacl_fast._C",
         "NVIDIA DALI",
         "NVIDIA apex",
+        "ONNX",
+        "ONNX Runtime",
         "TensorBoard",
         "Weights & Biases",
     }
@@ -115,6 +117,7 @@ def test_doctor_covers_packages_devices_and_every_operator():
     ("name", "hidden", "command"),
     [
         ("NVIDIA DALI", "nvidia.dali", "pip install 'sacl-fast[dali]'"),
+        ("ONNX Runtime", "onnxruntime", "pip install 'sacl-fast[export]'"),
         ("TensorBoard", "tensorboard", "pip install 'sacl-fast[log]'"),
         ("Weights & Biases", "wandb", "pip install 'sacl-fast[log]'"),
         ("sacl_fast._C", "sacl_fast._C", "SACL_FAST_BUILD_EXT=1"),

@@ -128,7 +128,13 @@ def load_compact(path: str | os.PathLike[str], *, strict: bool = False) -> nn.Mo
             ``strict``, why the encoder cannot be made smaller.
     """
     check(strict, bool, "strict")
-    encoder = _plain_copy(load_encoder(path))
+    return compact_zeroed(load_encoder(path), strict=strict)
+
+
+def compact_zeroed(encoder: nn.Module, *, strict: bool = False) -> nn.Module:
+    """An encoder in which filters are zeros, such as ``Slicer.slim_state`` gives, as a smaller
+    module; see ``load_compact``. ``encoder`` is left as it is."""
+    encoder = _plain_copy(encoder)
     # A filter of zeros gives a constant, whoever zeroed it.
     masks = {
         name: torch.stack([p.flatten(1).any(1) if p.ndim > 1 else p != 0 for p in parameters]).any(

@@ -1,0 +1,1 @@
+"""A trained encoder as files that run without sacl-fast: ``sacl-fast export``."""

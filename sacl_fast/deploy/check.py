@@ -1,0 +1,83 @@
+"""Whether an exported file gives the features of the encoder that it was made of, and how fast."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sacl_fast.deploy.formats import Runner
+
+# Of float32: rounding that another order of summation brings stays far below both.
+LARGEST_DIFFERENCE, LOWEST_COSINE = 1e-3, 0.9999
+# Of int8, which rounds each weight and activation: a mean over the images.
+LOWEST_COSINE_INT8 = 0.9
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How near features (N, F) are to those of the reference."""
+
+    difference: float
+    """Largest one, over the largest absolute value of the reference."""
+    cosine: float
+    """Of an image's two feature vectors, the lowest over the images."""
+    mean_cosine: float
+
+    def obstacle(self, *, int8: bool = False) -> str | None:
+        """Why the file is not to be used; None if it is."""
+        if int8:
+            if self.mean_cosine >= LOWEST_COSINE_INT8:
+                return None
+            return f"a mean cosine of {self.mean_cosine:.3f}, below {LOWEST_COSINE_INT8}"
+        if not self.difference <= LARGEST_DIFFERENCE:
+            return (
+                f"a largest difference of {self.difference:.1e} of the largest feature, above "
+                f"{LARGEST_DIFFERENCE:.0e}"
+            )
+        if not self.cosine >= LOWEST_COSINE:
+            return f"a cosine of {self.cosine:.5f}, below {LOWEST_COSINE}"
+        return None
+
+
+@torch.no_grad()
+def parity(run: Runner, images: Tensor, features: Tensor) -> Parity:
+    """How near a file's features of ``images`` (N, 3, S, S) are to the reference's ``features``
+    (N, F); NaN where some are not finite.
+
+    The images are run as a batch of one and a batch of the others, so that a batch size that was
+    fixed by mistake is an error here.
+    """
+    parts = [part for part in (images[:1], images[1:]) if len(part)]
+    ours = torch.cat([run(part) for part in parts]).double()
+    features = features.double()
+    if ours.shape != features.shape:
+        raise RuntimeError(
+            f"features {tuple(ours.shape)} where the encoder gives {tuple(features.shape)}"
+        )
+    largest = features.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+    cosines = F.cosine_similarity(ours, features, dim=1)  # (N,)
+    return Parity(
+        difference=((ours - features).abs().max() / largest).item(),
+        cosine=cosines.min().item(),
+        mean_cosine=cosines.mean().item(),
+    )
+
+
+@torch.no_grad()
+def latency(run: Runner, image: Tensor, *, seconds: float = 1.0, most: int = 50) -> float:
+    """Median time in milliseconds of a batch ``image`` (1, 3, S, S), over ``seconds`` or ``most``
+    runs after a few that are not counted."""
+    for _ in range(3):
+        run(image)
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 5 or (len(times) < most and time.perf_counter() < end):
+        start = time.perf_counter()
+        run(image)
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times)

@@ -1,0 +1,80 @@
+"""What an export gave: a row for each file, and the table of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sacl_fast.deploy.check import Parity
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file, or the encoder in PyTorch that the files stand beside."""
+
+    name: str
+    width: str
+    format: str
+    parameters: int
+    flops: int
+    """Of one image, two for a multiply-add."""
+    size: int
+    """Bytes."""
+    milliseconds: float
+    """Median of one image."""
+    parity: Parity | None = None
+    """With the encoder; None where it is the encoder."""
+    knn: float | None = None
+    """kNN accuracy in percent."""
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """The folder that ``export`` made."""
+
+    folder: Path
+    rows: tuple[Exported, ...]
+    """The encoder in PyTorch, then the files."""
+    compared_with: str
+    """The images on which files and encoder were compared."""
+    threads: int
+    """With which the times were measured."""
+    refused: tuple[str, ...] = ()
+    """Files that did not give the encoder's features and were not kept: name and why."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All but the model card."""
+        return tuple(self.folder / row.name for row in self.rows if row.parity is not None)
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Head and rows."""
+        has_knn = any(row.knn is not None for row in self.rows)
+        head = ["file", "parameters", "MFLOPs", "MB", "ms", "difference", "cosine"]
+        return [*head, *(["kNN %"] if has_knn else [])], [
+            [
+                row.name,
+                f"{row.parameters:,}",
+                f"{row.flops / 1e6:,.1f}",
+                f"{row.size / 1e6:.2f}",
+                f"{row.milliseconds:.2f}",
+                "" if row.parity is None else f"{row.parity.difference:.1e}",
+                "" if row.parity is None else f"{row.parity.cosine:.6f}",
+                *([_percent(row.knn)] if has_knn else []),
+            ]
+            for row in self.rows
+        ]
+
+    @property
+    def caption(self) -> str:
+        """What the columns of the table mean."""
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return (
+            f"ms: median of one image, CPU, {threads}. Difference (the largest, over the largest "
+            f"feature) and cosine (the lowest): of the features in PyTorch and from the file, on "
+            f"{self.compared_with}."
+        )
+
+
+def _percent(accuracy: float | None) -> str:
+    return "" if accuracy is None else f"{accuracy:.2f}"

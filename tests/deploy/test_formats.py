@@ -1,0 +1,55 @@
+"""Graphs of architectures of several kinds, dense and compact, equal the encoder at any batch."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from sacl_fast.config import Config, EncoderConfig, ViewsConfig
+from sacl_fast.deploy.formats import FORMATS
+from sacl_fast.deploy.network import Network
+from sacl_fast.encoders import build_encoder
+from sacl_fast.encoders.file import encoder_metadata
+from sacl_fast.slim import Slicer
+from sacl_fast.slim.export import compact_zeroed
+
+
+def network(name: str, width: float, slim: bool) -> Network:
+    torch.manual_seed(0)
+    encoder = build_encoder(name, width=width, image_size=32).eval()
+    slicer = Slicer(encoder)
+    config = Config(encoder=EncoderConfig(name=name, width=width), views=ViewsConfig(size=32))
+    metadata = encoder_metadata(config, epochs=1, steps=1, images=8, knn={}, slim=slim)
+    if not slim:
+        return Network("dense", encoder, encoder, metadata)
+    slicer.recalibrate([torch.rand(8, 3, 32, 32)])
+    encoder.load_state_dict(slicer.slim_state())
+    return Network("slim", encoder, compact_zeroed(encoder), metadata)
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "slim", "form"),
+    [
+        ("mobilenetv3_small_050", 0.5, True, "onnx"),
+        ("efficientnet_b0", 0.25, True, "onnx"),  # squeeze-excite
+        ("resnet18", 0.125, True, "torch-export"),
+        ("vit_tiny_patch16_224", 1.0, False, "onnx"),
+    ],
+)
+@torch.no_grad()
+def test_graphs_of_architectures(name: str, width: float, slim: bool, form, tmp_path: Path):
+    for package in FORMATS[form].packages:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}")
+    made = network(name, width, slim)
+    path = tmp_path / f"encoder{FORMATS[form].suffix}"
+    path.write_bytes(FORMATS[form].content(made, False))
+    run = FORMATS[form].load(path)
+    for batch in (1, 5):
+        images = torch.rand(batch, 3, 32, 32)
+        features = made.reference(images)
+        largest = features.abs().max().item()
+        torch.testing.assert_close(run(images), features, rtol=0, atol=1e-4 * largest)
