@@ -105,10 +105,17 @@ def test_no_file_has_another_name():
     assert not strangers(names("tests/cuda/test_cuda_*.py", "test_cuda_"), "code", "graph", "skip")
     assert not strangers(names("benchmarks/bench_*.py", "bench_"), *benchmarks)
     assert not strangers(names("benchmarks/tune_*.py", "tune_"))
-    about_all = {"backend", "compiled", "names", "slim_channels"}
+    about_all = {"backend", "compiled", "global_batch_norm", "names", "slim_channels"}
     assert not strangers(names("tests/ops/test_*.py", "test_"), *about_all)
     plain = {"__init__", "backend", "compiled"}  # and what has no backend but PyTorch
-    plain |= {"batch_norm", "collectives", "slim_batch_norm", "slim_channels", "slim_conv"}
+    plain |= {
+        "batch_norm",
+        "collectives",
+        "global_batch_norm",
+        "slim_batch_norm",
+        "slim_channels",
+        "slim_conv",
+    }
     assert not strangers(names("sacl_fast/ops/*.py"), *plain)
 
 
