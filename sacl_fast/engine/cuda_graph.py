@@ -11,7 +11,7 @@ captured
 - on views in memory of its own, into which those of the loader are copied: the loader's memory is
   then free for the batch after the next, as the graph's is for this one.
 
-The step that is captured is first computed as ever, and the graph's first replay starts from the
+The step that is captured is also computed as ever, and the graph's first replay starts from the
 same weights. A graph that does not come to the same weights, statistics and loss, like a step that
 cannot be captured, is given up with a warning, and training goes on without.
 
@@ -26,6 +26,7 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -33,6 +34,7 @@ from torch.utils._pytree import tree_leaves
 from sacl_fast.config import Config
 from sacl_fast.engine.regions import region
 from sacl_fast.errors import UserError
+from sacl_fast.ops.collectives import world_size
 
 if TYPE_CHECKING:
     from sacl_fast.engine.step import Reading, TrainingStep
@@ -140,26 +142,20 @@ class StepGraph:
         after = _State(self.step)
         before.restore()
         self.step.optimizer.zero_grad(set_to_none=True)
+        replay, result, found = None, expected, ""
         try:
             replay, result = self.graphs.capture(lambda: self.step.compute(a, b))
-            replay()
-            self.graphs.wait()
         except Exception as error:  # whatever is met here, training goes on without
-            first, *_ = str(error).splitlines() or [""]
-            found = f"a step cannot be captured ({type(error).__name__}: {first[:200]})"
-        else:
-            off = after.unlike(before)
-            if not off and not _close(
-                (result.loss - expected.loss).abs(), *[expected.loss.abs()] * 2
-            ):
-                off = "loss"
-            if not off:
+            found = f"a step cannot be captured ({_first_line(error)})"
+        # A replay's collectives wait for those of all ranks.
+        if self.graphs.agreed(replay is not None) and replay is not None:
+            found = self._fault(replay, result, expected, before, after)
+            if not found:
                 logger.info("a step is one CUDA graph from here on")
                 self._replay, self._result, self._read = replay, result, read.tensors
                 return result
-            found = f"a replay gives another {off} than the step it was made of"
         try:
-            self._give_up(found, logging.WARNING)
+            self._give_up(found or "another process cannot capture a step", logging.WARNING)
             after.restore()
         except RuntimeError as error:
             raise UserError(
@@ -167,6 +163,25 @@ class StepGraph:
                 "--engine.cuda-graph off works"
             ) from error
         return expected
+
+    def _fault(
+        self,
+        replay: Callable[[], object],
+        result: Reading,
+        expected: Reading,
+        before: _State,
+        after: _State,
+    ) -> str:
+        """Of the first replay, from ``before``, where the step came to ``after``; empty if none."""
+        try:
+            replay()
+            self.graphs.wait()
+        except RuntimeError as error:
+            return f"a replay failed ({_first_line(error)})"
+        off = after.unlike(before)
+        if not off and not _close((result.loss - expected.loss).abs(), *[expected.loss.abs()] * 2):
+            off = "loss"
+        return off and f"a replay gives another {off} than the step it was made of"
 
     def _give_up(self, reason: str, level: int) -> None:
         logger.log(level, "no CUDA graph: %s", reason)
@@ -201,6 +216,14 @@ class Graphs:
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode=mode):
             result = function()
         return graph.replay, result
+
+    def agreed(self, fine: bool) -> bool:
+        """Whether it is so on every rank."""
+        if world_size() == 1:
+            return fine
+        told = torch.tensor(float(fine), device=self._stream.device)
+        dist.all_reduce(told, op=dist.ReduceOp.MIN)
+        return bool(told)
 
     def wait(self) -> None:
         self._stream.synchronize()
@@ -267,6 +290,11 @@ class _State:
             if off and not _close(*(torch.stack(norms).norm() for norms in (off, moved, size))):
                 return kind
         return ""
+
+
+def _first_line(error: Exception) -> str:
+    first, *_ = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {first[:200]}"
 
 
 def _close(off: Tensor, moved: Tensor, size: Tensor) -> bool:

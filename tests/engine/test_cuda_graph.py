@@ -65,6 +65,7 @@ class Emulated:
         self.step = step
         self.captures = 0
         self.breaks = lambda tape: None
+        self.fine_elsewhere = True
 
     def beside(self, function):
         with NoChange():
@@ -78,6 +79,9 @@ class Emulated:
         state.restore()  # nothing is computed while a graph is captured
         self.breaks(tape)
         return tape.replay, result
+
+    def agreed(self, fine):
+        return fine and self.fine_elsewhere
 
     def wait(self):
         pass
@@ -193,6 +197,16 @@ def test_a_graph_that_fails_or_is_wrong_is_given_up(tiny, fault, caplog):
     assert step.graph.replays == 0
     assert ("cannot be captured" if fault is fails else "a replay gives another") in caplog.text
     assert "and more" not in caplog.text
+
+
+def test_ranks_replay_together_or_not_at_all(tiny, caplog):
+    def between(step, i):
+        if step.graph is not None:
+            step.graph.graphs.fine_elsewhere = False
+
+    config = replace(tiny, epochs=50)
+    assert assert_same(config, steps=6, between=between).replays == 0
+    assert "another process cannot capture a step" in caplog.text
 
 
 def test_what_a_graph_reads_outlives_the_caches(tiny):
