@@ -35,7 +35,7 @@ class RunOnAGpu:
 
     seen: list[bool]
 
-    def __init__(self, config, ranks, claim):
+    def __init__(self, config, ranks, claim, profile):
         self.seen.append(torch.backends.cudnn.benchmark)
 
     def train(self):
