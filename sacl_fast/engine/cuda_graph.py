@@ -150,12 +150,13 @@ class StepGraph:
         # A replay's collectives wait for those of all ranks.
         if self.graphs.agreed(replay is not None) and replay is not None:
             found = self._fault(replay, result, expected, before, after)
-            if not found:
+            if self.graphs.agreed(not found):
                 logger.info("a step is one CUDA graph from here on")
                 self._replay, self._result, self._read = replay, result, read.tensors
                 return result
+        found = found or "another process cannot capture a step, or its replay is wrong"
         try:
-            self._give_up(found or "another process cannot capture a step", logging.WARNING)
+            self._give_up(found, logging.WARNING)
             after.restore()
         except RuntimeError as error:
             raise UserError(

@@ -6,6 +6,7 @@ written. What the figures mean stands in ``verdict.py``.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,8 @@ from sacl_fast.engine.trace import Figures
 from sacl_fast.engine.traffic import Traffic
 from sacl_fast.errors import UserError
 from sacl_fast.passes import Passes, choose_passes, passes_of
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -242,8 +245,8 @@ def _other_plans(config: Config, step: TrainingStep, *, seconds: float) -> dict[
         method.run_by(passes_of(plan, config, step.device, steps_per_epoch=_PER_EPOCH))
         try:
             found[plan] = _steps(step, config, config.batch_size, seconds=min(left / 3, 2.0))
-        except (RuntimeError, NotImplementedError):  # whatever a kernel meets: no plan for here
-            continue
+        except (RuntimeError, NotImplementedError):  # of its kernels: the plan is left out
+            logger.debug("plan %s", plan, exc_info=True)
     method.run_by(own)
     return found
 
