@@ -175,4 +175,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sacl_fast, m) {
   // -> (V n, 3, size, size) float32
   m.def("augment(Tensor[] images, Tensor draws, int size, int window, Tensor mean, Tensor std, "
         "int threads) -> Tensor");
+  // The same of images that lie in one buffer: pixels (bytes,) uint8; images (n, 3) int64: the
+  // offset of each, its height and width. out (V * n, 3, size, size), channels last in memory; on a
+  // CUDA device float32, float16 or bfloat16, and threads does not count.
+  m.def("augment_packed(Tensor pixels, Tensor images, Tensor draws, int window, Tensor mean, "
+        "Tensor std, Tensor(a!) out, int threads) -> ()");
 }

@@ -234,12 +234,37 @@ std::vector<Image> images_of(const std::vector<Tensor>& tensors) {
   return images;
 }
 
-}  // namespace
+// What a row of `images` says of packed pixels: where an image begins, and its size.
+struct Placement {
+  int64_t offset, height, width;
+};
 
-Tensor augment(std::vector<Tensor> images, Tensor draws, int64_t size, int64_t window, Tensor mean,
-               Tensor std, int64_t threads) {
-  const std::vector<Image> given = images_of(images);
-  const int64_t count = given.size(), views = draws.size(0);
+std::vector<Image> images_of(const Tensor& pixels, const Tensor& images) {
+  STD_TORCH_CHECK(pixels.is_cpu() && pixels.dim() == 1 && pixels.is_contiguous() &&
+                      pixels.scalar_type() == torch::headeronly::ScalarType::Byte,
+                  "pixels must be (bytes,) uint8 on the CPU");
+  STD_TORCH_CHECK(images.is_cpu() && images.dim() == 2 && images.size(1) == 3 &&
+                      images.is_contiguous() &&
+                      images.scalar_type() == torch::headeronly::ScalarType::Long,
+                  "images must be (images, 3) int64 on the CPU");
+  const uint8_t* bytes = static_cast<const uint8_t*>(pixels.const_data_ptr());
+  const Placement* placed = static_cast<const Placement*>(images.const_data_ptr());
+  std::vector<Image> found;
+  for (int64_t i = 0; i < images.size(0); ++i) {
+    const auto [offset, height, width] = placed[i];
+    STD_TORCH_CHECK(offset >= 0 && offset <= pixels.numel() && height >= 1 && width >= 1 &&
+                        width <= (pixels.numel() - offset) / 3 / height,
+                    "an image lies outside the pixels");
+    found.push_back({bytes + offset, height, width});
+  }
+  return found;
+}
+
+// The views of `images` as `draws` (views, images, 16) says, to `out` (views * images, size, size,
+// 3).
+void make_views(const std::vector<Image>& images, const Tensor& draws, int64_t size, int64_t window,
+                const Tensor& mean, const Tensor& std, int64_t threads, float* out) {
+  const int64_t count = images.size(), views = draws.size(0);
   STD_TORCH_CHECK(draws.is_cpu() && draws.dim() == 3 && draws.size(1) == count &&
                       draws.size(2) == kDrawn && draws.is_contiguous() &&
                       draws.scalar_type() == torch::headeronly::ScalarType::Double,
@@ -250,30 +275,49 @@ Tensor augment(std::vector<Tensor> images, Tensor draws, int64_t size, int64_t w
   const Draw* drawn = static_cast<const Draw*>(draws.const_data_ptr());
   for (int64_t i = 0; i < views * count; ++i) {
     const Draw& draw = drawn[i];
-    const Image& image = given[i % count];
+    const Image& image = images[i % count];
     STD_TORCH_CHECK(draw.top >= 0 && draw.left >= 0 && draw.height >= 1 && draw.width >= 1 &&
                         draw.top + draw.height <= image.height &&
                         draw.left + draw.width <= image.width,
                     "a crop lies outside its image");
   }
-  Tensor out = new_nhwc(views * count, 3, size, size);
-  float* to = floats_out(out);
-  in_huge_pages(to, out.numel() * sizeof(float));
   std::atomic<int64_t> next = 0;
   auto work = [&, mean = floats(mean), std = floats(std)] {
     Augmentation augmentation(size, window, mean, std);
     for (int64_t task; (task = next++) < views * count;) {
       const int64_t image = task / views, at = task % views * count + image;  // an image's in a row
-      augmentation(given[image], drawn[at], to + at * 3 * size * size);
+      augmentation(images[image], drawn[at], out + at * 3 * size * size);
     }
   };
   std::vector<std::thread> helpers;
   for (int64_t i = 1; i < threads; ++i) helpers.emplace_back(work);
   work();
   for (std::thread& helper : helpers) helper.join();
+}
+
+}  // namespace
+
+Tensor augment(std::vector<Tensor> images, Tensor draws, int64_t size, int64_t window, Tensor mean,
+               Tensor std, int64_t threads) {
+  STD_TORCH_CHECK(size > 0 && draws.dim() == 3, "size must be positive, draws (views, images, 16)");
+  Tensor out = new_nhwc(draws.size(0) * draws.size(1), 3, size, size);
+  in_huge_pages(floats_out(out), out.numel() * sizeof(float));
+  make_views(images_of(images), draws, size, window, mean, std, threads, floats_out(out));
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(sacl_fast, CPU, m) { m.impl("augment", TORCH_BOX(&augment)); }
+void augment_packed(Tensor pixels, Tensor images, Tensor draws, int64_t window, Tensor mean,
+                    Tensor std, Tensor out, int64_t threads) {
+  STD_TORCH_CHECK(is_nhwc(out) && out.size(1) == 3 && out.size(2) == out.size(3) &&
+                      draws.dim() == 3 && out.size(0) == draws.size(0) * draws.size(1),
+                  "out must be (views * images, 3, size, size) float32 in channels-last memory");
+  make_views(images_of(pixels, images), draws, out.size(2), window, mean, std, threads,
+             floats_out(out));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sacl_fast, CPU, m) {
+  m.impl("augment", TORCH_BOX(&augment));
+  m.impl("augment_packed", TORCH_BOX(&augment_packed));
+}
 
 }  // namespace sacl

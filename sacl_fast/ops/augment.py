@@ -54,3 +54,29 @@ def augment(
     scaled = (255 * torch.tensor(values, dtype=torch.float32) for values in (mean, std))
     views = torch.ops.sacl_fast.augment(list(images), draws, size, window, *scaled, threads)
     return views.unflatten(0, draws.shape[:2])
+
+
+def augment_packed(
+    pixels: Tensor,
+    images: Tensor,
+    draws: Tensor,
+    *,
+    window: int,
+    mean: Tensor,
+    std: Tensor,
+    out: Tensor,
+    threads: int = 1,
+) -> None:
+    """``augment`` of images that lie in one buffer, written to ``out``.
+
+    Args:
+        pixels: (bytes,) uint8, on the device that makes the views, as all that follows.
+        images: (n, 3) int64: where in ``pixels`` each begins, its height and its width.
+        draws: (V, n, 16) float64, as ``augment`` takes them.
+        mean, std: (3,) float32, of the channels, in 0..255.
+        out: (V * n, 3, size, size), channels last in memory.
+    """
+    obstacle = compiled.obstacle()
+    if obstacle is not None:
+        raise RuntimeError(f"augment has no other backend than the compiled one: {obstacle}")
+    torch.ops.sacl_fast.augment_packed(pixels, images, draws, window, mean, std, out, threads)

@@ -18,7 +18,7 @@ from sacl_fast.data.loading.batch import Normalise
 from sacl_fast.data.views.draw import ViewDraw, apply_view, draw_view, sample_rng
 from sacl_fast.data.views.tables import CIFAR, DEMO, IMAGENET
 from sacl_fast.ops import compiled
-from sacl_fast.ops.augment import COLUMNS, OPERATIONS, augment
+from sacl_fast.ops.augment import COLUMNS, OPERATIONS, augment, augment_packed
 
 pytestmark = pytest.mark.skipif(compiled.obstacle() is not None, reason=str(compiled.obstacle()))
 
@@ -276,3 +276,36 @@ def test_the_schema_is_kept() -> None:
     torch.library.opcheck(
         torch.ops.sacl_fast.augment.default, arguments, test_utils=("test_schema",)
     )
+
+
+def test_packed_images_give_the_same_views() -> None:
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (h, w, 3), np.uint8) for h, w in ((31, 17), (1, 9), (40, 40))]
+    draws = torch.tensor(
+        [
+            [
+                row(draw_view(view, sample_rng(0, 0, i, which), *image.shape[1::-1]), 128)
+                for i, image in enumerate(images)
+            ]
+            for which, view in enumerate((DEMO.a, DEMO.b))
+        ],
+        dtype=torch.float64,
+    )
+    mean, std = (torch.tensor(values) * 255 for values in (DEMO.mean, DEMO.std))
+    expected = augment(
+        [torch.from_numpy(image) for image in images],
+        draws, size=24, window=5, mean=DEMO.mean, std=DEMO.std,
+    )  # fmt: skip
+    gap = np.zeros(5, np.uint8)  # images need not be aligned or adjacent
+    pixels = torch.from_numpy(np.concatenate([p for i in images for p in (gap, i.reshape(-1))]))
+    ends = np.cumsum([5 + image.size for image in images])
+    placed = torch.tensor(
+        [(end - i.size, *i.shape[:2]) for end, i in zip(ends.tolist(), images, strict=True)]
+    )
+    out = torch.empty(6, 3, 24, 24).to(memory_format=torch.channels_last)
+    augment_packed(pixels, placed, draws, window=5, mean=mean, std=std, out=out, threads=2)
+    assert torch.equal(out, expected.flatten(0, 1))
+    for wrong in ((-1, 31, 17), (5, 31, 10**6), (int(ends[-1]), 1, 1), (5, 0, 17)):
+        placed[0] = torch.tensor(wrong)
+        with pytest.raises(RuntimeError, match="outside"):
+            augment_packed(pixels, placed, draws, window=5, mean=mean, std=std, out=out)

@@ -35,9 +35,12 @@ WITHOUT_KERNELS_OF_THEIR_OWN = {"norm_slim_add", "norm_slim_gate"}  # those of s
 
 
 def operator_of(schema: str) -> str:
-    """``norm_act`` is nine schemas, the parts of one batch norm."""
+    """``norm_act`` is nine schemas, the parts of one batch norm; ``augment`` takes images in two
+    forms."""
     if schema.startswith("norm_act_"):
         return "norm_act"
+    if schema == "augment_packed":
+        return "augment"
     return schema.partition("_backward")[0]
 
 
