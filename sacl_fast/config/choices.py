@@ -39,4 +39,4 @@ Width = Literal["dense", "slim"]
 Widths = Literal["both", Width]
 ResumeAt = Literal["step", "next_epoch"]
 
-ExportFormat = Literal["timm", "onnx", "torch-export"]
+ExportFormat = Literal["timm", "onnx", "torch-export", "executorch", "litert", "coreml"]

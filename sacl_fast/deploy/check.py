@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sacl_fast.deploy.formats import Runner
+from sacl_fast.deploy.graph import Runner
 
 # Of float32: rounding that another order of summation brings stays far below both.
 LARGEST_DIFFERENCE, LOWEST_COSINE = 1e-3, 0.9999
