@@ -60,7 +60,8 @@ def parity(run: Runner, images: Tensor, features: Tensor) -> Parity:
             f"features {tuple(ours.shape)} where the encoder gives {tuple(features.shape)}"
         )
     largest = features.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
-    cosines = F.cosine_similarity(ours, features, dim=1)  # (N,)
+    # Over the largest: cosine_similarity takes lengths below 1e-8 for 0.
+    cosines = F.cosine_similarity(ours / largest, features / largest, dim=1)  # (N,)
     return Parity(
         difference=((ours - features).abs().max() / largest).item(),
         cosine=cosines.min().item(),

@@ -166,7 +166,7 @@ FORMATS: dict[ExportFormat, Format] = {
         mobile.litert_content,
         mobile.load_litert,
         packages=("litert_torch", "ai_edge_litert", "ai_edge_quantizer"),
-        install="pip install litert-torch, in an environment of its own,",
+        install="pip install litert-torch, then pip install -U typing-extensions,",
         int8=mobile.litert_int8,
     ),
     "coreml": Format(

@@ -8,7 +8,9 @@ ours, so they are imported in functions and by their own formats alone.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import io
+import itertools
 import json
 import logging
 import sys
@@ -33,17 +35,29 @@ from sacl_fast.deploy.graph import (
 from sacl_fast.deploy.network import Network
 from sacl_fast.errors import UserError, reason_of
 
+_CALIBRATION = 256  # images: these runtimes calibrate one by one, and ranges settle early
 
-def _one_by_one(run: Callable[[Tensor], Tensor], runtime: str, path: Path) -> Runner:
+
+def _one_by_one(
+    run: Callable[[Tensor], Tensor], runtime: str, path: Path, hint: str = ""
+) -> Runner:
     """A runner of (N, 3, S, S) by one of (1, 3, S, S)."""
 
     def of_many(images: Tensor) -> Tensor:
         try:
             return torch.cat([run(image.contiguous()) for image in images.split(1)])
         except REFUSALS as error:
-            raise UserError(f"{runtime} cannot run {path.name}: {reason_of(error)}") from error
+            raise UserError(
+                f"{runtime} cannot run {path.name}: {reason_of(error)}{hint}"
+            ) from error
 
     return of_many
+
+
+def _each(images: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Images (1, 3, S, S) to calibrate on."""
+    single = (image for batch in images for image in batch.contiguous().split(1))
+    return itertools.islice(single, _CALIBRATION)
 
 
 def _image(network: Network) -> Tensor:
@@ -99,9 +113,8 @@ def executorch_int8(
         quantizer.set_global(get_symmetric_quantization_config(is_per_channel=True))
         graph = torch.export.export(graph_module(network, fold_norm), example).module()
         prepared = prepare_pt2e(graph, quantizer)
-        for batch in images:
-            for image in batch.split(1):
-                prepared(image)
+        for image in _each(images):
+            prepared(image)
         return _lowered(torch.export.export(convert_pt2e(prepared), example))
 
 
@@ -113,7 +126,11 @@ def load_executorch(path: Path) -> Runner:
     except REFUSALS as error:
         raise UserError(f"executorch cannot load {path.name}: {reason_of(error)}") from error
     # Its outputs lie in memory of the method, which the next run writes.
-    return _one_by_one(lambda image: method.execute([image])[0].clone(), "executorch", path)
+    hint = (
+        f" (executorch {importlib.metadata.version('executorch')}, torch {torch.__version__}; each "
+        "of its releases is made for one of torch: 1.5 for 2.14, 1.2 for 2.11)"
+    )
+    return _one_by_one(lambda image: method.execute([image])[0].clone(), "executorch", path, hint)
 
 
 # LiteRT
@@ -141,11 +158,15 @@ def litert_content(network: Network, fold_norm: bool) -> bytes:
 
 
 def litert_int8(network: Network, fold_norm: bool, path: Path, images: Iterable[Tensor]) -> bytes:
-    from ai_edge_quantizer import quantizer, recipe
+    from ai_edge_quantizer import algorithm_manager, qtyping, quantizer, recipe
 
-    calibration = [{"images": i.numpy()} for batch in images for i in batch.contiguous().split(1)]
+    calibration = [{"images": image.numpy()} for image in _each(images)]  # read more than once
     with in_one_sentence(network, "LiteRT in int8"), _quiet():
         work = quantizer.Quantizer(str(path), recipe.static_wi8_ai8())
+        for end in (qtyping.TFLOperationName.INPUT, qtyping.TFLOperationName.OUTPUT):
+            work.update_quantization_recipe(  # images and features stay float32
+                ".*", end, algorithm_key=algorithm_manager.AlgorithmName.NO_QUANTIZE
+            )
         statistics = work.calibrate({"serving_default": calibration})
         content = work.quantize(statistics).quantized_model
         if content is None:

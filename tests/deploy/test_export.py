@@ -265,3 +265,9 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def _demo() -> DataConfig:
     return DataConfig(source="demo", limit=48, workers=0)
+
+
+def test_features_of_any_size_are_compared():
+    small = torch.eye(3) * 1e-20
+    found = check.parity(lambda images: small[: len(images)], torch.zeros(1, 3, 2, 2), small[:1])
+    assert found.obstacle() is None

@@ -100,7 +100,11 @@ def test_coreml(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ("name", "package", "said"),
     [
         ("executorch", "executorch", r"pip install 'sacl-fast\[executorch\]'"),
-        ("litert", "litert_torch", "pip install litert-torch, in an environment of its own,"),
+        (
+            "litert",
+            "litert_torch",
+            "pip install litert-torch, then pip install -U typing-extensions,",
+        ),
         ("coreml", "coremltools", r"pip install 'sacl-fast\[coreml\]'"),
     ],
 )
@@ -118,6 +122,6 @@ def test_a_missing_package(run: Path, tmp_path: Path, monkeypatch, name: str, pa
         UserError, match=f"format {name} needs {package}, which is not installed; {said}"
     ):
         sacl_fast.export(run, tmp_path / "out", formats=[name])
-    with pytest.raises(UserError, match=f"--int8 is of the formats .*not of timm"):
+    with pytest.raises(UserError, match=r"--int8 is of the formats .*not of timm"):
         sacl_fast.export(run, tmp_path / "out", formats=["timm"], int8=True)
     assert not list(tmp_path.iterdir())
