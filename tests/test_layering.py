@@ -75,7 +75,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
 }
 ANY_OTHERS_LAZILY = ("cli", "__init__")
 
-DALI, DALI_MODULE = "nvidia.dali", PurePath("sacl_fast/data/views/dali.py")
+DALI, DALI_MODULE = "nvidia.dali", PurePath("sacl_fast/data/views/dali_pipeline.py")
 
 
 class Import(NamedTuple):
@@ -272,7 +272,7 @@ def test_a_violation_is_reported(path: str, source: str, named: str):
         ("kernels/sacl_kernels/x.py", "from sacl_kernels.layout import Launch\nfrom . import y"),
         ("sacl_fast/ops/x.py", "def f():\n    from sacl_kernels import x\n    from .. import _C"),
         ("sacl_fast/losses.py", "import torch\nfrom sacl_fast import __version__, ops"),
-        ("sacl_fast/data/views/dali.py", "from nvidia.dali import fn, pipeline_def"),
+        ("sacl_fast/data/views/dali_pipeline.py", "from nvidia.dali import fn, pipeline_def"),
         ("sacl_fast/data/views/x.py", "def f():\n    from sacl_fast.ops.augment import augment"),
         ("sacl_fast/data/views/x.py", "import numpy\nfrom .tables import VIEWS"),
         ("sacl_fast/data/loading/x.py", "from ..images.open import f\nfrom ..views import draw"),

@@ -36,7 +36,8 @@ pytest.importorskip("nvidia.dali", exc_type=ImportError)
 
 from sacl_fast.data.loading.dali_stream import DaliStream, batches_ahead
 from sacl_fast.data.views.compiled import CompiledViews
-from sacl_fast.data.views.dali import DaliError, ViewPipeline
+from sacl_fast.data.views.dali import ViewPipeline
+from sacl_fast.data.views.dali_pipeline import DaliError
 
 pytestmark = pytest.mark.usefixtures("compiled_views")
 
@@ -172,14 +173,14 @@ def test_a_failure_that_is_no_images_is_passed_on(
 ) -> None:
     settings = dali_config(root=jpeg_folder)
     loader = opened(open_sources(settings.data, 0).train, settings)
-    monkeypatch.setattr("sacl_fast.data.views.dali.FedPipeline._outputs", fail)
+    monkeypatch.setattr("sacl_fast.data.views.dali_pipeline.FedPipeline._outputs", fail)
     with pytest.raises(DaliError, match="out of memory"):
         next(loader.epoch(0))
     loader.close()
 
 
-def fail(pipeline, *stream) -> None:
-    pipeline._pipeline.run(*stream)
+def fail(pipeline) -> None:
+    pipeline._pipeline.run()
     raise DaliError("out of memory")
 
 
