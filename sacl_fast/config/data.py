@@ -32,8 +32,8 @@ _Std = Annotated[float, Range(0.001, 1000)]
 
 @dataclass(frozen=True, kw_only=True)
 class DaliConfig(Settings, path="data.dali"):
-    """How NVIDIA DALI makes the views, where it does ('data.loader'): from beginning to end, or, on
-    the CPU where the compiled operators are built, from JPEG to pixels."""
+    """How NVIDIA DALI makes the views, where it does ('data.loader'): from JPEG to pixels, and on
+    from there where the compiled operator is not built for the device."""
 
     threads: Annotated[int, _PROCESSES, _NOT_NONE] = -1
     """Threads that decode on the CPU, and as many that augment, per rank (-1: the cores this rank
@@ -45,7 +45,7 @@ class DaliConfig(Settings, path="data.dali"):
     """Batches prepared ahead, at most."""
     memory: Annotated[float, Range(0, 4096, above=True)] = 4.0
     """GiB that batches prepared ahead may take, per rank: where 'prefetch' would take more, fewer
-    are prepared, but always one. The decoded images of up to three batches come on top."""
+    are prepared, but always one. The decoded images of a few batches come on top."""
     hw_decoder_load: Probability = 0.65
     """Share of the JPEGs for the GPU's hardware decoder, where it has one."""
 

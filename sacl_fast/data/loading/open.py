@@ -109,7 +109,9 @@ def resolve_loader(config: Config, device: torch.device) -> LoaderResolution:
     if obstacle is not None:
         return LoaderResolution("pillow" if are_compiled(config, _CPU) else "torchvision", obstacle)
     if device.type == "cuda":
-        return LoaderResolution("dali", "decodes and augments on the GPU")
+        if (why_not := why_not_compiled(config, device)) is None:
+            return LoaderResolution("dali", "decodes on the GPU, where the operator augments")
+        return LoaderResolution("dali", f"decodes and augments on the GPU (operator: {why_not})")
     if are_compiled(config, device):
         return LoaderResolution("dali", "the fastest on the CPU")
     if config.views.size <= _SMALL:

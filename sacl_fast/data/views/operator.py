@@ -25,12 +25,13 @@ def why_not_compiled(config: Config, device: torch.device) -> str | None:
     """Why the compiled operator does not make them; None where it does."""
     from sacl_fast.ops.backend import asked_of, resolve
 
-    if device.type != "cpu":
-        return "it runs on the CPU only"
-    backend, reason = resolve(asked_of("augment", config.backend), "augment", device)
-    if backend == "cpu":
-        return None
-    return "backend torch" if config.backend == "torch" else reason
+    if config.backend == "torch":
+        return "backend torch"
+    asked = asked_of("augment", config.backend)
+    if asked != device.type:  # of another device, as beside a GPU the views that the CPU makes
+        asked = "auto"
+    backend, reason = resolve(asked, "augment", device)
+    return reason if backend == "torch" else None
 
 
 def pack_rows(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,7 +16,9 @@ from sacl_fast.data.images.source import ArraySource
 from sacl_fast.data.loading import open as module
 from sacl_fast.data.loading.open import dali_obstacle, open_view_loader, resolve_loader
 from sacl_fast.data.loading.torchvision_stream import PillowStream, TorchvisionStream
+from sacl_fast.data.views.operator import why_not_compiled
 from sacl_fast.errors import UserError
+from sacl_fast.ops.compiled import obstacle
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -37,7 +40,10 @@ def settings(loader: LoaderName = "auto", size: int = 224, backend: Backend = "a
 
 def test_auto_takes_dali_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "dali_obstacle", lambda: None)
-    assert resolve_loader(settings(size=32), GPU).loader == "dali"
+    for why_not, said in ((None, "operator augments"), ("old", "decodes and augments.*old")):
+        monkeypatch.setattr(module, "why_not_compiled", lambda *_, now=why_not: now)
+        loader, reason = resolve_loader(settings(size=32), GPU)
+        assert loader == "dali" and re.search(said, reason)
     for compiled, small in ((True, "dali"), (False, "torchvision")):
         monkeypatch.setattr(module, "are_compiled", lambda *_, now=compiled: now)
         assert resolve_loader(settings(), CPU).loader == "dali"
@@ -101,6 +107,13 @@ def test_pillow_decodes_where_dali_is_missing_and_the_operator_is_built(
             assert resolve_loader(settings(), device) == (loader, "no DALI")
     with pytest.raises(UserError, match=r"loader is pillow, .*\(not built\); .*torchvision works"):
         resolve_loader(settings("pillow"), GPU)
+
+
+def test_a_backend_of_another_device_decides_nothing() -> None:
+    """Beside a GPU, ``pillow`` has the CPU make the views, whatever the operators of the step."""
+    for backend in ("triton", "cuda"):
+        assert bool(why_not_compiled(settings(backend=backend), CPU)) == bool(obstacle())
+    assert why_not_compiled(settings(backend="torch"), CPU) == "backend torch"
 
 
 def test_pillow_is_not_for_the_backend_torch() -> None:
