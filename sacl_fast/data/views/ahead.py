@@ -60,6 +60,7 @@ class Ahead:
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             batch = self._make()
             if self._stream is not None:
-                made = self._stream.record_event()
+                made = torch.cuda.Event()
+                made.record(self._stream)
         self._failed = False
         return batch, made
