@@ -21,8 +21,10 @@ from sacl_fast.data.images.source import ArraySource
 from sacl_fast.data.loading.batch import Batch
 from sacl_fast.data.loading.contact_sheet import contact_sheet
 from sacl_fast.data.loading.evaluation import EvalLoader
+from sacl_fast.data.loading.open import open_view_loader
 from sacl_fast.data.loading.waiting import NoBatch
 from sacl_fast.errors import UserError
+from sacl_fast.ops import compiled
 from tests.data.loading.cases import (
     CPU,
     assert_same,
@@ -67,6 +69,28 @@ def test_the_batches_are_those_of_torchvision(
                 assert ours_.dtype == torch.float32
                 assert ours_.is_contiguous(memory_format=torch.channels_last)
                 assert (ours_ - theirs_).abs().mean() < allowed
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_batches_are_those_of_the_cpu(
+    source: ArraySource, jpeg_folder: Path, compiled_views: bool
+) -> None:
+    gpu = torch.device("cuda", 0)
+    if compiled_views and (why_not := compiled.cuda_obstacle(gpu)) is not None:
+        pytest.skip(why_not)
+    settings = dali_config(root=jpeg_folder)
+    for images in (source, open_sources(settings.data, 0).train):
+        on_cpu = by_torchvision(images, settings)
+        on_gpu = open_view_loader(images, settings, device=gpu)
+        for epoch in (0, 1):
+            for ours, theirs in zip(on_gpu.epoch(epoch), on_cpu.epoch(epoch), strict=True):
+                assert torch.equal(ours.index, theirs.index)
+                for a, b in ((ours.view_a, theirs.view_a), (ours.view_b, theirs.view_b)):
+                    assert a.device == gpu and a.dtype in (torch.bfloat16, torch.float16)
+                    assert a.is_contiguous(memory_format=torch.channels_last)
+                    # Decoders, the type's digits, and what solarises at its threshold.
+                    assert (a.float().cpu() - b).abs().mean() < 0.12
+        on_gpu.close()
 
 
 def test_the_loader_is_made_of_what_was_decided(source: ArraySource, compiled_views: bool) -> None:
