@@ -111,7 +111,7 @@ class DaliStream:
             remedy="fewer data.dali.readers take less",
         )
 
-    def _feed(self) -> tuple[np.ndarray | list[np.ndarray], Any, Any]:
+    def _feed(self) -> tuple[list[np.ndarray], Any, Any]:
         assert self._feeds is not None
         feed: Feed = next(self._feeds)
         self._bad.add(feed.bad)
@@ -183,7 +183,7 @@ def dali_views(source: Source, config: Config, epoch: int, indices: np.ndarray) 
         return Views(a, b, feed.index, feed.bad, feed.missed)
 
 
-def _once(feed: Feed) -> tuple[np.ndarray | list[np.ndarray], Any, Any]:
+def _once(feed: Feed) -> tuple[list[np.ndarray], Any, Any]:
     return feed.arrays(), feed.a, feed.b
 
 
@@ -194,11 +194,11 @@ def leave_to_pillow(
     then finds which of them are broken, and they are named and replaced as ever. Raises ``error``
     where it was due to none of them."""
     for feed in feeds:
-        images = feed.arrays()
-        if isinstance(images, np.ndarray):
+        if len(feed.sizes):
             raise error
         indices = feed.index.tolist()
-        found = {indices[position]: why for position, why in undecodable(images, device).items()}
+        failed = undecodable(feed.arrays(), device)
+        found = {indices[position]: why for position, why in failed.items()}
         found = {index: why for index, why in found.items() if index not in reader.by_pillow}
         if found:
             break

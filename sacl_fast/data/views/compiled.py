@@ -19,7 +19,7 @@ from sacl_fast.data.views.ahead import Ahead
 from sacl_fast.data.views.dali_pipeline import ImagePipeline
 from sacl_fast.data.views.packed import PackedViews, packed
 
-# A batch of images, encoded (1-D uint8 each) or as pixels (n, H, W, 3), and the draws of both
+# A batch of images, encoded, (bytes,) uint8 each, or as pixels (H, W, 3), and the draws of both
 # views as ``pack_rows`` (``operator.py``) gives them.
 Fed = tuple[np.ndarray | Sequence[np.ndarray], np.ndarray, np.ndarray]
 
@@ -77,9 +77,7 @@ class CompiledViews:
         if self._decoder is not None:
             pixels, images = self._decoder.run()
         else:
-            given = self._images()
-            assert isinstance(given, np.ndarray)
-            pixels, images = packed(given)
+            pixels, images = packed(self._images())
         return self._augment(pixels, images, torch.from_numpy(self._draws.popleft()))
 
     def _images(self) -> np.ndarray | Sequence[np.ndarray]:

@@ -40,8 +40,8 @@ from sacl_fast.data.views.dali_pipeline import (
     types,
 )
 
-# A batch of images, encoded (1-D uint8 each) or as pixels (n, H, W, 3), and the parameters of both
-# views.
+# A batch of images, encoded, (bytes,) uint8 each, or as pixels, (H, W, 3) each, and the parameters of
+# both views.
 Fed = tuple[np.ndarray | Sequence[np.ndarray], Parameters, Parameters]
 
 _LUMA = (0.299, 0.587, 0.114)  # Pillow's grayscale

@@ -26,6 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sacl_fast.data.views.packed import placement
+
 # Buffers above 1 MB come from DALI's pool, not from malloc, which would give their pages back to
 # the system after every operator: up to half the time of a batch. Read when DALI is loaded.
 os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "1000000")
@@ -120,11 +122,9 @@ class ImagePipeline(FedPipeline):
         Raises DaliError, or what ``feed`` raises.
         """
         (images,) = self._outputs()
-        sizes = np.array(images.shape(), np.int64)  # (n, 3): height, width, channels
-        ends = np.cumsum(sizes.prod(1))
-        placement = np.column_stack((np.append(0, ends[:-1]), sizes[:, :2]))
-        pixels = torch.from_dlpack(images.as_reshaped_tensor([int(ends[-1])]))
-        return pixels, torch.from_numpy(placement)
+        shapes = np.array(images.shape(), np.int64)  # (n, 3): height, width, channels
+        pixels = torch.from_dlpack(images.as_reshaped_tensor([int(shapes.prod(1).sum())]))
+        return pixels, placement(shapes)
 
 
 def undecodable(images: Sequence[np.ndarray], device: torch.device) -> dict[int, str]:

@@ -4,6 +4,8 @@ on the CPU or on a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -66,9 +68,16 @@ class PackedViews:
         return given.pin_memory().to(self._device, non_blocking=True)
 
 
-def packed(images: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Images of one size, (n, H, W, 3) uint8, as ``PackedViews`` takes them: pixels and where each
-    image lies. The memory is theirs."""
-    count, height, width, _ = images.shape
-    placement = torch.tensor([[i * height * width * 3, height, width] for i in range(count)])
-    return torch.from_numpy(np.ascontiguousarray(images)).flatten(), placement.reshape(-1, 3)
+def packed(images: np.ndarray | Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Images (H, W, 3) uint8 of any size as ``PackedViews`` takes them: pixels, end to end, and
+    where each image lies."""
+    sizes = np.array([image.shape for image in images], np.int64).reshape(-1, 3)
+    pixels = np.concatenate([np.empty(0, np.uint8), *(image.reshape(-1) for image in images)])
+    return torch.from_numpy(pixels), placement(sizes)
+
+
+def placement(shapes: np.ndarray) -> Tensor:
+    """(n, 3) int64, offset, height and width, of images of ``shapes`` (n, 3) that lie end to
+    end."""
+    ends = shapes.prod(1).cumsum()
+    return torch.from_numpy(np.column_stack((ends - shapes.prod(1), shapes[:, :2])))

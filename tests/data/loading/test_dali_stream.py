@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sacl_fast.config import Config, DaliConfig, DataConfig, ViewsConfig
 from sacl_fast.data.images.open import open_sources
@@ -245,3 +246,26 @@ def test_contact_sheet_by_dali(jpeg_folder: Path, compiled_views: bool) -> None:
     difference = np.abs(np.asarray(ours, np.int16) - np.asarray(theirs))
     assert difference.mean() < (0.3 if compiled_views else 1)
     assert compiled_views or difference.any()
+
+
+def test_decoded_images_may_differ_in_size(compiled_views: bool) -> None:
+    """As those of a cache do."""
+    source = MixedSource()
+    batches_ = batches(source, dali_config(), [(0, 0)])
+    loader = by_torchvision(source, dali_config())
+    for ours, theirs in zip(batches_, loader.epoch(0), strict=True):
+        assert torch.equal(ours.index, theirs.index)
+        assert (ours.view_a - theirs.view_a).abs().mean() < (0.015 if compiled_views else 0.1)
+
+
+class MixedSource(ArraySource):
+    """Images of two sizes."""
+
+    def __init__(self) -> None:
+        vars(self).update(vars(random_source()))
+
+    def read(self, index: int) -> np.ndarray:
+        return self.images[index][: 20 - index % 2]
+
+    def load(self, index: int) -> Image.Image:
+        return Image.fromarray(self.read(index))
