@@ -95,15 +95,12 @@ class FeedReader:
             )
             for which, view in enumerate((self.views.a, self.views.b))
         )
-        arrays = (
-            np.concatenate([image.reshape(-1) for image in images]),
-            np.cumsum([image.size for image in images]),
-            np.array([image.shape[:2] for image in images if image.ndim == 3], np.int64),
-        )
+        blob = np.concatenate([image.reshape(-1) for image in images])
+        ends = np.cumsum([image.size for image in images])
+        pixels = np.array([image.shape[:2] for image in images if image.ndim == 3], np.int64)
         missed = int((index != wanted).sum())
-        return Feed(
-            *map(torch.from_numpy, arrays), a, b, torch.from_numpy(index), list(bad.items()), missed
-        )
+        blob, ends, pixels, index = map(torch.from_numpy, (blob, ends, pixels, index))
+        return Feed(blob, ends, pixels, a, b, index, list(bad.items()), missed)
 
     def _load(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
         """An image for DALI, and its width and height. BadImage where it cannot be read."""

@@ -40,7 +40,7 @@ from sacl_fast.data.views.dali_pipeline import (
     types,
 )
 
-# A batch of images, encoded, (bytes,) uint8 each, or as pixels, (H, W, 3) each, and the parameters of
+# A batch of images, encoded, (bytes,) uint8 each, or as pixels (H, W, 3), and the parameters of
 # both views.
 Fed = tuple[np.ndarray | Sequence[np.ndarray], Parameters, Parameters]
 
