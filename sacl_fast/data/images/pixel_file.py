@@ -129,8 +129,8 @@ class PixelFile:
     def _compare(self, index: int) -> None:
         offset, height, width = self.placement[index].tolist()
         size = height * width * 3
-        block = self._first + index
-        if zlib.crc32(self.pixels[offset : offset + size]) != self._opened.index.checksums[block]:
+        block, pixels = self._first + index, self.pixels[offset : offset + size]
+        if zlib.crc32(pixels.data) != self._opened.index.checksums[block]:
             raise BadImage(
                 f"block {block} of {self.path} is damaged: its bytes {START + offset} to "
                 f"{START + offset + size - 1} are not those that were written; {_AGAIN}"
