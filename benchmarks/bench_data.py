@@ -10,6 +10,7 @@ torchvision              worker processes decode by Pillow and augment
 Pillow and the operator  worker processes decode by Pillow; the compiled operator augments
 DALI alone               DALI decodes and augments
 DALI and the operator    DALI decodes; the compiled operator augments
+cache                    pixels from a file that is made first (not timed); the operator augments
 kornia, decoded          images of one size, decoded before, lie on the device; kornia augments
 =======================  ===========================================================================
 
@@ -28,7 +29,9 @@ from __future__ import annotations
 
 import argparse
 import gc
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,17 +88,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of every row; the best counts")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only those that begin so")
+    parser.add_argument("--cache", type=Path, help="a cache of the images; made if missing")
+    parser.add_argument("--cache-size", type=int, default=0, help="to which it is shrunk (0: not)")
     parser.add_argument("--train", type=int, default=0, metavar="STEPS", help="steps of training")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--plot", type=Path, help="draw them here")
     own, options = parser.parse_known_args()
     config = parse_config("train", [own.preset, *options])
-    chosen = [
-        row
-        for row in all_rows(config)
-        if row.name.startswith(tuple(own.rows or [""])) or row.name == BASELINE
-    ]
-    result = measure(config, chosen, own.stages, own.images, own.rounds, own.train)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = own.cache or Path(folder) / "images.pixels"
+        chosen = [
+            row
+            for row in all_rows(config, cache, own.cache_size)
+            if row.name.startswith(tuple(own.rows or [""])) or row.name == BASELINE
+        ]
+        result = measure(config, chosen, own.stages, own.images, own.rounds, own.train)
     print_table(result)
     if own.json:
         write_json(own.json, result)
@@ -103,7 +110,8 @@ def main() -> None:
         plot(result, own.plot)
 
 
-def all_rows(config: Config) -> list[Row]:
+def all_rows(config: Config, cache: Path, size: int) -> list[Row]:
+    """``cache``: a file of decoded images, shrunk to ``size`` where it is still to be made."""
     source = open_sources(config.data, config.seed).train
     on_gpu = torch.cuda.is_available() and config.device != "cpu"
     device = torch.device("cuda", 0) if on_gpu else CPU
@@ -133,7 +141,23 @@ def all_rows(config: Config) -> list[Row]:
             row("DALI alone", "dali", no_dali, backend="torch", views_on=views_on),
             row("DALI and the operator", "dali", missing, views_on=views_on),
         ]
+    if config.data.source != "cache":
+        rows.append(cached(row("cache", "auto"), cache, size))
     return [*rows, row("kornia, decoded", "auto", kornia_views.obstacle())]
+
+
+def cached(row: Row, file: Path, size: int) -> Row:
+    """The same of a cache of its images, shrunk to ``size``, which is made where it is missing."""
+    data = row.config.data
+    if not file.exists():
+        command = [sys.executable, "-m", "sacl_fast", "cache", str(data.root), str(file)]
+        command += ["--data.source", data.source, "--data.labels", data.labels]
+        command += ["--data.limit", str(data.limit), "--seed", str(row.config.seed)]
+        command += ["--size", str(size)]
+        command += ["--data.cache-dir", data.cache_dir] if data.cache_dir else []
+        subprocess.run(command, check=True)
+    config = replace(row.config, data=replace(data, source="cache", root=str(file), limit=0))
+    return row._replace(config=config, source=open_sources(config.data, config.seed).train)
 
 
 def staged(config: Config, stage: str) -> Config:
