@@ -1,4 +1,4 @@
-"""The command line: ``sacl-fast train | eval | export | views | index | doctor``.
+"""The command line: ``sacl-fast train | eval | export | views | cache | index | doctor``.
 
 The options of ``train`` and ``views`` are the fields of ``sacl_fast.config.Config``. They are
 layered: preset, then the file given with ``--config``, then the options themselves. Torch is
@@ -50,6 +50,7 @@ usage: sacl-fast COMMAND ...
                                             how good an encoder is, and what it gained
   export TRAINED OUT [options]              an encoder as ONNX and other files
   views [PRESET] [--config FILE] [options]  draw both views of some images
+  cache IMAGES OUT [--size N] [options]     decode images once, into a file that trains faster
   index SHARDS                              index .tar shards (data.source webdataset)
   doctor                                    what is installed, what runs, and why
   doctor --measure [PRESET] [options]       what bounds a step here, and what to change
@@ -83,6 +84,7 @@ def _run(args: list[str]) -> int:
         "eval": _eval,
         "export": _export,
         "views": _views,
+        "cache": _cache,
         "index": _index,
         "doctor": _doctor,
     }
@@ -208,6 +210,12 @@ def _views(args: list[str]) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {path}: {error}; --out names another picture") from error
     print(path)
+
+
+def _cache(args: list[str]) -> None:
+    from sacl_fast.caching.command import run_cache
+
+    run_cache(args, parse_options)
 
 
 def _index(args: list[str]) -> None:

@@ -42,20 +42,21 @@ OURS: dict[str, tuple[str, ...]] = {
     "evaluation": RUN,
     "evaluate": RUN,
     "deploy": RUN,
+    "caching": ("data", "engine", "evaluation"),
     "cli": ("presets",),
     "__init__": ("presets",),
     "__main__": ("cli",),
     "sacl_kernels": (),
-    "benchmarks": (*RUN, "deploy", "cli", "sacl_kernels", "_C"),
+    "benchmarks": (*RUN, "deploy", "caching", "cli", "sacl_kernels", "_C"),
     "examples": (*RUN, "deploy"),
-    "tests": (*RUN, "deploy", "cli", "sacl_kernels", "_C"),
+    "tests": (*RUN, "deploy", "caching", "cli", "sacl_kernels", "_C"),
 }
 
 # Besides those, inside functions.
 OURS_LAZILY: dict[str, tuple[str, ...]] = {
     "ops": ("sacl_kernels", "_C"),
     "data.views": ("ops",),
-    "cli": (*RUN, "deploy", "sacl_kernels", "_C"),
+    "cli": (*RUN, "deploy", "caching", "sacl_kernels", "_C"),
     "__init__": (*RUN, "evaluate", "deploy"),
 }
 

@@ -59,10 +59,11 @@ class DataConfig(Settings, path="data"):
     one), with class folders or without labels; or a .txt file with the path of an image in each
     line. 'webdataset': a folder of .tar shards (or one shard), read where they are. 'cifar10',
     'cifar100': torchvision's data sets, downloaded to 'root' where missing; 'root' may also be an
-    unpacked image folder or archive of them."""
+    unpacked image folder or archive of them. 'cache': a file of decoded images, which 'sacl-fast
+    cache' makes of any other source."""
     root: Annotated[str, A_PATH] | None = None
-    """Folder, archive or list with the images. If it holds 'train' and 'val' (or 'test'), however
-    spelt, those are the two splits."""
+    """Folder, archive, list or cache with the images. If a folder holds 'train' and 'val' (or
+    'test'), however spelt, those are the two splits."""
     labels: Labels = "auto"
     """Labels are used by kNN evaluation only. 'folder': the first folder level names the class.
     'none': ignore folders and other labels. 'auto': 'folder' if all images lie in folders and the

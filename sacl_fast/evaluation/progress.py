@@ -47,8 +47,9 @@ class EvaluationProgress:
     ) -> None:
         self._bar.stop()
 
-    def steps(self, title: str, total: int) -> Callable[[], None]:
-        """A new piece of work; call what is returned after each of its ``total`` steps."""
+    def steps(self, title: str, total: int) -> Callable[..., None]:
+        """A new piece of work of ``total`` steps; call what is returned after each of them, or
+        with a number after so many."""
         if self._bar.disable and not self._quiet:
             logger.info("%s", title)
         for task in self._bar.task_ids:
@@ -56,8 +57,8 @@ class EvaluationProgress:
         task = self._bar.add_task(title, total=total)
         self._bar.refresh()
 
-        def done() -> None:
-            self._bar.advance(task)
+        def done(count: int = 1) -> None:
+            self._bar.advance(task, count)
             self._bar.refresh()
 
         return done

@@ -11,6 +11,7 @@ from sacl_fast.config import DataConfig
 from sacl_fast.config.choices import SourceName
 from sacl_fast.data.images.cifar import open_cifar
 from sacl_fast.data.images.folder import open_folder
+from sacl_fast.data.images.pixel_file import open_cache
 from sacl_fast.data.images.shapes import open_demo
 from sacl_fast.data.images.source import Source, Splits, Subset
 from sacl_fast.data.images.splits import few
@@ -26,6 +27,7 @@ SOURCES: dict[SourceName, Callable[[DataConfig, bool], Splits]] = {
     "webdataset": open_webdataset,
     "cifar10": open_cifar,
     "cifar100": open_cifar,
+    "cache": open_cache,
 }
 
 
@@ -49,6 +51,7 @@ def _described_labels(classes: Sequence[str], config: DataConfig) -> str:
     origin = {
         "folder": "the names of folders, or of classes in the list",
         "webdataset": "the .cls files in the shards",
+        "cache": "those of the images that it was made of",
     }.get(config.source, f"those of {config.source}")
     return (
         f"labels for kNN evaluation: {len(classes)} classes ({few(classes)}), which are {origin}; "

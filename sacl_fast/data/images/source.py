@@ -120,6 +120,10 @@ class FileSource(ABC):
         """The file called ``name(index)``."""
         return read_bytes(self.name(index), self.most)
 
+    def head(self, index: int, count: int) -> bytes:
+        """Its first ``count`` bytes, or all."""
+        return read_bytes(self.name(index), self.most, first=count)
+
     def label(self, index: int) -> int:
         return int(self.labels[index])
 

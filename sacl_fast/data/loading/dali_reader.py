@@ -36,9 +36,12 @@ class Feed(NamedTuple):
     """A batch as it leaves a worker."""
 
     images: Tensor
-    """(n, H, W, 3) uint8 pixels, or (bytes,) uint8: the encoded images end to end"""
+    """(n, H, W, 3) uint8 pixels of images of one size; or (bytes,) uint8: encoded images, or pixels
+    of different sizes, end to end"""
     ends: Tensor
-    """(n,) int64: where each encoded image ends; empty for pixels"""
+    """(n,) int64: where each image ends; empty for those of one size"""
+    sizes: Tensor
+    """(n, 2) int64: height and width of pixels of different sizes; empty for all others"""
     a: Any
     """the draws of view a, packed"""
     b: Any
@@ -52,7 +55,13 @@ class Feed(NamedTuple):
     def arrays(self) -> np.ndarray | list[np.ndarray]:
         """The images as DALI takes them."""
         images = self.images.numpy()
-        return np.split(images, self.ends.numpy()[:-1]) if len(self.ends) else images
+        if not len(self.ends):
+            return images
+        parts = np.split(images, self.ends.numpy()[:-1])
+        if not len(self.sizes):
+            return parts
+        sizes = self.sizes.tolist()
+        return [part.reshape(*size, 3) for part, size in zip(parts, sizes, strict=True)]
 
 
 class FeedReader:
@@ -75,7 +84,7 @@ class FeedReader:
             found, index[slot] = first_readable(self._load, i, len(self.source), self.patience, bad)
             if found is None:  # more are bad than may be: the loader will say so
                 nothing = torch.empty(0)
-                return Feed(nothing, nothing, None, None, nothing, list(bad.items()))
+                return Feed(nothing, nothing, nothing, None, None, nothing, list(bad.items()))
             images.append(found[0])
             sizes.append(found[1])
         a, b = (
@@ -90,13 +99,17 @@ class FeedReader:
             )
             for which, view in enumerate((self.views.a, self.views.b))
         )
-        if images[0].ndim == 3:
+        shapes = [image.shape for image in images]
+        if images[0].ndim == 3 and len(set(shapes)) == 1:
             blob, ends = np.stack(images), np.empty(0, np.int64)
         else:
-            blob, ends = np.concatenate(images), np.cumsum([len(image) for image in images])
+            blob = np.concatenate([image.reshape(-1) for image in images])
+            ends = np.cumsum([image.size for image in images])
+        mixed = images[0].ndim == 3 and len(ends) > 0
+        given = np.array([shape[:2] for shape in shapes] if mixed else [], np.int64)
         missed = int((index != wanted).sum())
-        blob, ends, index = map(torch.from_numpy, (blob, ends, index))
-        return Feed(blob, ends, a, b, index, list(bad.items()), missed)
+        blob, ends, given, index = map(torch.from_numpy, (blob, ends, given, index))
+        return Feed(blob, ends, given, a, b, index, list(bad.items()), missed)
 
     def _load(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
         """An image for DALI, and its width and height. BadImage where it cannot be read."""
