@@ -59,9 +59,7 @@ def open_view_loader(
     packed = as_packed(source) is not None
     loader, reason = resolve_loader(config, device, packed=packed)
     if loader != "compiled" and (asked := config.data.residence) != "auto":
-        works = (
-            "data.loader auto" if packed else "data.source cache, of what sacl-fast cache makes,"
-        )
+        works = "data.loader auto" if packed else "data.source cache (see sacl-fast cache)"
         raise UserError(
             f"data.residence is {asked}, which is for loader compiled, but the views are made by "
             f"{loader} ({reason}); {works} works, and so does data.residence auto"
