@@ -25,9 +25,7 @@ from sacl_fast.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_SHARE = (
-    0.5  # of free memory that pixels may take: the model, its activations and batches need some
-)
+_SHARE = 0.5  # of free memory that pixels may take: the model and its batches need some
 _CHUNK = 64 << 20  # bytes that are copied at once
 _ALIGNED = 16  # bytes: where an image begins in a batch
 _PAGE = mmap.PAGESIZE
@@ -118,7 +116,8 @@ def choose(
         return Choice("ram", f"{_gib(size)}{each} fit in {_gib(free.host)} of free memory")
     return Choice(
         "disk",
-        f"{_gib(size)}{each} are more than half of the {_gib(free.host)} of free memory; read ahead",
+        f"{_gib(size)}{each} are more than half of the {_gib(free.host)} of memory that are free; "
+        "read ahead",
     )
 
 

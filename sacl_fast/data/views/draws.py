@@ -76,8 +76,8 @@ def agrees_with_numpy() -> bool:
     if torch.equal(_compiled(*given, threads=1), drawn_by_numpy(*given)):
         return True
     logger.warning(
-        "the compiled operator draw_views does not draw what numpy %s does; drawing by numpy, which "
-        "is slower",
+        "the compiled operator draw_views does not draw what numpy %s does; drawing by numpy, "
+        "which is slower",
         np.__version__,
     )
     return False

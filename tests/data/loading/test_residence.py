@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -150,7 +151,7 @@ def test_only_the_images_are_copied() -> None:
     runs, moved = compacted(placement)
     copy = np.concatenate([pixels[begin:end] for begin, end in runs])
     assert len(copy) < len(pixels)
-    assert all(end < begin for (_, end), (begin, _) in zip(runs, runs[1:], strict=False))
+    assert all(end < begin for (_, end), (begin, _) in pairwise(runs))
     assert np.array_equal(moved[:, 1:], placement[:, 1:])
     for (at, h, w), (before, _, _) in zip(moved.tolist(), placement.tolist(), strict=True):
         size = 3 * h * w
