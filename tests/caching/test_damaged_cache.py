@@ -131,6 +131,12 @@ def test_no_file(tmp_path: Path) -> None:
         open_sources(DataConfig(source="cache"), 0)
 
 
+def test_a_cache_given_as_another_source(whole: bytes, tmp_path: Path) -> None:
+    (tmp_path / "y").write_bytes(whole)
+    with pytest.raises(UserError, match=r"y, a cache; data.source cache reads it"):
+        opened(tmp_path / "y", source="folder")
+
+
 def test_a_newer_version(whole: bytes, tmp_path: Path) -> None:
     (tmp_path / "y").write_bytes(whole[:8] + b"\2" + whole[9:])
     with pytest.raises(UserError, match=r"has version 2 of the format, and sacl-fast .* reads"):
