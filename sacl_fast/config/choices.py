@@ -11,7 +11,7 @@ Backend = Literal["auto", "torch", "triton", "cuda", "cpu", "apex"]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
-SourceName = Literal["demo", "folder", "webdataset", "cifar10", "cifar100"]
+SourceName = Literal["demo", "folder", "webdataset", "cifar10", "cifar100", "voc2007"]
 Labels = Literal["auto", "folder", "none"]
 LoaderName = Literal["auto", "dali", "pillow", "torchvision"]
 
@@ -38,5 +38,8 @@ OptimizerName = Literal["lars", "adamw"]
 Width = Literal["dense", "slim"]
 Widths = Literal["both", Width]
 ResumeAt = Literal["step", "next_epoch"]
+
+RateSchedule = Literal["auto", "cosine", "steps"]
+Resume = Literal["never", "auto"]
 
 ExportFormat = Literal["timm", "onnx", "torch-export"]

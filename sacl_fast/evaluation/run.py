@@ -33,6 +33,7 @@ from sacl_fast.errors import UserError, reason_of
 from sacl_fast.evaluation.evaluate import first_images
 from sacl_fast.evaluation.features import extract_features
 from sacl_fast.evaluation.few_shot import few_shot_accuracies
+from sacl_fast.evaluation.given import require_images
 from sacl_fast.evaluation.images import ChosenImages, choose_images
 from sacl_fast.evaluation.knn import knn_predictions
 from sacl_fast.evaluation.linear import fit_linear
@@ -60,11 +61,7 @@ def evaluate_trained(
         UserError: before any work, where the images, their labels, the settings or the folder of
             the results do not allow it.
     """
-    if not trained.has_data and settings.data.source == "folder" and settings.data.root is None:
-        raise UserError(
-            f"{trained.path} does not say on which images to evaluate it; --data.root names a "
-            "folder of them, --data.source cifar10 and the like a data set"
-        )
+    require_images(trained, settings.data)
     device = pick_device(settings.device)
     folder = (trained.folder or trained.path.parent) / "eval" if write else None
     if settings.out is not None:

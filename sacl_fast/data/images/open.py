@@ -14,6 +14,7 @@ from sacl_fast.data.images.folder import open_folder
 from sacl_fast.data.images.shapes import open_demo
 from sacl_fast.data.images.source import Source, Splits, Subset
 from sacl_fast.data.images.splits import few
+from sacl_fast.data.images.voc import open_voc
 from sacl_fast.data.images.webdataset import open_webdataset
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ SOURCES: dict[SourceName, Callable[[DataConfig, bool], Splits]] = {
     "webdataset": open_webdataset,
     "cifar10": open_cifar,
     "cifar100": open_cifar,
+    "voc2007": open_voc,
 }
 
 
