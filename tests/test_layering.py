@@ -40,23 +40,24 @@ OURS: dict[str, tuple[str, ...]] = {
     "data.loading": ("data.images", "data.views", "precision"),
     "engine": RUN,
     "evaluation": RUN,
-    "evaluate": RUN,
+    "transfer": RUN,
+    "evaluate": (*RUN, "transfer"),
     "deploy": RUN,
     "cli": ("presets",),
     "__init__": ("presets",),
     "__main__": ("cli",),
     "sacl_kernels": (),
     "benchmarks": (*RUN, "deploy", "cli", "sacl_kernels", "_C"),
-    "examples": (*RUN, "deploy"),
-    "tests": (*RUN, "deploy", "cli", "sacl_kernels", "_C"),
+    "examples": (*RUN, "transfer", "deploy"),
+    "tests": (*RUN, "transfer", "deploy", "cli", "sacl_kernels", "_C"),
 }
 
 # Besides those, inside functions.
 OURS_LAZILY: dict[str, tuple[str, ...]] = {
     "ops": ("sacl_kernels", "_C"),
     "data.views": ("ops",),
-    "cli": (*RUN, "deploy", "sacl_kernels", "_C"),
-    "__init__": (*RUN, "evaluate", "deploy"),
+    "cli": (*RUN, "transfer", "deploy", "sacl_kernels", "_C"),
+    "__init__": (*RUN, "transfer", "evaluate", "deploy"),
 }
 
 # The only packages of others; a part that is not named here may import any.

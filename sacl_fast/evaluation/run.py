@@ -125,7 +125,7 @@ def _evaluate(
 
     compared = networks(training_images)
     with (
-        _written_to(folder),
+        written_to(folder),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         EvaluationProgress(quiet=quiet) as progress,
     ):
@@ -261,7 +261,7 @@ def _scores(
 
 
 @contextlib.contextmanager
-def _written_to(folder: Path | None) -> Iterator[None]:
+def written_to(folder: Path | None) -> Iterator[None]:
     """Have the folder, and know before the work that it can be written; where nothing came of it,
     it is gone again."""
     if folder is None:

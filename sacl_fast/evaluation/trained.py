@@ -364,10 +364,10 @@ def _config(values: Mapping[str, Any], path: Path) -> tuple[Config, str]:
     where a run is resumed."""
     known, own = _known_settings(values, Config), ""
     data = known.get("data")
-    if isinstance(data, dict) and isinstance(source := data.get("source"), str):
-        if source not in SOURCES:
-            own = source
-            known["data"] = {k: v for k, v in data.items() if k not in ("source", "root")}
+    source = data.get("source") if isinstance(data, dict) else None
+    if isinstance(source, str) and source not in SOURCES:
+        own = source
+        known["data"] = {k: v for k, v in data.items() if k not in ("source", "root")}
     try:
         return layered(Config(), known), own
     except UserError as error:
