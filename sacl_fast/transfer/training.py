@@ -221,7 +221,7 @@ class Training:
             batches.close()
 
     def _read(self, loss: Tensor, rate: float, clock: Clock) -> None:
-        value = float(loss)
+        value = loss.item()
         if not math.isfinite(value):
             raise UserError(
                 f"the loss is {value} after step {self.step}: it diverged; a lower --lr than "

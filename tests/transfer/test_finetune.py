@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -144,7 +145,8 @@ def test_the_slim_network_keeps_its_zeros(run_folder, capsys):
 def test_slim_training_is_that_of_masked_weights(run_folder, labelled, monkeypatch):
     """Skipping the zeroed filters changes nothing but the time."""
     done = sacl_fast.evaluate.finetune(run_folder, width="slim", **FEW, out=run_folder / "a")
-    monkeypatch.setattr("sacl_fast.ops.compiled.obstacle", lambda: "none here")
+    none = SimpleNamespace(obstacle=lambda: "none here")
+    monkeypatch.setattr("sacl_fast.transfer.classifier.compiled", none)
     plain = sacl_fast.evaluate.finetune(run_folder, width="slim", **FEW, out=run_folder / "b")
     a, b = (network(d.folder / "last.safetensors") for d in (done, plain))
     for name, value in a.items():
