@@ -153,8 +153,9 @@ def average_precisions(scores: Tensor, targets: Tensor) -> tuple[np.ndarray, np.
         some = (order + 1) / (order.max() + 2)
         whole[c] = 100 * float(binary_average_precision(some, truth))
         precision, recall, _ = binary_precision_recall_curve(some, truth)
-        reached = recall.double() >= recalls[:, None] - 1e-6  # (11, thresholds)
-        best = torch.where(reached, precision.double(), 0.0).amax(dim=1)
+        precision, recall = precision[:-1].double(), recall[:-1].double()  # without (1, 0)
+        reached = recall >= recalls[:, None] - 1e-6  # (11, thresholds)
+        best = torch.where(reached, precision, 0.0).amax(dim=1)
         points[c] = 100 * float(best.mean())
     return whole, points
 

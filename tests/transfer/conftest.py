@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from sacl_fast.config import Config
+from sacl_fast.config import (
+    Config,
+    DataConfig,
+    EncoderConfig,
+    EvalConfig,
+    LogConfig,
+    OptimConfig,
+    ProjectorConfig,
+    ViewsConfig,
+)
 from sacl_fast.engine.trainer import train
 
 NAMES = {"trainval": [f"{i:06}" for i in range(1, 21)], "test": [f"{i:06}" for i in range(21, 31)]}
@@ -30,11 +39,29 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def run_once(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(
+        Config(
+            out=str(tmp_path_factory.mktemp("run") / "run"),
+            epochs=1,
+            batch_size=16,
+            device="cpu",
+            data=DataConfig(root=str(labelled), workers=0, loader="pillow"),
+            views=ViewsConfig(size=16),
+            encoder=EncoderConfig(name="resnet20", width=0.25),
+            projector=ProjectorConfig(hidden=16, out=24),
+            optim=OptimConfig(lr=1.0, warmup_epochs=0),
+            log=LogConfig(tensorboard=False),
+            eval=EvalConfig(recalibrate_batches=2, batch_size=16),
+        )
+    ).folder
+
+
 @pytest.fixture
-def run_folder(tiny: Config, labelled: Path) -> Path:
+def run_folder(run_once: Path, tmp_path: Path) -> Path:
     """Of a run of three steps on those images."""
-    data = replace(tiny.data, root=str(labelled))
-    return train(replace(tiny, epochs=1, data=data)).folder
+    return Path(shutil.copytree(run_once, tmp_path / "run"))
 
 
 def annotation(*objects: tuple[str, bool]) -> str:

@@ -23,6 +23,7 @@ import sacl_fast
 from sacl_fast.cli import main
 from sacl_fast.config import Config, DataConfig
 from sacl_fast.data.images.open import open_sources
+from sacl_fast.data.loading.crops import CropLoader
 from sacl_fast.data.loading.evaluation import EvalLoader
 from sacl_fast.encoders import read_encoder_metadata
 from sacl_fast.engine.checkpoint import list_checkpoints
@@ -97,8 +98,6 @@ def test_the_first_step_is_the_protocol(run_folder, labelled, tiny):
     training mode: one step by hand."""
     done = sacl_fast.evaluate.finetune(run_folder, **FEW | {"steps": 1})
     got = network(done.folder / "last.safetensors")
-    from sacl_fast.data.loading.crops import CropLoader
-
     config = replace(tiny, data=replace(tiny.data, root=str(labelled)))
     train_source = open_sources(config.data, 0).train
     encoder = sacl_fast.load_encoder(run_folder)
@@ -116,9 +115,12 @@ def test_the_first_step_is_the_protocol(run_folder, labelled, tiny):
     )
     loss.backward()
     for name, p in encoder.named_parameters():
-        torch.testing.assert_close(got[name], p.detach() - 0.1 * 1.9 * p.grad, msg=name)
+        # A batch norm of 16 images of 16 px makes much of the last digits.
+        close = dict(rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(got[name], p.detach() - 0.1 * 1.9 * p.grad, **close)
+    assert encoder.get_parameter("fc.weight").grad.abs().max() > 0.1
     for name, b in encoder.named_buffers():
-        torch.testing.assert_close(got[name], b, msg=name)
+        torch.testing.assert_close(got[name], b, rtol=1e-4, atol=1e-4, msg=name)
 
 
 def test_the_slim_network_keeps_its_zeros(run_folder, capsys):
