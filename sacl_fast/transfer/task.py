@@ -18,10 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sacl_fast.data.images.source import Splits
-from sacl_fast.data.images.splits import few
 from sacl_fast.data.images.voc import VOC_CLASSES, targets_of
 from sacl_fast.errors import UserError
-from sacl_fast.evaluation.images import ChosenImages
+from sacl_fast.evaluation.images import ChosenImages, require_classes
 from sacl_fast.evaluation.scores import Figure, Scores, classified
 
 _IGNORED = -1
@@ -59,30 +58,6 @@ def task_of(splits: Splits, images: ChosenImages) -> Task:
     require_classes(images)
     labels = (torch.from_numpy(source.labels) for source in (images.train, images.test))
     return OneClass(tuple(images.train.classes), *labels)
-
-
-def require_classes(images: ChosenImages, works: str = "data.limit") -> None:
-    """Refuse images whose classes cannot be learnt; ``works``: settings that give more of them."""
-    classes = images.train.classes
-    if len(classes) < 2:
-        found = f"one class only ({classes[0]})" if classes else "no labels"
-        raise UserError(
-            f"the images have {found}, so nothing can be told from their classes; a folder for "
-            "each class works (data.root, data.labels)"
-        )
-    there = np.bincount(images.train.labels[images.train_index], minlength=len(classes))
-    tested = np.unique(images.test.labels[images.test_index])
-    if lacking := [classes[label] for label in tested if not there[label]]:
-        raise UserError(
-            f"the training images have none of class {few(lacking)}, which images to be classified "
-            f"are of; more training images work ({works})"
-        )
-    if (there > 0).sum() < 2:
-        (only,) = np.flatnonzero(there)
-        raise UserError(
-            f"the training images are of one class only ({classes[only]}), so nothing can be told "
-            "from their classes; images of two or more work"
-        )
 
 
 class OneClass:
