@@ -131,12 +131,12 @@ def _evaluate(
     ):
         scores: list[Scores] = []
         counts = 0, 0
-        augmented = isinstance(settings, LinearEvaluation) and not settings.fast
-        if augmented:
+        if isinstance(settings, LinearEvaluation) and not settings.fast:
             scores, counts = _by_protocol(
                 *(compared, images, settings, config, device, amp_dtype, folder, progress)
             )
-        for network in [] if augmented else compared:
+            compared = []
+        for network in compared:
             config = replace(config, views=network.views)
             train, test = _features(network, images, config, device, amp_dtype, progress)
             counts = len(train[1]), len(test[1])

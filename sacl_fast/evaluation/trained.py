@@ -364,8 +364,9 @@ def _config(values: Mapping[str, Any], path: Path) -> tuple[Config, str]:
     where a run is resumed."""
     known, own = _known_settings(values, Config), ""
     data = known.get("data")
-    source = data.get("source") if isinstance(data, dict) else None
-    if isinstance(source, str) and source not in SOURCES:
+    if not isinstance(data, dict):
+        data = {}
+    if isinstance(source := data.get("source"), str) and source not in SOURCES:
         own = source
         known["data"] = {k: v for k, v in data.items() if k not in ("source", "root")}
     try:

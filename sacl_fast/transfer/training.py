@@ -121,7 +121,8 @@ class Training:
         self.folder, self.stop, self.classifier = folder, stop, classifier
         device = labelled.device
         self.amp_dtype = autocast_dtype(settings.precision, device)
-        self.module = classifier.module.to(device, memory_format=torch.channels_last)
+        self.module = classifier.module.to(device)
+        self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if classifier.slicer is not None:
             classifier.slicer.to(device)
         self.optimizer = torch.optim.SGD(

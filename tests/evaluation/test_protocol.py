@@ -27,7 +27,7 @@ from sacl_fast.evaluation.images import choose_images
 from sacl_fast.evaluation.protocol import Layer, Rates, rates_of, train_layers
 
 CPU = torch.device("cpu")
-FEW = {"epochs": 3, "batch_size": 16}
+FEW: dict[str, Any] = {"epochs": 3, "batch_size": 16}
 
 
 @pytest.fixture

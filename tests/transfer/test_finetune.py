@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,10 +33,16 @@ from sacl_fast.engine.trainer import train
 from sacl_fast.errors import UserError
 from sacl_fast.transfer.classifier import load_classifier
 
-FEW = dict(steps=6, batch_size=16, size=16, eval_every=3, checkpoint_every=2, log_every=1)
+FEW: dict[str, Any] = dict(
+    steps=6, batch_size=16, size=16, eval_every=3, checkpoint_every=2, log_every=1
+)
 FEW_ARGS = (
     "--steps 6 --batch-size 16 --size 16 --eval-every 3 --checkpoint-every 2 --log-every 1".split()
 )
+
+
+def few(**other: Any) -> dict[str, Any]:
+    return FEW | other
 
 
 def said(capsys: pytest.CaptureFixture[str], *args: object) -> str:
@@ -96,7 +103,7 @@ def test_what_is_written_is_what_is_printed(run_folder, labelled, tiny, capsys):
 def test_the_first_step_is_the_protocol(run_folder, labelled, tiny):
     """SGD with Nesterov momentum on the mean cross-entropy, from the trained encoder, batch norm in
     training mode: one step by hand."""
-    done = sacl_fast.evaluate.finetune(run_folder, **FEW | {"steps": 1})
+    done = sacl_fast.evaluate.finetune(run_folder, **few(steps=1))
     got = network(done.folder / "last.safetensors")
     config = replace(tiny, data=replace(tiny.data, root=str(labelled)))
     train_source = open_sources(config.data, 0).train
@@ -116,8 +123,9 @@ def test_the_first_step_is_the_protocol(run_folder, labelled, tiny):
     loss.backward()
     for name, p in encoder.named_parameters():
         # A batch norm of 16 images of 16 px makes much of the last digits.
-        close = dict(rtol=1e-2, atol=1e-3)
-        torch.testing.assert_close(got[name], p.detach() - 0.1 * 1.9 * p.grad, **close)
+        assert p.grad is not None
+        stepped = p.detach() - 0.1 * 1.9 * p.grad
+        torch.testing.assert_close(got[name], stepped, rtol=1e-2, atol=1e-3)
     assert encoder.get_parameter("fc.weight").grad.abs().max() > 0.1
     for name, b in encoder.named_buffers():
         torch.testing.assert_close(got[name], b, rtol=1e-4, atol=1e-4, msg=name)
@@ -160,7 +168,7 @@ def test_timm_loads_the_file(tiny, labelled, tmp_path):
     views = replace(tiny.views, size=32)
     data = replace(tiny.data, root=str(labelled))
     folder = train(replace(tiny, epochs=1, encoder=encoder, views=views, data=data)).folder
-    done = sacl_fast.evaluate.finetune(folder, **FEW | {"size": 64, "steps": 2})
+    done = sacl_fast.evaluate.finetune(folder, **few(size=64, steps=2))
     assert done.result is not None
     plain = timm.create_model("mobilenetv3_small_050", num_classes=3).eval()
     plain.load_state_dict(load_file(done.folder / "best.safetensors"))
@@ -177,7 +185,7 @@ def test_position_embeddings_are_resized(tiny, labelled):
     folder = train(
         replace(tiny, epochs=1, encoder=encoder, views=views, data=data, slim=slim)
     ).folder
-    done = sacl_fast.evaluate.finetune(folder, **FEW | {"size": 48, "steps": 1})
+    done = sacl_fast.evaluate.finetune(folder, **few(size=48, steps=1))
     assert network(done.folder / "last.safetensors")["pos_embed"].shape[1] == 1 + 9
 
 

@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,9 @@ from sacl_fast.errors import UserError
 from sacl_fast.transfer.task import PresentClasses, average_precisions
 from tests.transfer.conftest import annotation
 
-FEW = dict(steps=4, batch_size=8, size=16, eval_every=2, checkpoint_every=2, log_every=1)
+FEW: dict[str, Any] = dict(
+    steps=4, batch_size=8, size=16, eval_every=2, checkpoint_every=2, log_every=1
+)
 CAT, CAR, DOG, PERSON = (VOC_CLASSES.index(name) for name in ("cat", "car", "dog", "person"))
 
 
@@ -48,7 +51,8 @@ def test_the_official_splits_and_what_is_in_each_image(voc):
     assert train.load(0).size == (30, 24)
     some = opened(voc, limit=5).train
     chosen = [int(Path(some.name(i)).stem) - 1 for i in range(5)]
-    assert np.array_equal(targets_of(some), targets[chosen])
+    of_some = targets_of(some)
+    assert of_some is not None and np.array_equal(of_some, targets[chosen])
 
 
 def devkit(scores: np.ndarray, targets: np.ndarray) -> float:

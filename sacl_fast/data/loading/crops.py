@@ -6,7 +6,7 @@ so that batches do not depend on the number of workers, nor on the step at which
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -92,7 +92,7 @@ class CropLoader:
         self._bad = BadImages(source, config.data.max_bad_share, sample=len(chosen))
         self.steps_per_epoch = self._plan.steps_per_epoch
 
-    def batches(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, start: int = 0) -> Generator[tuple[Tensor, Tensor], None, None]:
         """(pixels (n, S, S, 3) uint8, index (n,) int64 into the source), both on the CPU, from step
         ``start`` on, without end."""
         waits = Patience(self._config.data.batch_timeout, self._check)
