@@ -29,9 +29,9 @@ from sacl_fast.config.finetune import FinetuneConfig
 from sacl_fast.encoders import build_encoder
 from sacl_fast.encoders.file import encoder_metadata, save_encoder
 from sacl_fast.engine.trainer import RunResult, train
-from sacl_fast.evaluate import Finetuned, finetune
 from sacl_fast.evaluation.command import METHODS
 from sacl_fast.slim import Slicer
+from sacl_fast.transfer.finetune import Finetuned
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -69,6 +69,8 @@ def newcomer(tmp_path: Path, image_folder: Path, tiny: Config, monkeypatch: pyte
     (tmp_path / "photos").symlink_to(image_folder)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
+
+    finetune = sacl_fast.evaluate.finetune
 
     def finetuned(path: str, **settings: Any) -> Finetuned:
         short: dict[str, Any] = dict(

@@ -64,6 +64,7 @@ _CONTENT: dict[str, type | tuple[type, ...]] = {
     "random": dict,
     "best": (int, float),
     "best_step": int,
+    "evaluated": int,
 }
 # What may be another where a fine-tuning is resumed: the steps are the same.
 _FREE = ("out", "resume", "device", "eval_every", "checkpoint_every", "log_every", "from_scratch")
@@ -134,6 +135,8 @@ class Training:
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
         self.step, self.best, self.best_step = 0, -1.0, 0
+        self.evaluated = 0
+        """The step after which it was evaluated last."""
         self._resume()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -189,8 +192,9 @@ class Training:
         settings, labelled, module = self.settings, self.labelled, self.module
         device, task, total = labelled.device, labelled.task, settings.steps
         clock = Clock(settings.batch_size, device)
-        batches = labelled.crops.batches(self.step)
         module.train()
+        self._evaluate_if_due()  # a signal may have ended it
+        batches = labelled.crops.batches(self.step)
         try:
             for pixels, index in clock.waiting(batches):
                 rate = learning_rate(self.step, base=settings.lr, warmup_steps=0, total_steps=total)
@@ -210,9 +214,7 @@ class Training:
                 last = self.step == total
                 if self.step % settings.log_every == 0 or last:
                     self._read(loss, rate, clock)
-                every = settings.eval_every
-                if every and self.step % every == 0 and not last:
-                    self._evaluate()
+                self._evaluate_if_due()
                 if self.step % settings.checkpoint_every == 0 or last:
                     self._save()
                 if last:
@@ -236,6 +238,11 @@ class Training:
     def _epoch(self) -> float:
         return self.step / self.labelled.crops.steps_per_epoch
 
+    def _evaluate_if_due(self) -> None:
+        every, total = self.settings.eval_every, self.settings.steps
+        if every and self.step % every == 0 and self.evaluated < self.step < total:
+            self._evaluate()
+
     def _evaluate(self, **more: Any) -> Scores:
         with self.console.doing("evaluating"):
             self.module.eval()
@@ -248,7 +255,10 @@ class Training:
         scores = self.labelled.task.scores(more.pop("name", ""), logits, targets, **more)
         figures = {name: figure.mean for name, figure in scores.figures.items()}
         accuracy = figures[self.labelled.task.main]
-        self.writer.write("accuracy", self.step, self._epoch, {"accuracy": accuracy, **figures})
+        if self.evaluated < self.step:
+            row = {"accuracy": accuracy, **figures}
+            self.writer.write("accuracy", self.step, self._epoch, row)
+        self.evaluated = self.step
         self.console.update(self.step, self._epoch, {"accuracy": accuracy})
         if accuracy > self.best:
             self.best, self.best_step = accuracy, self.step
@@ -299,6 +309,7 @@ class Training:
             "random": random_state(self.labelled.device),
             "best": self.best,
             "best_step": self.best_step,
+            "evaluated": self.evaluated,
         }
         save_checkpoint(checkpoint_path(self.folder / CHECKPOINTS, self.step), state, keep=1)
 
@@ -319,9 +330,8 @@ class Training:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             restore_random_state(state["random"], self.labelled.device)
-            self.step, self.best, self.best_step = (
-                state[key] for key in ("step", "best", "best_step")
-            )
+            for key in ("step", "best", "best_step", "evaluated"):
+                setattr(self, key, state[key])
             break
         if self.folder.exists():
             for folder in (self.folder, checkpoints):

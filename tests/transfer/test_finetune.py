@@ -30,7 +30,7 @@ from sacl_fast.encoders import read_encoder_metadata
 from sacl_fast.engine.checkpoint import list_checkpoints
 from sacl_fast.engine.metrics import read_metrics
 from sacl_fast.engine.trainer import train
-from sacl_fast.errors import UserError
+from sacl_fast.errors import Stopped, UserError
 from sacl_fast.transfer.classifier import load_classifier
 
 FEW: dict[str, Any] = dict(
@@ -231,6 +231,28 @@ def test_a_killed_run_goes_on_exactly(run_folder, tmp_path, number, capsys):
     written = json.loads((tmp_path / "killed/finetune.json").read_text())
     top1 = written["encoders"][0]["figures"]["top-1"]["mean"]
     assert top1 == whole.result.scores[0].figures["top-1"].mean
+
+
+def test_an_evaluation_that_a_signal_ended_is_made_up_for(run_folder, monkeypatch):
+    """And a run that is finished says the same again."""
+    from sacl_fast.transfer.training import Training
+
+    evaluate = Training._evaluate
+    with monkeypatch.context() as patch:
+
+        def ended(self: Training, **_: Any) -> None:
+            raise Stopped(signal.SIGTERM)
+
+        patch.setattr(Training, "_evaluate", ended)
+        done = sacl_fast.evaluate.finetune(run_folder, **FEW)
+    assert (done.result, done.stopped_by) == (None, signal.SIGTERM)
+    assert Training._evaluate is evaluate
+    results = [sacl_fast.evaluate.finetune(run_folder, **FEW, resume="auto") for _ in range(2)]
+    rows = [r for r in read_metrics(done.folder / "metrics.jsonl") if r["kind"] == "accuracy"]
+    assert [row["step"] for row in rows] == [3, 6]
+    first, second = (found.result for found in results)
+    assert first is not None and second is not None
+    assert first.verdict == second.verdict and first.scores[0].note == second.scores[0].note
 
 
 def test_mistakes_are_one_sentence_and_leave_nothing(run_folder, labelled, tmp_path, capsys):
