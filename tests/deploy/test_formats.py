@@ -36,7 +36,6 @@ def network(name: str, width: float, slim: bool) -> Network:
         ("mobilenetv3_small_050", 0.5, True, "onnx"),
         ("efficientnet_b0", 0.25, True, "onnx"),  # squeeze-excite
         ("resnet18", 0.125, True, "torch-export"),
-        ("repvit_m0_9", 0.25, True, "torch-export"),  # norms of sums without constant channels
         ("vit_tiny_patch16_224", 1.0, False, "onnx"),
     ],
 )

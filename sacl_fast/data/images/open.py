@@ -11,9 +11,11 @@ from sacl_fast.config import DataConfig
 from sacl_fast.config.choices import SourceName
 from sacl_fast.data.images.cifar import open_cifar
 from sacl_fast.data.images.folder import open_folder
+from sacl_fast.data.images.pixel_file import open_cache
 from sacl_fast.data.images.shapes import open_demo
 from sacl_fast.data.images.source import Source, Splits, Subset
 from sacl_fast.data.images.splits import few
+from sacl_fast.data.images.voc import open_voc
 from sacl_fast.data.images.webdataset import open_webdataset
 
 logger = logging.getLogger(__name__)
@@ -26,6 +28,8 @@ SOURCES: dict[SourceName, Callable[[DataConfig, bool], Splits]] = {
     "webdataset": open_webdataset,
     "cifar10": open_cifar,
     "cifar100": open_cifar,
+    "voc2007": open_voc,
+    "cache": open_cache,
 }
 
 
@@ -49,6 +53,7 @@ def _described_labels(classes: Sequence[str], config: DataConfig) -> str:
     origin = {
         "folder": "the names of folders, or of classes in the list",
         "webdataset": "the .cls files in the shards",
+        "cache": "those of the images that it was made of",
     }.get(config.source, f"those of {config.source}")
     return (
         f"labels for kNN evaluation: {len(classes)} classes ({few(classes)}), which are {origin}; "
