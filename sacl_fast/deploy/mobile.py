@@ -5,6 +5,7 @@ packages are made for one version of torch each, or hold other packages at versi
 ours, so they are imported in functions and by their own formats alone.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import contextlib

@@ -46,7 +46,9 @@ def test_graphs_of_architectures(name: str, width: float, slim: bool, form, tmp_
             pytest.skip(f"needs {package}")
     made = network(name, width, slim)
     path = tmp_path / f"encoder{FORMATS[form].suffix}"
-    path.write_bytes(FORMATS[form].content(made, False))
+    content = FORMATS[form].content(made, False)
+    assert isinstance(content, bytes)
+    path.write_bytes(content)
     run = FORMATS[form].load(path)
     for batch in (1, 5):
         images = torch.rand(batch, 3, 32, 32)

@@ -1,5 +1,6 @@
 """Files for devices, where their packages are installed: they give the run's features."""
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import importlib.util
@@ -108,7 +109,7 @@ def test_coreml(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         ("coreml", "coremltools", r"pip install 'sacl-fast\[coreml\]'"),
     ],
 )
-def test_a_missing_package(run: Path, tmp_path: Path, monkeypatch, name: str, package: str, said):
+def test_a_missing_package(run: Path, tmp_path: Path, monkeypatch, name, package: str, said: str):
     find = importlib.util.find_spec
     there = object()
     monkeypatch.setattr(

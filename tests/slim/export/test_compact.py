@@ -359,20 +359,20 @@ def test_what_is_changed_in_place_is_so_under_every_name(change):
 
 
 class NormOfSum(nn.Module):
-    """As in RepViT: a depthwise convolution makes constant channels live, and a norm follows."""
+    """As in RepViT: a gate leaves no channel constant, a sum makes all live, and a norm follows."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, bias=False)
         self.norm = nn.BatchNorm2d(8)
-        self.wide, self.narrow = (nn.Conv2d(8, 8, k, padding=k // 2, groups=8) for k in (3, 1))
+        self.gate, self.mix = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
         self.sum_norm = nn.BatchNorm2d(8)
         self.head = nn.Conv2d(8, 6, 1)
 
     def forward(self, x):
         x = self.norm(self.stem(x)).relu()
-        x = self.sum_norm(self.wide(x) + self.narrow(x) + x)
-        return self.head(x).mean((2, 3))
+        x = x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()
+        return self.head(self.sum_norm(x + self.mix(x))).mean((2, 3))
 
 
 def test_a_norm_of_a_sum_without_constant_channels():
