@@ -1,4 +1,4 @@
-"""The command line: ``sacl-fast train | eval | export | views | index | doctor``.
+"""The command line: ``sacl-fast COMMAND``, see ``_USAGE``.
 
 The options of ``train`` and ``views`` are the fields of ``sacl_fast.config.Config``. They are
 layered: preset, then the file given with ``--config``, then the options themselves. Torch is
@@ -48,6 +48,8 @@ usage: sacl-fast COMMAND ...
                                             pre-train an encoder without labels
   eval knn|linear|few-shot TRAINED [options]
                                             how good an encoder is, and what it gained
+  features TRAINED [options]                features as a file, and what they look like
+  report RUN... [--out FILE]                runs side by side
   export TRAINED OUT [options]              an encoder as ONNX and other files
   views [PRESET] [--config FILE] [options]  draw both views of some images
   index SHARDS                              index .tar shards (data.source webdataset)
@@ -81,6 +83,8 @@ def _run(args: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int | None]] = {
         "train": _train,
         "eval": _eval,
+        "features": _features,
+        "report": _report,
         "export": _export,
         "views": _views,
         "index": _index,
@@ -187,6 +191,18 @@ def _eval(args: list[str]) -> None:
     from sacl_fast.evaluation.command import run_eval
 
     run_eval(args, parse_options)
+
+
+def _features(args: list[str]) -> None:
+    from sacl_fast.looking.command import run_features
+
+    run_features(args, parse_options)
+
+
+def _report(args: list[str]) -> None:
+    from sacl_fast.looking.command import run_report
+
+    run_report(args, parse_options)
 
 
 def _export(args: list[str]) -> None:

@@ -40,7 +40,8 @@ OURS: dict[str, tuple[str, ...]] = {
     "data.loading": ("data.images", "data.views", "precision"),
     "engine": RUN,
     "evaluation": RUN,
-    "evaluate": RUN,
+    "evaluate": (*RUN, "looking"),
+    "looking": RUN,
     "deploy": RUN,
     "cli": ("presets",),
     "__init__": ("presets",),
@@ -48,14 +49,14 @@ OURS: dict[str, tuple[str, ...]] = {
     "sacl_kernels": (),
     "benchmarks": (*RUN, "deploy", "cli", "sacl_kernels", "_C"),
     "examples": (*RUN, "deploy"),
-    "tests": (*RUN, "deploy", "cli", "sacl_kernels", "_C"),
+    "tests": (*RUN, "deploy", "looking", "cli", "sacl_kernels", "_C"),
 }
 
 # Besides those, inside functions.
 OURS_LAZILY: dict[str, tuple[str, ...]] = {
     "ops": ("sacl_kernels", "_C"),
     "data.views": ("ops",),
-    "cli": (*RUN, "deploy", "sacl_kernels", "_C"),
+    "cli": (*RUN, "deploy", "looking", "sacl_kernels", "_C"),
     "__init__": (*RUN, "evaluate", "deploy"),
 }
 

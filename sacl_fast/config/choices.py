@@ -39,4 +39,7 @@ Width = Literal["dense", "slim"]
 Widths = Literal["both", Width]
 ResumeAt = Literal["step", "next_epoch"]
 
+SplitName = Literal["all", "train", "val"]
+Projection = Literal["pca", "umap"]
+
 ExportFormat = Literal["timm", "onnx", "torch-export"]

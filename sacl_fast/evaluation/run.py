@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sacl_fast.config import Config, ViewsConfig, to_dict
+from sacl_fast.config import Config, DataConfig, ViewsConfig, to_dict
 from sacl_fast.config.evaluation import (
     Evaluation,
     FewShotEvaluation,
@@ -60,11 +60,7 @@ def evaluate_trained(
         UserError: before any work, where the images, their labels, the settings or the folder of
             the results do not allow it.
     """
-    if not trained.has_data and settings.data.source == "folder" and settings.data.root is None:
-        raise UserError(
-            f"{trained.path} does not say on which images to evaluate it; --data.root names a "
-            "folder of them, --data.source cifar10 and the like a data set"
-        )
+    check_images_named(trained, settings.data)
     device = pick_device(settings.device)
     folder = (trained.folder or trained.path.parent) / "eval" if write else None
     if settings.out is not None:
@@ -74,6 +70,15 @@ def evaluate_trained(
         return networks_of(trained, settings, device, batches)
 
     return _evaluate(networks, trained.config, settings, device, folder, str(trained.path), quiet)
+
+
+def check_images_named(trained: Trained, data: DataConfig) -> None:
+    """Raise UserError where neither the encoder's file nor ``data`` names any images."""
+    if not trained.has_data and data.source == "folder" and data.root is None:
+        raise UserError(
+            f"{trained.path} does not say on which images to evaluate it; --data.root names a "
+            "folder of them, --data.source cifar10 and the like a data set"
+        )
 
 
 def evaluate_module(
