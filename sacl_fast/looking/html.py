@@ -12,7 +12,7 @@ import hashlib
 import html
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -69,15 +69,16 @@ def short(name: str) -> str:
 def table(rows: Sequence[Sequence[str]], *, numbers: bool = False) -> str:
     """Rows of plain text, a heading first. ``numbers``: right-aligned but for the first column."""
 
-    def row(cells: Iterable[str], tag: str) -> str:
-        marks = (
-            ' class="number"' if numbers and i else ' class="name"' for i, _ in enumerate(cells)
+    def row(cells: Sequence[str], tag: str) -> str:
+        kinds = ("number" if numbers and i else "name" for i in range(len(cells)))
+        inner = (
+            f'<{tag} class="{kind}">{text(cell)}</{tag}>'
+            for kind, cell in zip(kinds, cells, strict=True)
         )
-        inner = (f"<{tag}{m}>{text(c)}</{tag}>" for m, c in zip(marks, cells, strict=False))
         return f"<tr>{''.join(inner)}</tr>"
 
     head, *body = rows
-    lines = [row(list(head), "th"), *(row(list(cells), "td") for cells in body)]
+    lines = [row(head, "th"), *(row(cells, "td") for cells in body)]
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
