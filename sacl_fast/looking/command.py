@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sacl_fast.config.looking import FeaturesConfig, ReportConfig
 from sacl_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from sacl_fast.evaluation.trained import Trained
 
 _FEATURES = (
     "sacl-fast features TRAINED [options]: the features of all images as a file, and what they "
@@ -43,14 +46,19 @@ def run_features(args: list[str], parse: Callable[..., Any]) -> None:
     from sacl_fast.looking.run import look_at_trained
 
     trained = open_trained(path)
-    run = trained.config
-    default = FeaturesConfig(
-        seed=run.seed, precision=run.precision, data=run.data, batch_size=run.eval.batch_size
-    )
+    default = features_defaults(trained)
     written = look_at_trained(trained, parse("features", default, rest, description=_FEATURES))
     for line in written.lines:
         print(line)
     print(f"written: {', '.join(str(file) for file in written.files)}")
+
+
+def features_defaults(trained: Trained) -> FeaturesConfig:
+    """The settings that a run brings along."""
+    run = trained.config
+    return FeaturesConfig(
+        seed=run.seed, precision=run.precision, data=run.data, batch_size=run.eval.batch_size
+    )
 
 
 def run_report(args: list[str], parse: Callable[..., Any]) -> None:

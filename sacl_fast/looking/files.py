@@ -20,6 +20,7 @@ import io
 import json
 import zipfile
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -144,8 +145,7 @@ def _write_parquet(found: Features, file: BinaryIO, path: Path) -> None:
 
 def _pyarrow(path: Path) -> tuple[Any, Any]:
     try:
-        import pyarrow
-        import pyarrow.parquet
+        return import_module("pyarrow"), import_module("pyarrow.parquet")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "pyarrow":
             raise
@@ -153,4 +153,3 @@ def _pyarrow(path: Path) -> tuple[Any, Any]:
             f"{path.name} needs pyarrow, which is not installed; pip install "
             "'sacl-fast[features]' installs it, and a name in .npz works without"
         ) from None
-    return pyarrow, pyarrow.parquet

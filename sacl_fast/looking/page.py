@@ -53,6 +53,12 @@ class Look:
     """Of up to 64 px, by image."""
     alike: list[tuple[int, int]]
     """Pairs of images that are one picture, or nearly so."""
+    folder: str
+    """In which all images with a thumbnail are: names are shown without it."""
+
+    def name(self, found: Features, i: int) -> str:
+        """What an image is called on the page."""
+        return html.short(found.name(i).removeprefix(self.folder))
 
     @property
     def kind(self) -> str:
@@ -90,8 +96,21 @@ def look_at(found: Features, settings: FeaturesConfig, *, quiet: bool = False) -
     else:
         names = found.classes
     pairs = _pairs(shown, shown[near.index]) | _pairs(queries, nearest.index)
+    folder = _common_folder([found.name(i) for i in thumbnails])
     alike = [(a, b) for a, b in sorted(pairs) if look_alike(thumbnails[a], thumbnails[b])]
-    return Look(groups, names, clustered, queries, nearest, purity, shown, near, thumbnails, alike)
+    return Look(
+        groups, names, clustered, queries, nearest, purity, shown, near, thumbnails, alike, folder
+    )
+
+
+def _common_folder(names: list[str]) -> str:
+    """The folder that all of the paths are in, with its slash; '' where there is none."""
+    first, *others = (name.split("/")[:-1] for name in names)
+    count = len(first)
+    for other in others:
+        while first[:count] != other[:count]:
+            count -= 1
+    return "".join(f"{part}/" for part in first[:count])
 
 
 def _pairs(images: np.ndarray, others: np.ndarray) -> set[tuple[int, int]]:
@@ -198,7 +217,8 @@ def _explorer(look: Look, plane: Plane) -> str:
 <text x="712" y="474" text-anchor="end">{axes[0]}</text>
 <text x="-8" y="14" transform="rotate(-90)" text-anchor="end">{axes[1]}</text></svg>
 <p class="soft">{plane.title}. Point at a dot to see the image; click on one, or on an image below,
- for its nearest neighbours.</p></div>
+ for its nearest neighbours.</p>
+<ul class="legend soft" id="legend"></ul></div>
 <section class="panel" id="panel" aria-live="polite"><p class="soft">Choose an image.</p></section>
 </div>
 <div class="tiles scroll" id="tiles" role="group" aria-label="images"></div>"""
@@ -231,13 +251,13 @@ def _alike(found: Features, look: Look) -> str:
         + ".</p>",
     ]
     for pair in look.alike[:_PAIRS]:
-        figures = [_figure(found, look, i, found.name(i), False) for i in pair]
+        figures = [_figure(found, look, i, look.name(found, i), False) for i in pair]
         rows.append(f'<div class="row pair">{"".join(figures)}</div>')
     return "\n".join(rows)
 
 
 def _figure(found: Features, look: Look, i: int, said: str, same: bool) -> str:
-    name = html.text(found.name(i))
+    name = html.text(look.name(found, i))
     source = f"data:image/jpeg;base64,{html.thumbnail(look.thumbnails[i])}"
     return (
         f'<figure{" class=same" * same} title="{name}"><img src="{source}" alt="{name}">'
@@ -269,7 +289,7 @@ def _data(found: Features, look: Look, plane: Plane) -> dict[str, Any]:
         near = zip(look.near.index[nth].tolist(), look.near.cosine[nth].tolist(), strict=True)
         images.append(
             {
-                "name": html.short(found.name(i)),
+                "name": look.name(found, i),
                 "group": position.get(int(look.groups[i]), -1),
                 "at": [round(float(v), 5) for v in plane.points[nth]],
                 "near": [[j, round(c, 4)] for j, c in near],
@@ -279,7 +299,7 @@ def _data(found: Features, look: Look, plane: Plane) -> dict[str, Any]:
     groups = [
         {"name": html.short(look.names[g]), **_style(i, len(names))} for i, g in enumerate(names)
     ]
-    return {"images": images, "groups": groups}
+    return {"images": images, "groups": groups, "told_apart": LEGEND}
 
 
 def _style(nth: int, of: int) -> dict[str, Any]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
@@ -33,9 +35,9 @@ def scatter_png(plane: Plane, groups: np.ndarray, names: Sequence[str], title: s
     figure = Figure(figsize=(9.5, 6.8), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
-    size = float(np.clip(4000 / max(1, len(groups)), 4, 40))
+    size = float(np.clip(24_000 / max(1, len(groups)), 5, 40))
     few = len(there) <= LEGEND
-    style = {"s": size, "alpha": 0.75, "linewidths": 0}
+    style: Any = {"s": size, "alpha": 0.75, "linewidths": 0}
     if (rest := groups < 0).any():
         axes.scatter(*plane.points[rest].T, color="#BBBBBB", label="no label", **style)
     if few:
@@ -71,7 +73,7 @@ def scatter_png(plane: Plane, groups: np.ndarray, names: Sequence[str], title: s
     return buffer.getvalue()
 
 
-def _name_largest(axes, points: np.ndarray, groups: np.ndarray, names: Sequence[str]) -> None:
+def _name_largest(axes: Axes, points: np.ndarray, groups: np.ndarray, names: Sequence[str]) -> None:
     counts = np.bincount(groups[groups >= 0], minlength=len(names))
     for group in np.argsort(-counts, kind="stable")[:_NAMED]:
         x, y = np.median(points[groups == group], axis=0)

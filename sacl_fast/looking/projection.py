@@ -5,7 +5,8 @@ neighbours are: by cosine.
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -117,9 +118,9 @@ def _spread(points: torch.Tensor, count: int, rng: np.random.Generator) -> torch
     return points[chosen]
 
 
-def _umap():
+def _umap() -> Any:
     try:
-        import umap
+        return import_module("umap")
     except ModuleNotFoundError as error:
         if error.name != "umap":
             raise
@@ -127,4 +128,3 @@ def _umap():
             "project umap needs umap-learn, which is not installed; pip install 'sacl-fast[umap]' "
             "installs it, and --project pca works without"
         ) from None
-    return umap

@@ -123,10 +123,11 @@ def settings_table(runs: Sequence[Run]) -> list[list[str]]:
 
 def _names(folders: Sequence[Path]) -> list[str]:
     """The ends of the paths, as much of each as tells them apart."""
-    for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
+    depth = 1
+    names = [folder.name for folder in folders]
+    while len({*names}) < len(names):  # which whole paths are not
+        depth += 1
         names = ["/".join(folder.parts[-depth:]) for folder in folders]
-        if len({*names}) == len(names):
-            break
     return [plain_text(name) for name in names]
 
 
@@ -146,6 +147,9 @@ def _open(folder: Path, name: str) -> Run:
     else:
         try:
             lines = read_metrics(folder / METRICS)
+            damaged = (folder / METRICS).read_bytes().count(b"\n") - len(lines)
+            if damaged > 0:
+                notes.append(f"{damaged} lines of {METRICS} are damaged and left out")
         except UserError as error:
             notes.append(str(error))
             lines = []
@@ -197,10 +201,11 @@ def _figures(
     figures: dict[str, str] = {}
     if rows:
         epochs, steps = (max(row[key] for row in rows) for key in ("epoch", "step"))
-        asked = settings.get("epochs")
-        whole = not _is_number(asked) or epochs >= asked - 1e-6
+        said = str(settings.get("epochs"))
+        asked = float(said) if said.isdecimal() else None
+        whole = asked is None or epochs >= asked - 1e-6
         done = whole and kind_of(folder / ENCODER) == "file"
-        of = f" of {asked:g}" if _is_number(asked) and not whole else ""
+        of = "" if whole else f" of {asked:g}"
         figures["epochs"] = f"{epochs:.4g}{of}{'' if done else ', unfinished'}"
         figures["steps"] = f"{steps:,.0f}"
         figures["time"] = _time(rows, notes)
@@ -285,6 +290,7 @@ def curves_png(runs: Sequence[Run]) -> bytes:
     picture = Figure(figsize=(11, height), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(picture)
     axes = np.atleast_1d(picture.subplots(lines, 2)).ravel()
+    last = max([row["epoch"] for run in runs for row in run.rows if row["epoch"] > 0], default=1)
     for key, panel in zip(panels, axes, strict=False):
         frame(panel, *_PANELS.get(key, (key, key)))
         drawn = []
@@ -293,7 +299,7 @@ def curves_png(runs: Sequence[Run]) -> bytes:
             if not len(values):
                 continue
             drawn.append(values)
-            marker = "o" if len(values) < 60 else None
+            marker = "o" if len(values) < 30 else None
             draw_line(
                 panel, epochs, values, _colour(nth, len(runs)), None, marker=marker,
                 style=_STYLES[nth // len(COLOURS)] if told_apart else "-",
@@ -301,6 +307,7 @@ def curves_png(runs: Sequence[Run]) -> bytes:
         values = np.concatenate(drawn) if drawn else np.zeros(0)
         if key == "loss" and len(values) and values.min() > 0 and values.max() > 30 * values.min():
             panel.set_yscale("log")
+        panel.set_xlim(-0.015 * last, 1.015 * last)
     for panel in axes[len(panels) :]:
         panel.set_axis_off()
     if told_apart:

@@ -118,6 +118,18 @@ filter.addEventListener("change", () => {
 });
 filter.dispatchEvent(new Event("change"));
 
+if (data.groups.length <= data.told_apart) {
+  data.groups.forEach((group) => {
+    const item = made("li", byId("legend"));
+    const sign = document.createElementNS(SVG, "svg"), dot = shape(group.shape, 7, 7, 5);
+    sign.setAttribute("aria-hidden", "true");
+    dot.setAttribute("fill", group.colour);
+    sign.append(dot);
+    item.append(sign);
+    made("span", item, group.name, "name");
+  });
+}
+
 // Arrow keys go from tile to tile.
 byId("tiles").addEventListener("keydown", (event) => {
   const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
