@@ -11,7 +11,8 @@
 Each function takes what ``sacl_fast.load_encoder`` takes, a run's own images and settings being the
 defaults; or a module (N, 3, S, S) -> (N, F) with ``data`` and ``views``, which say on which images
 of which size and normalisation it is evaluated. Keyword arguments are the options of the command:
-fields of ``sacl_fast.config.evaluation``. Nothing is written but where ``out`` names a folder (of ``features``: a file).
+fields of ``sacl_fast.config.evaluation``. Nothing is written but where ``out`` names a folder (of
+``features``: a file).
 
 What the images, their labels or the settings do not allow is a ``UserError``.
 """

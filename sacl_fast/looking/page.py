@@ -47,6 +47,10 @@ class Look:
     purity: Purity | None
     shown: np.ndarray
     """(M,) the images on the page."""
+    plotted: np.ndarray
+    """(P,) the images of the picture, sorted; those on the page are among them."""
+    plane: Plane
+    """Of ``plotted``, in two dimensions."""
     near: Neighbours
     """Of each of those, among those: positions in ``shown``."""
     thumbnails: dict[int, Image.Image]
@@ -74,7 +78,7 @@ def look_at(found: Features, settings: FeaturesConfig, *, quiet: bool = False) -
     seed = settings.seed
     clustered = len(found.classes) < 2
     with EvaluationProgress(quiet=quiet) as progress:
-        tell = progress.steps("clusters and neighbours", 3)
+        tell = progress.steps("clusters, dimensions and neighbours", 3)
         groups = clusters_of(found, settings.clusters, seed) if clustered else found.labels
         tell()
         queries = spread_choice(groups, settings.queries, seed + 1)
@@ -84,6 +88,11 @@ def look_at(found: Features, settings: FeaturesConfig, *, quiet: bool = False) -
             found.directions(shown), found.labels[shown], found.classes,
             found.splits[shown], found.index[shown], {}, {}, found.sources,
         )  # fmt: skip
+        plotted = np.arange(len(found))
+        if len(found) > _PLOTTED:
+            rng = np.random.default_rng(seed)
+            plotted = np.union1d(rng.choice(len(found), _PLOTTED, replace=False), shown)
+        plane = plane_of(found, plotted, settings.project, seed)
         near = neighbours_of(part, np.arange(len(shown)), settings.neighbours)
         tell()
         purity = purity_of(found, settings.neighbours, seed)
@@ -99,7 +108,19 @@ def look_at(found: Features, settings: FeaturesConfig, *, quiet: bool = False) -
     folder = _common_folder([found.name(i) for i in thumbnails])
     alike = [(a, b) for a, b in sorted(pairs) if look_alike(thumbnails[a], thumbnails[b])]
     return Look(
-        groups, names, clustered, queries, nearest, purity, shown, near, thumbnails, alike, folder
+        groups=groups,
+        names=names,
+        clustered=clustered,
+        queries=queries,
+        nearest=nearest,
+        purity=purity,
+        shown=shown,
+        plotted=plotted,
+        plane=plane,
+        near=near,
+        thumbnails=thumbnails,
+        alike=alike,
+        folder=folder,
     )
 
 
@@ -129,17 +150,13 @@ def _thumbnail(found: Features, i: int, tell: Callable[[], None]) -> Image.Image
     return image
 
 
-def picture_of(found: Features, look: Look, settings: FeaturesConfig) -> bytes:
+def picture_of(found: Features, look: Look) -> bytes:
     """The PNG of two dimensions of the features."""
-    chosen = np.arange(len(found))
-    if len(found) > _PLOTTED:
-        rng = np.random.default_rng(settings.seed)
-        chosen = np.sort(rng.choice(len(found), _PLOTTED, replace=False))
-    plane = plane_of(found, chosen, settings.project, settings.seed)
     groups = f"by {'k-means cluster' if look.clustered else 'class'}"
-    some = "" if len(chosen) == len(found) else f"{len(chosen):,} of "
-    title = f"{plane.title} of features, {some}{len(found):,} images, {groups}"
-    return scatter_png(plane, look.groups[chosen], look.names, title)
+    count = len(look.plotted)
+    some = "" if count == len(found) else f"{count:,} of "
+    title = f"{look.plane.title} of features, {some}{len(found):,} images, {groups}"
+    return scatter_png(look.plane, look.groups[look.plotted], look.names, title)
 
 
 def grid_of(found: Features, look: Look) -> bytes:
@@ -156,7 +173,6 @@ def grid_of(found: Features, look: Look) -> bytes:
 
 def page_of(found: Features, look: Look, settings: FeaturesConfig) -> bytes:
     """The HTML page."""
-    plane = plane_of(found, look.shown, settings.project, settings.seed)
     said = found.settings
     title = f"Features: {said.get('path', said['encoder'])}"
     described = f"{said['encoder']}, {said.get('width', 'dense')} encoder"
@@ -165,7 +181,7 @@ def page_of(found: Features, look: Look, settings: FeaturesConfig) -> bytes:
         f'<p class="soft">{len(found):,} images, {found.features.shape[1]:,} features of '
         f"{html.text(described)}</p></header><main>",
         _figures(found, look),
-        _explorer(look, plane),
+        _explorer(look),
         _queries(found, look),
         _alike(found, look),
         "<h2>How</h2>",
@@ -173,9 +189,7 @@ def page_of(found: Features, look: Look, settings: FeaturesConfig) -> bytes:
         html.table(_settings(found, settings)),
         "</main>",
     ]
-    return html.document(
-        title, "\n".join(body), script="features.js", data=_data(found, look, plane)
-    )
+    return html.document(title, "\n".join(body), script="features.js", data=_data(found, look))
 
 
 def purity_line(look: Look) -> str:
@@ -206,7 +220,8 @@ def _figures(found: Features, look: Look) -> str:
     return f'<ul class="figures">{"".join(cells)}</ul>'
 
 
-def _explorer(look: Look, plane: Plane) -> str:
+def _explorer(look: Look) -> str:
+    plane = look.plane
     axes = [html.text(axis) for axis in plane.axes]
     return f"""<h2>{len(look.shown):,} of the images</h2>
 <noscript><p>Looking at single images needs JavaScript; neighbours of some are below.</p></noscript>
@@ -280,10 +295,11 @@ def _settings(found: Features, settings: FeaturesConfig) -> list[list[str]]:
     return rows + [[name, str(getattr(settings, name))] for name in of_page]
 
 
-def _data(found: Features, look: Look, plane: Plane) -> dict[str, Any]:
+def _data(found: Features, look: Look) -> dict[str, Any]:
     used = np.unique(look.groups[look.shown])
     names = [g for g in range(len(look.names)) if g in set(used.tolist())]
     position = {g: i for i, g in enumerate(names)}
+    points = look.plane.points[np.searchsorted(look.plotted, look.shown)]
     images = []
     for nth, i in enumerate(look.shown.tolist()):
         near = zip(look.near.index[nth].tolist(), look.near.cosine[nth].tolist(), strict=True)
@@ -291,7 +307,7 @@ def _data(found: Features, look: Look, plane: Plane) -> dict[str, Any]:
             {
                 "name": look.name(found, i),
                 "group": position.get(int(look.groups[i]), -1),
-                "at": [round(float(v), 5) for v in plane.points[nth]],
+                "at": [round(float(v), 5) for v in points[nth]],
                 "near": [[j, round(c, 4)] for j, c in near],
                 "jpeg": html.thumbnail(look.thumbnails[i]),
             }

@@ -76,9 +76,9 @@ def scatter_png(plane: Plane, groups: np.ndarray, names: Sequence[str], title: s
 def _name_largest(axes: Axes, points: np.ndarray, groups: np.ndarray, names: Sequence[str]) -> None:
     counts = np.bincount(groups[groups >= 0], minlength=len(names))
     for group in np.argsort(-counts, kind="stable")[:_NAMED]:
-        x, y = np.median(points[groups == group], axis=0)
+        x, y = np.median(points[groups == group], axis=0).tolist()
         box = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.5}
-        axes.text(x, y, _short(names[group]), fontsize=8, ha="center", va="center", bbox=box)
+        axes.text(x, y, _short(names[int(group)]), fontsize=8, ha="center", va="center", bbox=box)
 
 
 def _short(name: str) -> str:

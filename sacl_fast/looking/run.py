@@ -53,7 +53,7 @@ def look_at_trained(trained: Trained, settings: FeaturesConfig, *, quiet: bool =
     if look.alike:
         lines.append(f"{len(look.alike):,} pairs of the images shown look alike: duplicates?")
     pages = {
-        f"_{settings.project}.png": picture_of(found, look, settings),
+        f"_{settings.project}.png": picture_of(found, look),
         "_neighbours.png": grid_of(found, look),
         ".html": page_of(found, look, settings),
     }
