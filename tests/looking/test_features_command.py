@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,15 @@ from PIL import Image
 
 import sacl_fast
 from sacl_fast.cli import main
-from sacl_fast.config import Config, DataConfig
+from sacl_fast.config import (
+    Config,
+    DataConfig,
+    EncoderConfig,
+    EvalConfig,
+    LogConfig,
+    ProjectorConfig,
+    ViewsConfig,
+)
 from sacl_fast.data.loading.evaluation import EvalLoader
 from sacl_fast.engine.trainer import train
 from sacl_fast.errors import UserError
@@ -30,23 +37,49 @@ with_pyarrow = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 training and 8 validation images in two classes."""
+    rng = np.random.default_rng(0)
+    root = tmp_path_factory.mktemp("images")
+    for split, count in (("train", 20), ("val", 4)):
+        for name, base in (("bright", 170), ("dark", 60)):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.normal(base, 40, (20, 20, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i:02}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = Config(
+        out=str(tmp_path_factory.mktemp("trained") / "run"),
+        epochs=1,
+        batch_size=16,
+        device="cpu",
+        data=DataConfig(root=str(image_folder), workers=0),
+        views=ViewsConfig(size=16),
+        encoder=EncoderConfig(name="resnet20", width=0.25),
+        projector=ProjectorConfig(hidden=16, out=24),
+        log=LogConfig(tensorboard=False),
+        eval=EvalConfig(recalibrate_batches=2, batch_size=16),
+    )
+    return train(config).folder
+
+
 @pytest.fixture
-def run(tiny: Config, image_folder: Path) -> Path:
-    """The folder of a run on 40 training and 8 validation images."""
-    for name in ("bright", "dark"):
-        for i in range(24):
-            split = image_folder / ("val" if i < 4 else "train") / name
-            split.mkdir(parents=True, exist_ok=True)
-            (image_folder / name / f"{i:02}.png").rename(split / f"{i:02}.png")
-        (image_folder / name).rmdir()
-    return train(replace(tiny, epochs=1)).folder
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the run's folder."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def command(*args: object) -> int:
     return main(["features", *map(str, args)])
 
 
-def test_features_are_the_encoders_of_every_image(run, tiny, image_folder, capsys):
+def test_features_are_the_encoders_of_every_image(run, image_folder, capsys):
     assert command(run, "--no-pages") == 0
     told = capsys.readouterr().out
     assert "48 images; 16 features each, as the encoder gives them" in told
