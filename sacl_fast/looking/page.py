@@ -213,7 +213,7 @@ def _figures(found: Features, look: Look) -> str:
         ]
     if look.clustered:
         items.append(("clusters, for want of labels", str(len(look.names))))
-    items.append(("pairs that look alike", str(len(look.alike))))
+    items.append(("pairs that look alike, of those shown", str(len(look.alike))))
     if found.bad:
         items.append(("unreadable images left out", f"{len(found.bad):,}"))
     cells = [f"<li><strong>{value}</strong>{html.text(name)}</li>" for name, value in items]
