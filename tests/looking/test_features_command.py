@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +31,6 @@ from sacl_fast.evaluation.trained import open_trained
 from sacl_fast.looking.features import to_unit_length
 from sacl_fast.looking.files import plain_text, write_features
 from sacl_fast.looking.run import write_whole
-
-with_pyarrow = pytest.mark.skipif(
-    importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed"
-)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +85,7 @@ def test_features_are_the_encoders_of_every_image(run, image_folder, capsys):
     encoder = sacl_fast.load_encoder(run)
     trained = open_trained(run)
     source = sacl_fast.evaluate.features(run).sources[0]
+    assert source is not None
     with torch.no_grad():
         loader = EvalLoader(source, np.arange(40), trained.config, torch.device("cpu"))
         expected = torch.cat([encoder(images) for images, _ in loader]).numpy()
@@ -122,14 +119,12 @@ def test_options(run, capsys, tmp_path):
         assert len(sacl_fast.evaluate.features(run, split=split)) == count
 
 
-@with_pyarrow
 def test_parquet_holds_the_same(run, tmp_path, monkeypatch):
-    import pyarrow.parquet
-
+    parquet = pytest.importorskip("pyarrow.parquet")
     monkeypatch.setattr("sacl_fast.looking.files._ROWS", 13)
     path = tmp_path / "f.parquet"
     found = sacl_fast.evaluate.features(run, out=path)
-    table = pyarrow.parquet.read_table(path)
+    table = parquet.read_table(path)
     assert str(table.schema.field("feature").type) == "fixed_size_list<element: float>[16]"
     rows = table.to_pydict()
     np.testing.assert_array_equal(np.array(rows["feature"], np.float32), found.features)
@@ -140,16 +135,14 @@ def test_parquet_holds_the_same(run, tmp_path, monkeypatch):
 
 
 def test_parquet_without_pyarrow_says_what_to_install(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert command(run, "--out", tmp_path / "f.parquet") == 2
     assert "pip install 'sacl-fast[features]'" in capsys.readouterr().err
     assert not (tmp_path / "f.parquet").exists()
 
 
-@with_pyarrow
 def test_awkward_names_are_written(run, awkward, tmp_path, capsys):
-    import pyarrow.parquet
-
+    parquet = pytest.importorskip("pyarrow.parquet")
     data = DataConfig(root=str(awkward), workers=0, max_bad_share=0.2)
     found = sacl_fast.evaluate.features(run, data=data, out=tmp_path / "f.npz")
     assert len(found) == 14 and len(found.bad) == 2 and found.settings["left_out"] == 2
@@ -157,7 +150,7 @@ def test_awkward_names_are_written(run, awkward, tmp_path, capsys):
         names = file["names"].tolist()
     assert names == found.names and all(os.path.exists(name) for name in names)
     write_features(found, tmp_path / "f.parquet")
-    rows = pyarrow.parquet.read_table(tmp_path / "f.parquet").to_pydict()
+    rows = parquet.read_table(tmp_path / "f.parquet").to_pydict()
     assert rows["name"] == [plain_text(name) for name in names]
     assert any(name.endswith("\\udcff\\udcfe.png") for name in rows["name"])
 
