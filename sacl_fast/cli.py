@@ -49,6 +49,8 @@ usage: sacl-fast COMMAND ...
   eval knn|linear|few-shot TRAINED [options]
                                             how good an encoder is, and what it gained
   finetune TRAINED [options]                train it and a classifier on labelled images
+  features TRAINED [options]                features as a file, and what they look like
+  report RUN... [--out FILE]                runs side by side
   export TRAINED OUT [options]              an encoder as ONNX and other files
   views [PRESET] [--config FILE] [options]  draw both views of some images
   cache IMAGES OUT [--size N] [options]     decode images once, into a file that trains faster
@@ -84,6 +86,8 @@ def _run(args: list[str]) -> int:
         "train": _train,
         "eval": _eval,
         "finetune": _finetune,
+        "features": _features,
+        "report": _report,
         "export": _export,
         "views": _views,
         "cache": _cache,
@@ -199,6 +203,18 @@ def _finetune(args: list[str]) -> int:
 
     with ended_by_signals():  # but for the steps, after which it stops with a checkpoint
         return run_finetune(args, parse_options)
+
+
+def _features(args: list[str]) -> None:
+    from sacl_fast.looking.command import run_features
+
+    run_features(args, parse_options)
+
+
+def _report(args: list[str]) -> None:
+    from sacl_fast.looking.command import run_report
+
+    run_report(args, parse_options)
 
 
 def _export(args: list[str]) -> None:

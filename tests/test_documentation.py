@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import doctest
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -26,6 +27,7 @@ from sacl_fast.cli import main, parse_config, parse_options
 from sacl_fast.config import Config, ProjectorConfig
 from sacl_fast.config.export import ExportConfig
 from sacl_fast.config.finetune import FinetuneConfig
+from sacl_fast.config.looking import FeaturesConfig, ReportConfig
 from sacl_fast.encoders import build_encoder
 from sacl_fast.encoders.file import encoder_metadata, save_encoder
 from sacl_fast.engine.trainer import RunResult, train
@@ -149,6 +151,11 @@ def test_commands_are_understood(capsys: pytest.CaptureFixture[str]):
             parse_options("export", ExportConfig(), arguments[2:])
         elif command == "finetune":
             parse_options("finetune", FinetuneConfig(), arguments[1:])
+        elif command == "features":
+            parse_options("features", FeaturesConfig(), arguments[1:])
+        elif command == "report":
+            options = itertools.dropwhile(lambda a: not a.startswith("-"), arguments)
+            parse_options("report", ReportConfig(), list(options))
 
 
 def options_of(settings: type, prefix: str = "--") -> Iterator[str]:
@@ -165,7 +172,8 @@ def options_of(settings: type, prefix: str = "--") -> Iterator[str]:
 def test_options_exist(page: Path):
     known = {*options_of(Config), "--config", "--dry-run", "--profile", "--measure", "--help"}
     known |= {"--no-build-isolation", "--no-control"}
-    known.update(*map(options_of, (ExportConfig, FinetuneConfig, *METHODS.values())))
+    settings = (ExportConfig, FinetuneConfig, FeaturesConfig, ReportConfig, *METHODS.values())
+    known.update(*map(options_of, settings))
     prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
     code = " ".join(re.findall(r"`[^`]+`", prose))
     named = set(re.findall(r"--[a-z][\w.*-]*", code))

@@ -41,7 +41,8 @@ OURS: dict[str, tuple[str, ...]] = {
     "engine": RUN,
     "evaluation": RUN,
     "transfer": RUN,
-    "evaluate": (*RUN, "transfer"),
+    "looking": RUN,
+    "evaluate": (*RUN, "transfer", "looking"),
     "deploy": RUN,
     "caching": ("data", "engine", "evaluation"),
     "cli": ("presets",),
@@ -49,16 +50,16 @@ OURS: dict[str, tuple[str, ...]] = {
     "__main__": ("cli",),
     "sacl_kernels": (),
     "benchmarks": (*RUN, "deploy", "caching", "cli", "sacl_kernels", "_C"),
-    "examples": (*RUN, "transfer", "deploy"),
-    "tests": (*RUN, "transfer", "deploy", "caching", "cli", "sacl_kernels", "_C"),
+    "examples": (*RUN, "transfer", "looking", "deploy"),
+    "tests": (*RUN, "transfer", "looking", "deploy", "caching", "cli", "sacl_kernels", "_C"),
 }
 
 # Besides those, inside functions.
 OURS_LAZILY: dict[str, tuple[str, ...]] = {
     "ops": ("sacl_kernels", "_C"),
     "data.views": ("ops",),
-    "cli": (*RUN, "transfer", "deploy", "caching", "sacl_kernels", "_C"),
-    "__init__": (*RUN, "transfer", "evaluate", "deploy"),
+    "cli": (*RUN, "transfer", "looking", "deploy", "caching", "sacl_kernels", "_C"),
+    "__init__": (*RUN, "transfer", "looking", "evaluate", "deploy"),
 }
 
 # The only packages of others; a part that is not named here may import any.

@@ -43,5 +43,7 @@ ResumeAt = Literal["step", "next_epoch"]
 
 RateSchedule = Literal["auto", "cosine", "steps"]
 Resume = Literal["never", "auto"]
+SplitName = Literal["all", "train", "val"]
+Projection = Literal["pca", "umap"]
 
 ExportFormat = Literal["timm", "onnx", "torch-export"]

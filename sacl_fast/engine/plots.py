@@ -81,16 +81,16 @@ def plot_accuracy(metrics: Sequence[dict[str, Any]], path: str | os.PathLike[str
 
 
 def _draw_loss(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    _frame(axes, "Loss", "loss and its weighted parts")
+    frame(axes, "Loss", "loss and its weighted parts")
     lowest, highest = np.inf, -np.inf
     for key, (label, color) in _LOSSES.items():
-        epochs, values = _series(rows, key)
+        epochs, values = series(rows, key)
         if not len(values) or not values.any():
             continue  # a part that is switched off
         lowest, highest = min(lowest, values.min()), max(highest, values.max())
-        _line(axes, epochs, values, color, label, width=1.8 if key == "loss" else 1.3)
+        draw_line(axes, epochs, values, color, label, width=1.8 if key == "loss" else 1.3)
     if not np.isfinite(lowest):
-        _say(axes, "no readings yet")
+        say(axes, "no readings yet")
         return
     if lowest > 0 and highest > 30 * lowest:
         axes.set_yscale("log")
@@ -98,57 +98,57 @@ def _draw_loss(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _draw_rate(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    _frame(axes, "Learning rate", "learning rate")
-    epochs, values = _series(rows, "lr")
+    frame(axes, "Learning rate", "learning rate")
+    epochs, values = series(rows, "lr")
     if not len(values):
-        _say(axes, "no readings yet")
+        say(axes, "no readings yet")
         return
-    _line(axes, epochs, values, _BLUE, None)
+    draw_line(axes, epochs, values, _BLUE, None)
     axes.set_ylim(bottom=0)
 
 
 def _draw_knn(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    _frame(axes, "kNN accuracy", "top-1 (%)")
+    frame(axes, "kNN accuracy", "top-1 (%)")
     drawn = []
     for key, (label, color) in _KNN.items():
-        epochs, values = _series(rows, key)
+        epochs, values = series(rows, key)
         if len(values):
             drawn += [values.min(), values.max()]
             label = f"{label} {values[-1]:.1f} %"
-            _line(axes, epochs, values, color, label, marker="o" if len(values) < 60 else None)
+            draw_line(axes, epochs, values, color, label, marker="o" if len(values) < 60 else None)
     if not drawn:
-        _say(axes, "no labels")
+        say(axes, "no labels")
         return
     axes.set_ylim(max(0, min(drawn) - 3), min(100.5, max(drawn) + 3))
     _legend(axes)
 
 
 def _draw_health(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    _frame(axes, "Embeddings", "std (1: healthy, 0: collapsed)")
-    std_epochs, std = _series(rows, "embedding_std")
-    rank_epochs, rank = _series(rows, "effective_rank")
+    frame(axes, "Embeddings", "std (1: healthy, 0: collapsed)")
+    std_epochs, std = series(rows, "embedding_std")
+    rank_epochs, rank = series(rows, "effective_rank")
     if not len(std) and not len(rank):
-        _say(axes, "no readings yet")
+        say(axes, "no readings yet")
         return
-    _line(axes, std_epochs, std, _BLUE, None)
+    draw_line(axes, std_epochs, std, _BLUE, None)
     axes.set_ylim(0, max(1.05, 1.05 * std.max(initial=0)))
     _paint(axes, "left", _BLUE)
     twin = axes.twinx()
     twin.spines[["top", "left"]].set_visible(False)
     twin.set_ylabel("effective rank (directions)")
-    _line(twin, rank_epochs, rank, _VERMILION, None)
+    draw_line(twin, rank_epochs, rank, _VERMILION, None)
     twin.set_ylim(bottom=0)
     _paint(twin, "right", _VERMILION)
 
 
-def _series(rows: Sequence[dict[str, Any]], key: str) -> tuple[NDArray[Any], NDArray[Any]]:
+def series(rows: Sequence[dict[str, Any]], key: str) -> tuple[NDArray[Any], NDArray[Any]]:
     """Epochs and values of a key, in order; readings that were not finite are left out."""
     pairs = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
     array = np.array(sorted(pairs), dtype=float).reshape(-1, 2)
     return array[:, 0], array[:, 1]
 
 
-def _line(
+def draw_line(
     axes: Axes,
     epochs: NDArray[Any],
     values: NDArray[Any],
@@ -157,6 +157,7 @@ def _line(
     *,
     width: float = 1.5,
     marker: str | None = None,
+    style: str = "-",
 ) -> None:
     """A curve; a long one as the means of neighbouring readings, in the band of their range."""
     if len(values) > _POINTS:
@@ -168,10 +169,12 @@ def _line(
         axes.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
     if len(values) == 1:
         marker = "o"
-    axes.plot(epochs, values, color=color, label=label, linewidth=width, marker=marker, ms=4)
+    axes.plot(epochs, values, color=color, label=label, linewidth=width, marker=marker, ms=4,
+              linestyle=style)  # fmt: skip
 
 
-def _frame(axes: Axes, title: str, unit: str) -> None:
+def frame(axes: Axes, title: str, unit: str) -> None:
+    """Title, axes and grid of a panel over epochs."""
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
     axes.set_xlabel("epoch")
     axes.set_ylabel(unit)
@@ -201,7 +204,8 @@ def _paint(axes: Axes, side: str, color: str) -> None:
     axes.spines[side].set_color(color)
 
 
-def _say(axes: Axes, text: str) -> None:
+def say(axes: Axes, text: str) -> None:
+    """Text in place of curves."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=_GREY)
     axes.set_xticks([])
     axes.set_yticks([])

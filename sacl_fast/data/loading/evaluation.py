@@ -62,6 +62,11 @@ class EvalLoader:
         return len(self._chunks)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, index in self.indexed():
+            yield images, self._labels[index]
+
+    def indexed(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images of each batch, and their positions (n,) int64 in the source."""
         config = self._config
         reader = PlainReader(self._source, config.views.size)
         waits = Patience(config.data.batch_timeout, self._check)
@@ -70,6 +75,6 @@ class EvalLoader:
             for plain in batches:
                 self._bad.add(plain.bad)
                 if len(plain.index):
-                    yield self._normalise(plain.images), self._labels[plain.index]
+                    yield self._normalise(plain.images), plain.index
         finally:
             batches.close()
