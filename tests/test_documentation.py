@@ -24,6 +24,7 @@ import torch
 import sacl_fast
 from sacl_fast.cli import main, parse_config, parse_options
 from sacl_fast.config import Config, ProjectorConfig
+from sacl_fast.config.cache import CacheConfig
 from sacl_fast.config.export import ExportConfig
 from sacl_fast.encoders import build_encoder
 from sacl_fast.encoders.file import encoder_metadata, save_encoder
@@ -151,7 +152,7 @@ def options_of(settings: type, prefix: str = "--") -> Iterator[str]:
 def test_options_exist(page: Path):
     known = {*options_of(Config), "--config", "--dry-run", "--profile", "--measure", "--help"}
     known |= {"--no-build-isolation", "--no-control"}
-    known.update(*map(options_of, (ExportConfig, *METHODS.values())))
+    known.update(*map(options_of, (CacheConfig, ExportConfig, *METHODS.values())))
     prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
     code = " ".join(re.findall(r"`[^`]+`", prose))
     named = set(re.findall(r"--[a-z][\w.*-]*", code))

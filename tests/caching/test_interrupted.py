@@ -169,7 +169,7 @@ def test_a_disk_that_is_too_small(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**30, 2**30 - 2**13, 2**13))
     with pytest.raises(
-        UserError, match=r"out needs 0.0 MiB, and 0.0 MiB are free in .*; a smaller --size takes"
+        UserError, match=r"out needs 0\.0 MiB, and 0.0 MiB are free in .*; a smaller --size takes"
     ):
         cached(root, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x"]
