@@ -200,7 +200,7 @@ def test_a_signal(number: int, root: Path, tmp_path: Path) -> None:
     assert "Traceback" not in log.read_text()
     first = json.loads((tmp_path / "out.partial" / "journal").read_bytes().splitlines()[2][9:])
     assert first["first"] == 3 and not out.exists()
-    assert cli.main(command) == 0
+    assert in_a_process(lambda: os._exit(cli.main(command))) == 0
     assert out.read_bytes() == cached(root, tmp_path / "whole").read_bytes()
 
 
