@@ -36,12 +36,11 @@ class Feed(NamedTuple):
     """A batch as it leaves a worker."""
 
     images: Tensor
-    """(n, H, W, 3) uint8 pixels of images of one size; or (bytes,) uint8: encoded images, or pixels
-    of different sizes, end to end"""
+    """(bytes,) uint8: the images end to end, encoded or as pixels"""
     ends: Tensor
-    """(n,) int64: where each image ends; empty for those of one size"""
+    """(n,) int64: where each of them ends"""
     sizes: Tensor
-    """(n, 2) int64: height and width of pixels of different sizes; empty for all others"""
+    """(n, 2) int64: height and width of images that are pixels; empty where they are encoded"""
     a: Any
     """the draws of view a, packed"""
     b: Any
@@ -52,16 +51,13 @@ class Feed(NamedTuple):
     missed: int = 0
     """images that others stand for"""
 
-    def arrays(self) -> np.ndarray | list[np.ndarray]:
-        """The images as DALI takes them."""
-        images = self.images.numpy()
-        if not len(self.ends):
-            return images
-        parts = np.split(images, self.ends.numpy()[:-1])
+    def arrays(self) -> list[np.ndarray]:
+        """The images as DALI takes them: (bytes,) uint8 each, or (H, W, 3)."""
+        images = np.split(self.images.numpy(), self.ends.numpy()[:-1])
         if not len(self.sizes):
-            return parts
+            return images
         sizes = self.sizes.tolist()
-        return [part.reshape(*size, 3) for part, size in zip(parts, sizes, strict=True)]
+        return [image.reshape(*size, 3) for image, size in zip(images, sizes, strict=True)]
 
 
 class FeedReader:
@@ -99,17 +95,12 @@ class FeedReader:
             )
             for which, view in enumerate((self.views.a, self.views.b))
         )
-        shapes = [image.shape for image in images]
-        if images[0].ndim == 3 and len(set(shapes)) == 1:
-            blob, ends = np.stack(images), np.empty(0, np.int64)
-        else:
-            blob = np.concatenate([image.reshape(-1) for image in images])
-            ends = np.cumsum([image.size for image in images])
-        mixed = images[0].ndim == 3 and len(ends) > 0
-        given = np.array([shape[:2] for shape in shapes] if mixed else [], np.int64)
+        blob = np.concatenate([image.reshape(-1) for image in images])
+        ends = np.cumsum([image.size for image in images])
+        pixels = np.array([image.shape[:2] for image in images if image.ndim == 3], np.int64)
         missed = int((index != wanted).sum())
-        blob, ends, given, index = map(torch.from_numpy, (blob, ends, given, index))
-        return Feed(blob, ends, given, a, b, index, list(bad.items()), missed)
+        blob, ends, pixels, index = map(torch.from_numpy, (blob, ends, pixels, index))
+        return Feed(blob, ends, pixels, a, b, index, list(bad.items()), missed)
 
     def _load(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
         """An image for DALI, and its width and height. BadImage where it cannot be read."""
