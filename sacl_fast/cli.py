@@ -1,4 +1,5 @@
-"""The command line: ``sacl-fast train | eval | finetune | export | views | cache | index | doctor``.
+"""The command line: ``sacl-fast train | eval | finetune | export | views | cache | index |
+doctor``.
 
 The options of ``train`` and ``views`` are the fields of ``sacl_fast.config.Config``. They are
 layered: preset, then the file given with ``--config``, then the options themselves. Torch is
