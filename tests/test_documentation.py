@@ -25,6 +25,7 @@ import torch
 import sacl_fast
 from sacl_fast.cli import main, parse_config, parse_options
 from sacl_fast.config import Config, ProjectorConfig
+from sacl_fast.config.cache import CacheConfig
 from sacl_fast.config.export import ExportConfig
 from sacl_fast.config.finetune import FinetuneConfig
 from sacl_fast.config.looking import FeaturesConfig, ReportConfig
@@ -172,7 +173,10 @@ def options_of(settings: type, prefix: str = "--") -> Iterator[str]:
 def test_options_exist(page: Path):
     known = {*options_of(Config), "--config", "--dry-run", "--profile", "--measure", "--help"}
     known |= {"--no-build-isolation", "--no-control"}
-    settings = (ExportConfig, FinetuneConfig, FeaturesConfig, ReportConfig, *METHODS.values())
+    settings = (
+        *(CacheConfig, ExportConfig, FinetuneConfig, FeaturesConfig, ReportConfig),
+        *METHODS.values(),
+    )
     known.update(*map(options_of, settings))
     prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
     code = " ".join(re.findall(r"`[^`]+`", prose))

@@ -70,12 +70,12 @@ def plot_accuracy(metrics: Sequence[dict[str, Any]], path: str | os.PathLike[str
     train = [row for row in metrics if row.get("kind") == "train"]
     _draw_loss(loss, train)
     _draw_rate(rate, train)
-    _frame(accuracy, "Accuracy", "of validation images (%)")
-    epochs, values = _series([row for row in metrics if row.get("kind") == "accuracy"], "accuracy")
+    frame(accuracy, "Accuracy", "of validation images (%)")
+    epochs, values = series([row for row in metrics if row.get("kind") == "accuracy"], "accuracy")
     if len(values):
-        _line(accuracy, epochs, values, _BLUE, None, marker="o" if len(values) < 60 else None)
+        draw_line(accuracy, epochs, values, _BLUE, None, marker="o" if len(values) < 60 else None)
     else:
-        _say(accuracy, "no readings yet")
+        say(accuracy, "no readings yet")
     with whole_file(Path(path)) as file:
         canvas.print_png(file)
 
