@@ -15,7 +15,7 @@ kornia, decoded          images of one size, decoded before, lie on the device; 
 =======================  ===========================================================================
 
 Where there is a GPU, DALI decodes on it, and it makes the views of all rows but the first two,
-whose views it normalises; DALI is measured without it as well. One image is one sample of the
+whose views it normalises (with --device cpu, all is on the CPU). One image is one sample of the
 batch: read once, two views. The stages add up: decode (or read) alone, with both crops, with flip,
 jitter and grayscale, with blur, and all (solarise).
 
@@ -115,33 +115,24 @@ def all_rows(config: Config, cache: Path, size: int) -> list[Row]:
     source = open_sources(config.data, config.seed).train
     on_gpu = torch.cuda.is_available() and config.device != "cpu"
     device = torch.device("cuda", 0) if on_gpu else CPU
-    no_dali = dali_obstacle()
 
     def row(
         name: str,
         loader: LoaderName,
         missing: str | None = None,
-        *,
         backend: Backend = config.backend,
-        views_on: torch.device = device,
     ) -> Row:
         data = replace(config.data, loader=loader)
-        if on_gpu and views_on == CPU:
-            name += ", on the CPU"
-        given = replace(config, data=data, backend=backend)
-        return Row(name, given, source, views_on, missing)
+        return Row(name, replace(config, data=data, backend=backend), source, device, missing)
 
+    no_dali = dali_obstacle()
     rows = [
-        row("torchvision", "torchvision"),
+        row(BASELINE, "torchvision"),
         row("Pillow and the operator", "pillow", why_not_compiled(config, CPU)),
+        row("DALI alone", "dali", no_dali, "torch"),
+        row("DALI and the operator", "dali", no_dali or why_not_compiled(config, device)),
     ]
-    for views_on in dict.fromkeys((CPU, device)):
-        missing = no_dali or why_not_compiled(config, views_on)
-        rows += [
-            row("DALI alone", "dali", no_dali, backend="torch", views_on=views_on),
-            row("DALI and the operator", "dali", missing, views_on=views_on),
-        ]
-    if config.data.source != "cache":
+    if config.data.root is not None and config.data.source != "cache":
         rows.append(cached(row("cache", "auto"), cache, size))
     return [*rows, row("kornia, decoded", "auto", kornia_views.obstacle())]
 
@@ -196,9 +187,8 @@ def measure(
     training = {}
     if train:
         for row in chosen:
-            on_cpu_beside = row.device == CPU and torch.cuda.is_available()
-            if not (row.missing or row.is_kornia or on_cpu_beside):
-                training[row.name] = data_wait(row, train)
+            if not (row.missing or row.is_kornia):
+                training[row.name] = data_wait(row, config, train)
     (device,) = {row.device for row in chosen if row.name == BASELINE}
     return {
         "benchmark": "bench_data",
@@ -272,9 +262,10 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def data_wait(row: Row, steps: int) -> dict[str, float]:
-    """Images per second of training and the share of its time spent waiting for batches."""
-    config, device, warmup = row.config, row.device, 3
+def data_wait(row: Row, config: Config, steps: int) -> dict[str, float]:
+    """Images per second of training as ``config`` says and the share of its time spent waiting for
+    the row's batches."""
+    device, warmup = row.device, 3
     torch.manual_seed(config.seed)
     with batches_of(row) as batches:
         passes = choose_passes(config, device, steps_per_epoch=steps)
