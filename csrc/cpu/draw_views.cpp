@@ -6,6 +6,7 @@
 // Python's math calls as well, and halves are rounded to even.
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <thread>
 #include <utility>
@@ -51,16 +52,11 @@ class Stream {
 
   bool chance(double probability) { return random() < probability; }
 
-  // 0..last, by Lemire's method (ACM TOMACS 2019).
+  // 0..last, the first of the numbers masked to its bits that is not above it: that of shuffle.
   uint32_t bounded(uint32_t last) {
-    const uint32_t count = last + 1;
-    uint64_t product = static_cast<uint64_t>(next32()) * count;
-    if (static_cast<uint32_t>(product) < count) {
-      const uint32_t threshold = (UINT32_MAX - last) % count;
-      while (static_cast<uint32_t>(product) < threshold)
-        product = static_cast<uint64_t>(next32()) * count;
-    }
-    return static_cast<uint32_t>(product >> 32);
+    const uint32_t mask = std::bit_ceil(last + 1) - 1;
+    for (;;)
+      if (const uint32_t value = next32() & mask; value <= last) return value;
   }
 
  private:
@@ -192,7 +188,7 @@ Tensor draw_views(int64_t seed, int64_t epoch, Tensor image_index, Tensor sizes,
     STD_TORCH_CHECK(image[i] >= 0, "an index is negative");
     STD_TORCH_CHECK(size[2 * i] >= 1 && size[2 * i + 1] >= 1 && size[2 * i] <= INT32_MAX &&
                         size[2 * i + 1] <= INT32_MAX,
-                    "height and width must be 1 or more");
+                    "height and width must be 1 or more, of 31 bits");
   }
   Tensor draws = torch::stable::empty({views, count, kDrawn}, ScalarType::Double);
   Drawn* out = static_cast<Drawn*>(draws.mutable_data_ptr());

@@ -13,7 +13,9 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 SourceName = Literal["demo", "folder", "webdataset", "cifar10", "cifar100", "cache"]
 Labels = Literal["auto", "folder", "none"]
-LoaderName = Literal["auto", "dali", "pillow", "torchvision"]
+LoaderName = Literal["auto", "compiled", "dali", "pillow", "torchvision"]
+Residence = Literal["disk", "ram", "device"]
+ResidenceSetting = Literal["auto", Residence]
 
 Stem = Literal["imagenet", "stride1", "cifar"]
 

@@ -17,7 +17,7 @@ from sacl_fast.checks import (
     Rule,
     Settings,
 )
-from sacl_fast.config.choices import Labels, LoaderName, SourceName
+from sacl_fast.config.choices import Labels, LoaderName, ResidenceSetting, SourceName
 
 # What can be asked of any machine; 'engine.preflight' holds it against the one at hand.
 _PROCESSES = Range(-1, 512)
@@ -71,15 +71,21 @@ class DataConfig(Settings, path="data"):
     limit: CountOrZero = 0
     """Use only this many training images, the same ones for the same seed (0: all)."""
     loader: LoaderName = "auto"
-    """What decodes the training images and makes their views. 'auto': NVIDIA DALI where it is
-    installed and faster; else 'pillow', Pillow and the compiled operator, where that is built; else
-    'torchvision'. 'sacl-fast doctor' says which, and why."""
+    """What decodes the training images and makes their views. 'auto': for images that are pixels
+    (a cache, CIFAR) 'compiled', the compiled operator alone, where that is built; NVIDIA DALI where
+    it is installed and faster; else 'pillow', Pillow and the compiled operator; else 'torchvision'.
+    'sacl-fast doctor' says which, and why."""
+    residence: ResidenceSetting = "auto"
+    """Where the pixels are that loader 'compiled' makes views of. 'device': in the GPU's memory.
+    'ram': read into memory before the first step, by each process. 'disk': where the file is,
+    mapped into memory and read ahead. 'auto': on a GPU the first of these that fits in half of what
+    is free; on a CPU the file, which processes share, or the memory that the images are in."""
     dali: DaliConfig = field(default_factory=DaliConfig)
     workers: Annotated[int, _PROCESSES] = -1
     """Worker processes that decode and augment without DALI, per rank (-1: the cores this rank
-    can have; 0: in the main process)."""
+    can have; 0: in the main process); threads of loader 'compiled'."""
     prefetch: Annotated[int, Range(1, 256)] = 4
-    """Batches each worker prepares ahead."""
+    """Batches each worker prepares ahead, and loader 'compiled' at most."""
     batch_timeout: NotNegative = 1800.0
     """Seconds that a batch may take to load before the run fails (0: any time)."""
     max_bad_share: Probability = 0.1

@@ -339,6 +339,7 @@ def _backends() -> Iterator[Finding]:
             detail = f"{backend}: {reason}"
             yield Finding(section="backends", name=name, state="ok", detail=detail)
     for device in devices:
-        loader, reason = resolve_loader(Config(), device)
-        name = f"views on {device.type}"
-        yield Finding(section="backends", name=name, state="ok", detail=f"{loader}: {reason}")
+        for packed, of in ((False, "files"), (True, "pixels")):
+            loader, reason = resolve_loader(Config(), device, packed=packed)
+            name = f"views of {of} on {device.type}"
+            yield Finding(section="backends", name=name, state="ok", detail=f"{loader}: {reason}")
