@@ -10,7 +10,10 @@ torchvision              worker processes decode by Pillow and augment
 Pillow and the operator  worker processes decode by Pillow; the compiled operator augments
 DALI alone               DALI decodes and augments
 DALI and the operator    DALI decodes; the compiled operator augments
-cache                    pixels from a file that is made first (not timed); the operator augments
+pixels in memory         of images that are pixels (CIFAR); the operator augments
+cache, disk              pixels from a file that is made first (not timed); the operator augments
+cache, ram               the same, read into memory before
+cache, device            the same, in the GPU's memory
 kornia, decoded          images of one size, decoded before, lie on the device; kornia augments
 =======================  ===========================================================================
 
@@ -46,9 +49,9 @@ from timing import cpu_seconds, device_name, write_json
 
 from sacl_fast.cli import parse_config
 from sacl_fast.config import Config, ViewConfig
-from sacl_fast.config.choices import Backend, LoaderName
+from sacl_fast.config.choices import Backend, LoaderName, Residence
 from sacl_fast.data.images.open import open_sources
-from sacl_fast.data.images.source import Source
+from sacl_fast.data.images.source import Source, as_packed
 from sacl_fast.data.loading.open import dali_obstacle, open_view_loader
 from sacl_fast.data.loading.workers import worker_count
 from sacl_fast.data.views.operator import why_not_compiled
@@ -132,13 +135,17 @@ def all_rows(config: Config, cache: Path, size: int) -> list[Row]:
         row("DALI alone", "dali", no_dali, "torch"),
         row("DALI and the operator", "dali", no_dali or why_not_compiled(config, device)),
     ]
+    if as_packed(source) is not None:
+        missing = why_not_compiled(config, CPU)
+        rows.append(row("pixels in memory", "compiled", missing))
     if config.data.root is not None and config.data.source != "cache":
-        rows.append(cached(row("cache", "auto"), cache, size))
+        rows += cached(row("cache", "compiled", why_not_compiled(config, device)), cache, size)
     return [*rows, row("kornia, decoded", "auto", kornia_views.obstacle())]
 
 
-def cached(row: Row, file: Path, size: int) -> Row:
-    """The same of a cache of its images, shrunk to ``size``, which is made where it is missing."""
+def cached(row: Row, file: Path, size: int) -> Iterator[Row]:
+    """The same of a cache of its images, shrunk to ``size``, which is made where it is missing:
+    from all places where it can be."""
     data = row.config.data
     if not file.exists():
         command = [sys.executable, "-m", "sacl_fast", "cache", str(data.root), str(file)]
@@ -147,8 +154,12 @@ def cached(row: Row, file: Path, size: int) -> Row:
         command += ["--size", str(size)]
         command += ["--data.cache-dir", data.cache_dir] if data.cache_dir else []
         subprocess.run(command, check=True)
-    config = replace(row.config, data=replace(data, source="cache", root=str(file), limit=0))
-    return row._replace(config=config, source=open_sources(config.data, config.seed).train)
+    data = replace(data, source="cache", root=str(file), limit=0)
+    source = open_sources(data, row.config.seed).train
+    places: tuple[Residence, ...] = ("disk", "ram", "device")
+    for residence in places[: 3 if row.device.type == "cuda" else 2]:
+        config = replace(row.config, data=replace(data, residence=residence))
+        yield row._replace(name=f"{row.name}, {residence}", config=config, source=source)
 
 
 def staged(config: Config, stage: str) -> Config:
