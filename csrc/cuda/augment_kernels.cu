@@ -28,8 +28,8 @@ namespace {
 
 constexpr int64_t kHeld = 32 << 20;                  // bytes of pixels in scratch
 constexpr int kAcross = 32, kDeep = kThreads / 32;   // threads of a block of the crop
-constexpr int kRows = 8, kTileRows = kRows * kDeep;  // of a view, that a thread and a block take
-constexpr int kPiece = 32, kPieceRows = kPiece / kDeep;  // rows of a crop at a time
+constexpr int kRows = 4, kTileRows = kRows * kDeep;  // of a view, that a thread and a block take
+constexpr int kPiece = 16, kPieceRows = kPiece / kDeep;  // rows of a crop at a time
 constexpr int kTaps = 32;                                // weights of a column at a time
 constexpr int kRun = 2048;                               // pixels of a block of the blur
 
