@@ -87,4 +87,25 @@ struct Scratch {
   uint32_t* pixels;
 };
 
+// The view that a task makes: an image's views are next to each other, so that one finds in the
+// cache what another has read of it.
+__device__ inline int view_of(const AugmentShape& s, int task) {
+  return task % s.V * s.n + task / s.V;
+}
+
+// Of `own`, over the block; in all threads. Called by all of them.
+__device__ inline int sum_of_block(int own) {
+  __shared__ int sums[kThreads];
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+  sums[thread] = own;
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (thread < half) sums[thread] += sums[thread + half];
+  }
+  __syncthreads();
+  const int sum = sums[0];
+  __syncthreads();
+  return sum;
+}
+
 }  // namespace sacl::cuda

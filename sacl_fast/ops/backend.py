@@ -69,12 +69,6 @@ def _compiled_for_cpu(device: torch.device) -> str | None:
     return compiled.obstacle()
 
 
-def _compiled_views(device: torch.device) -> str | None:
-    if device.type != "cpu":
-        return "on a GPU, DALI augments; without DALI, this operator does on the CPU"
-    return _compiled_for_cpu(device)
-
-
 def _compiled_for_cuda(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "it needs a CUDA device"
@@ -103,7 +97,7 @@ OPERATORS: dict[str, dict[Backend, Check]] = {
     "slim_gate": _COMPILED,
     "lars": {"triton": triton_obstacle, "apex": _apex},
     # ``torch``: torchvision, or DALI's own operators (see data/loading/open.py).
-    "augment": {"cpu": _compiled_views},
+    "augment": _COMPILED,
 }
 # Those of an encoder's slim passes, which share one module and so one resolution.
 SLIM_OPERATORS = ("slim_pointwise", "depthwise_conv", "batch_norm_act", "slim_add", "slim_gate")

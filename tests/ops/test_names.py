@@ -46,11 +46,10 @@ def operator_of(schema: str) -> str:
 
 COMPILED = sorted({operator_of(schema) for schema in SCHEMAS})
 TRITON = ("xcorr_loss", "norm_pointwise", "lars")
+ON_CPUS_ONLY = {"augment"}  # of schemas: images in tensors of their own
 WITHOUT_A_SCHEMA = {"lars"}  # an optimiser's update, which nothing but its step calls
-WITHOUT_CUDA = {"augment"}  # on a GPU, DALI makes the views
 # Those that are measured where they are used, not by themselves.
 MEASURED_IN = {
-    "augment": "bench_data.py",
     "slim_add": "bench_slim.py",
     "slim_gate": "bench_slim.py",
 }
@@ -60,9 +59,8 @@ def files_of(op: str) -> list[str]:
     files = [f"sacl_fast/ops/{op}.py", f"tests/ops/test_{op}.py"]
     if op not in FUSED:
         files += [f"csrc/cpu/{op}.cpp", f"benchmarks/{MEASURED_IN.get(op, f'bench_{op}.py')}"]
-    if op not in WITHOUT_CUDA:
-        files += [f"csrc/cuda/{op}.cpp", f"tests/cuda/test_cuda_{op}.py"]
-        files += [f"csrc/cuda/{op}_kernels.cu"] if op not in WITHOUT_KERNELS_OF_THEIR_OWN else []
+    files += [f"csrc/cuda/{op}.cpp", f"tests/cuda/test_cuda_{op}.py"]
+    files += [f"csrc/cuda/{op}_kernels.cu"] if op not in WITHOUT_KERNELS_OF_THEIR_OWN else []
     return files
 
 
@@ -129,8 +127,8 @@ def test_a_file_implements_its_own_schemas_and_all_of_them(folder: str):
         own = re.findall(r'm\.impl\("(\w+)"', file.read_text())
         assert {operator_of(schema) for schema in own} <= {file.stem}
         implemented += own
-    without = WITHOUT_CUDA if folder == "cuda" else FUSED
-    assert sorted(implemented) == sorted(s for s in SCHEMAS if operator_of(s) not in without)
+    without = ON_CPUS_ONLY if folder == "cuda" else {s for s in SCHEMAS if operator_of(s) in FUSED}
+    assert sorted(implemented) == sorted({*SCHEMAS} - without)
 
 
 @pytest.mark.parametrize("op", sorted({*COMPILED} - FUSED))
@@ -154,7 +152,7 @@ def test_doctor_and_resolve_know_each_operator_by_its_name():
     assert set(SLIM_OPERATORS) == called - {"augment"}
     for op, backends in OPERATORS.items():
         assert ("cpu" in backends) == (op in called)
-        assert ("cuda" in backends) == (op in called and op not in WITHOUT_CUDA)
+        assert ("cuda" in backends) == (op in called)
 
 
 def test_place_is_no_name_in_csrc():

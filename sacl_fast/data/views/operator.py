@@ -27,7 +27,8 @@ def why_not_compiled(config: Config, device: torch.device) -> str | None:
 
     if device.type != "cpu":
         return "it runs on the CPU only"
-    backend, reason = resolve(asked_of("augment", config.backend), "augment", device)
+    asked = "auto" if config.backend == "cuda" else asked_of("augment", config.backend)
+    backend, reason = resolve(asked, "augment", device)
     if backend == "cpu":
         return None
     return "backend torch" if config.backend == "torch" else reason
