@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 _AT_ONCE = 256  # images that a worker takes at a time, at most,
 _AT_ONCE_BYTES = 2**24  # and their pixels, unless one image has more
-_GIB = 2**30
 
 
 def make_cache(
@@ -140,17 +139,20 @@ def _room(
     room = np.concatenate(rooms)
     needed = int(room.sum())
     about = "" if told else ", an estimate: some are in formats whose size decoding tells"
-    logger.info(
-        "%d images, %.2f GiB decoded%s", images.count, (partial.written + needed) / _GIB, about
-    )
+    whole = _shown(partial.written + needed)
+    logger.info("%s will have %s%s", partial.out, whole, about)
     free = shutil.disk_usage(partial.folder).free
     if needed > free:
         raise UserError(
-            f"{partial.out} needs {needed / _GIB:.2f} GiB{' more' if partial.done else ''}, and "
-            f"{free / _GIB:.2f} GiB are free in {partial.out.absolute().parent}; a smaller --size "
-            "takes less, and OUT may be on another disk"
+            f"{partial.out} needs {_shown(needed)}{' more' if partial.done else ''}, and "
+            f"{_shown(free)} are free in {partial.out.absolute().parent}; a smaller --size takes "
+            "less, and OUT may be on another disk"
         )
     return room
+
+
+def _shown(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _runs(first: int, room: np.ndarray) -> Iterator[tuple[int, int]]:

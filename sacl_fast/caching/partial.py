@@ -147,6 +147,8 @@ class Partial:
 
     def _settle(self) -> None:
         """Have the disk know of all that was appended: of pixels first, then of the journal."""
+        if not self._unsettled:
+            return
         os.fdatasync(self._pixels)
         end = os.lseek(self._journal, 0, os.SEEK_CUR)
         try:

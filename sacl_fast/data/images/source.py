@@ -89,7 +89,8 @@ class Splits(NamedTuple):
 
 
 class ArraySource:
-    """Images in memory: ``images`` (N, H, W, 3) uint8, called ``title[index]``."""
+    """Images in memory: ``images`` (N, H, W, 3) uint8, called ``title[index]``. A subclass in which
+    ``read`` gives something else has to change ``pixels``, too."""
 
     decoded = True
 

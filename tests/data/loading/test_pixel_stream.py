@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 
 from sacl_fast.config import Config, DataConfig
-from sacl_fast.config.choices import ResidenceSetting
+from sacl_fast.config.choices import LoaderName, ResidenceSetting
 from sacl_fast.data.images.decode import BadImage
+from sacl_fast.data.images.open import open_sources
 from sacl_fast.data.images.source import Packed, Source, Subset, as_packed
 from sacl_fast.data.loading import pixel_stream as module
 from sacl_fast.data.loading.batch import Batch
@@ -30,6 +31,7 @@ from sacl_fast.data.loading.waiting import NoBatch
 from sacl_fast.data.views.draw import epoch_order
 from sacl_fast.errors import UserError
 from sacl_fast.ops import compiled
+from tests.caching.cases import all_kinds, cached
 from tests.data.loading.cases import (
     CPU,
     assert_same,
@@ -195,6 +197,39 @@ def test_the_views_of_a_contact_sheet(file: PackedFile) -> None:
         for name in ("a", "b", "index"):
             assert torch.equal(getattr(found, name), getattr(expected, name)), name
         assert found[3:] == expected[3:]
+
+
+@pytest.mark.parametrize("residence", ["disk", "ram"])
+def test_batches_of_a_cache_are_those_of_the_files_that_it_was_made_of(
+    tmp_path: Path, residence: ResidenceSetting
+) -> None:
+    """Of all kinds of files, some of them broken, the whole and a part; and of a damaged cache."""
+    root = all_kinds(tmp_path / "images")
+    file = cached(root, tmp_path / "x.pixels")
+    steps = [(0, 0), (3, 1)]
+
+    def by(loader: LoaderName, limit: int, **data) -> tuple[list[Batch], dict[int, str]]:
+        given = DataConfig(max_bad_share=0.5, limit=limit, loader=loader, **data)
+        opened = open_view_loader(
+            open_sources(given, 5).train, config_of(data=given, batch_size=4), device=CPU
+        )
+        found = [batch for epoch, start in steps for batch in opened.epoch(epoch, start)]
+        opened.close()
+        return found, opened.bad
+
+    for limit in (0, 11):
+        expected, bad = by("pillow", limit, root=str(root), workers=0)
+        cache = dict(source="cache", root=str(file), workers=2, residence=residence)
+        found, bad_of_cache = by("compiled", limit, **cache)
+        assert_same(found, expected)
+        assert bad and bad.items() <= bad_of_cache.items()  # it may have met more, ahead
+
+    content = bytearray(file.read_bytes())
+    content[4096 + 100] ^= 1
+    file.write_bytes(content)
+    found, bad = by("compiled", 0, **cache)
+    assert "block 0 of" in bad[0]
+    assert not any((batch.index == 0).any() for batch in found)
 
 
 # --- bad images ----------------------------------------------------------------------------------

@@ -109,7 +109,8 @@ def test_what_cannot_be_had_is_one_sentence(given: dict, said: str) -> None:
 
 @needs_compiled
 def test_a_run_asks_for_it() -> None:
-    for asked, said in (("device", "the run is on the CPU"), ("disk", "are in memory")):
+    unfit: list[tuple[Residence, str]] = [("device", "run is on the CPU"), ("disk", "in memory")]
+    for asked, said in unfit:
         with pytest.raises(UserError, match=said):
             loader_by("compiled", random_source(), config_of(data=DataConfig(residence=asked)))
 
