@@ -94,7 +94,8 @@ class FeedReader:
         """An image for DALI, its height and its width. BadImage where it cannot be read."""
         data = self.source.read(index)
         if isinstance(data, np.ndarray):
-            return data, data.shape[:2]
+            height, width, _ = data.shape
+            return data, (height, width)
         size = None if index in self.by_pillow else plain_size(data)
         if size is None or not intact(data):
             image = decode_rgb(data)
