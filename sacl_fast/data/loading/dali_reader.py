@@ -100,7 +100,8 @@ class FeedReader:
         if size is None or not intact(data):
             image = decode_rgb(data)
             data, size = to_ppm(image), image.size
-        return np.frombuffer(data, np.uint8), size[::-1]
+        width, height = size
+        return np.frombuffer(data, np.uint8), (height, width)
 
 
 def intact(data: bytes) -> bool:
