@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sacl_fast.deploy.export import export
     from sacl_fast.engine.trainer import RunResult, train
     from sacl_fast.evaluation.load import load_encoder
+    from sacl_fast.transfer.classifier import load_classifier
 
 __all__ = [
     "Config",
@@ -25,6 +26,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "export",
+    "load_classifier",
     "load_encoder",
     "train",
 ]
@@ -34,6 +36,7 @@ _LAZY = {
     "RunResult": "sacl_fast.engine.trainer",
     "evaluate": "sacl_fast.evaluate",
     "export": "sacl_fast.deploy.export",
+    "load_classifier": "sacl_fast.transfer.classifier",
     "load_encoder": "sacl_fast.evaluation.load",
     "train": "sacl_fast.engine.trainer",
 }

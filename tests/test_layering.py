@@ -40,7 +40,8 @@ OURS: dict[str, tuple[str, ...]] = {
     "data.loading": ("data.images", "data.views", "precision"),
     "engine": RUN,
     "evaluation": RUN,
-    "evaluate": RUN,
+    "transfer": RUN,
+    "evaluate": (*RUN, "transfer"),
     "deploy": RUN,
     "caching": ("data", "engine", "evaluation"),
     "cli": ("presets",),
@@ -48,16 +49,16 @@ OURS: dict[str, tuple[str, ...]] = {
     "__main__": ("cli",),
     "sacl_kernels": (),
     "benchmarks": (*RUN, "deploy", "caching", "cli", "sacl_kernels", "_C"),
-    "examples": (*RUN, "deploy"),
-    "tests": (*RUN, "deploy", "caching", "cli", "sacl_kernels", "_C"),
+    "examples": (*RUN, "transfer", "deploy"),
+    "tests": (*RUN, "transfer", "deploy", "caching", "cli", "sacl_kernels", "_C"),
 }
 
 # Besides those, inside functions.
 OURS_LAZILY: dict[str, tuple[str, ...]] = {
     "ops": ("sacl_kernels", "_C"),
     "data.views": ("ops",),
-    "cli": (*RUN, "deploy", "caching", "sacl_kernels", "_C"),
-    "__init__": (*RUN, "evaluate", "deploy"),
+    "cli": (*RUN, "transfer", "deploy", "caching", "sacl_kernels", "_C"),
+    "__init__": (*RUN, "transfer", "evaluate", "deploy"),
 }
 
 # The only packages of others; a part that is not named here may import any.

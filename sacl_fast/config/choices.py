@@ -11,7 +11,7 @@ Backend = Literal["auto", "torch", "triton", "cuda", "cpu", "apex"]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
-SourceName = Literal["demo", "folder", "webdataset", "cifar10", "cifar100", "cache"]
+SourceName = Literal["demo", "folder", "webdataset", "cifar10", "cifar100", "voc2007", "cache"]
 Labels = Literal["auto", "folder", "none"]
 LoaderName = Literal["auto", "compiled", "dali", "pillow", "torchvision"]
 Residence = Literal["disk", "ram", "device"]
@@ -40,5 +40,8 @@ OptimizerName = Literal["lars", "adamw"]
 Width = Literal["dense", "slim"]
 Widths = Literal["both", Width]
 ResumeAt = Literal["step", "next_epoch"]
+
+RateSchedule = Literal["auto", "cosine", "steps"]
+Resume = Literal["never", "auto"]
 
 ExportFormat = Literal["timm", "onnx", "torch-export"]

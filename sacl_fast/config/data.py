@@ -59,8 +59,9 @@ class DataConfig(Settings, path="data"):
     one), with class folders or without labels; or a .txt file with the path of an image in each
     line. 'webdataset': a folder of .tar shards (or one shard), read where they are. 'cifar10',
     'cifar100': torchvision's data sets, downloaded to 'root' where missing; 'root' may also be an
-    unpacked image folder or archive of them. 'cache': a file of decoded images, which 'sacl-fast
-    cache' makes of any other source."""
+    unpacked image folder or archive of them. 'voc2007': likewise, in its official layout; images
+    with several labels, which 'sacl-fast finetune' learns and all else passes over. 'cache': a file
+    of decoded images, which 'sacl-fast cache' makes of any other source."""
     root: Annotated[str, A_PATH] | None = None
     """Folder, archive, list or cache with the images. If a folder holds 'train' and 'val' (or
     'test'), however spelt, those are the two splits."""

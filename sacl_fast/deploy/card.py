@@ -20,6 +20,7 @@ _DATA = {
     "demo": "shapes that sacl-fast draws",
     "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100",
+    "voc2007": "PASCAL VOC 2007",
     "folder": "an image folder",
     "webdataset": "shards of images",
     "cache": "a cache of decoded images",

@@ -187,6 +187,13 @@ _PACKAGES = (
         _OPTIONAL.format("export"),
     ),
     _Package(
+        "torchmetrics",
+        "torchmetrics",
+        ("torchmetrics",),
+        "sacl-fast finetune on VOC 2007",
+        _OPTIONAL.format("eval"),
+    ),
+    _Package(
         "TensorBoard",
         "tensorboard",
         ("tensorboard",),

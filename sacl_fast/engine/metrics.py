@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 _WANDB_ID = "wandb-id.txt"
 
-Kind = Literal["train", "knn", "event"]
+Kind = Literal["train", "knn", "accuracy", "event"]
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from sacl_fast.data.images.pixel_file import open_cache
 from sacl_fast.data.images.shapes import open_demo
 from sacl_fast.data.images.source import Source, Splits, Subset
 from sacl_fast.data.images.splits import few
+from sacl_fast.data.images.voc import open_voc
 from sacl_fast.data.images.webdataset import open_webdataset
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ SOURCES: dict[SourceName, Callable[[DataConfig, bool], Splits]] = {
     "webdataset": open_webdataset,
     "cifar10": open_cifar,
     "cifar100": open_cifar,
+    "voc2007": open_voc,
     "cache": open_cache,
 }
 

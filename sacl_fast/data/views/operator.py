@@ -4,7 +4,7 @@ of each, and its pixels. Nothing here needs DALI.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -55,12 +55,13 @@ def pack_rows(
 
 
 def compiled_pixels(
-    image: Image.Image, draws: tuple[ViewDraw, ViewDraw], views: ViewsConfig
+    image: Image.Image, draws: Sequence[ViewDraw], views: ViewsConfig
 ) -> np.ndarray:
-    """Both views of an RGB image, (2, S, S, 3) uint8, as by ``apply_view`` (``draw.py``)."""
+    """Both views of an RGB image, or, of one draw, view a alone: (V, S, S, 3) uint8, as by
+    ``apply_view`` (``draw.py``)."""
     from sacl_fast.ops.augment import augment
 
-    both = zip(draws, (views.a, views.b), strict=True)
+    both = zip(draws, (views.a, views.b), strict=False)
     rows = np.stack([pack_rows([draw], 1, views, view) for draw, view in both])
     values = augment(
         [torch.from_numpy(np.array(image))],
