@@ -37,7 +37,7 @@ from sacl_fast.output import is_courtesy, make_courtesy, open_standard_streams
 from sacl_fast.presets import PRESETS, get_preset
 
 if TYPE_CHECKING:
-    from sacl_fast.engine.trainer import RunResult
+    from sacl_fast.engine.result import RunResult
 
 _S = TypeVar("_S", bound=Settings)
 

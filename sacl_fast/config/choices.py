@@ -11,7 +11,7 @@ Backend = Literal["auto", "torch", "triton", "cuda", "cpu", "apex"]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
-SourceName = Literal["demo", "folder", "webdataset", "cifar10", "cifar100"]
+SourceName = Literal["demo", "folder", "webdataset", "cifar10", "cifar100", "python"]
 Labels = Literal["auto", "folder", "none"]
 LoaderName = Literal["auto", "dali", "pillow", "torchvision"]
 

@@ -59,7 +59,8 @@ class DataConfig(Settings, path="data"):
     one), with class folders or without labels; or a .txt file with the path of an image in each
     line. 'webdataset': a folder of .tar shards (or one shard), read where they are. 'cifar10',
     'cifar100': torchvision's data sets, downloaded to 'root' where missing; 'root' may also be an
-    unpacked image folder or archive of them."""
+    unpacked image folder or archive of them. 'python': what 'sacl_fast.train(config, source=...)'
+    was given, which no command can open."""
     root: Annotated[str, A_PATH] | None = None
     """Folder, archive or list with the images. If it holds 'train' and 'val' (or 'test'), however
     spelt, those are the two splits."""

@@ -81,7 +81,8 @@ class RunConsole:
             epoch: epochs done, counted from 0 (0.5: in the middle of the first).
             metrics: any of ``loss``, ``on_diagonal``, ``off_diagonal``, ``distillation``, ``lr``,
                 ``images_per_second``, ``data_wait`` (0 to 1), ``peak_memory_bytes``,
-                ``embedding_std``, ``effective_rank``, ``knn_dense``, ``knn_slim`` (percent).
+                ``embedding_std``, ``effective_rank``, ``knn_dense``, ``knn_slim`` (percent),
+                ``rankme_dense``, ``lidar_dense``; others are not shown.
         """
         if self._quiet or self._closed:
             return
@@ -281,6 +282,8 @@ class _Status:
         yield from cell("rank", "effective_rank")
         yield from cell("kNN dense", "knn_dense", "bold magenta", " %")
         yield from cell("kNN slim", "knn_slim", "magenta", " %")
+        yield from cell("RankMe", "rankme_dense", "magenta")
+        yield from cell("LiDAR", "lidar_dense", "magenta")
 
 
 _PLAIN = {
@@ -296,6 +299,8 @@ _PLAIN = {
     "effective_rank": ("rank", 6),
     "knn_dense": ("kNN dense %", 5),
     "knn_slim": ("kNN slim %", 5),
+    "rankme_dense": ("RankMe", 5),
+    "lidar_dense": ("LiDAR", 5),
 }
 
 
@@ -309,7 +314,7 @@ def _value(key: str, value: float) -> str:
             return f"{value / 2**30:.2f}"
         case "embedding_std":
             return f"{value:.3f}"
-        case "effective_rank" | "knn_dense" | "knn_slim":
+        case "effective_rank" | "knn_dense" | "knn_slim" | "rankme_dense" | "lidar_dense":
             return f"{value:.1f}"
         case _:
             return f"{value:#.4g}"

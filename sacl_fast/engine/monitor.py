@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -63,15 +64,23 @@ class Monitor:
         metrics = dict(zip(names, readings, strict=True))
         metrics["lr"] = self.step.learning_rate(steps_done - 1)
         metrics |= clock.read() | peak_memory(self.step.device)
-        self._report("train", steps_done, self._epoch(steps_done), metrics)
+        self.console.update(steps_done, self._epoch(steps_done), metrics)
+        self._write("train", steps_done, self._epoch(steps_done), metrics)
         warning = self.alarm.check(metrics["embedding_std"], metrics["effective_rank"], steps_done)
         if warning:
             self._event(steps_done, warning)
             self.console.message(warning, warning=True)
 
-    def report_knn(self, steps_done: int, epochs_done: int, knn: dict[str, float]) -> None:
-        """Accuracies in percent, ``knn_dense`` and ``knn_slim``."""
-        self._report("knn", steps_done, epochs_done, knn)
+    def report_evaluation(
+        self, steps_done: int, epochs_done: int, knn: dict[str, float], label_free: dict[str, float]
+    ) -> None:
+        """Accuracies in percent, ``knn_dense`` and ``knn_slim``; effective ranks, ``rankme_dense``,
+        ``lidar_dense`` and so on. Each where it was measured."""
+        self.console.update(steps_done, epochs_done, {**knn, **label_free})
+        if knn:
+            self._write("knn", steps_done, epochs_done, knn)
+        if label_free:
+            self._write("label_free", steps_done, epochs_done, label_free)
 
     def check_finite(self, steps_done: int) -> None:
         """Whether the state after a step is worth keeping. Waits for the device.
@@ -89,15 +98,14 @@ class Monitor:
         if self.writer is not None:
             self.writer.close()
 
-    def _report(self, kind: Kind, steps_done: int, epoch: float, values: dict[str, float]) -> None:
-        self.console.update(steps_done, epoch, values)
+    def _write(
+        self, kind: Kind, steps_done: int, epoch: float, values: Mapping[str, float | str]
+    ) -> None:
         if self.writer is not None:
             self.writer.write(kind, step=steps_done, epoch=epoch, values=values)
 
     def _event(self, steps_done: int, text: str) -> None:
-        if self.writer is not None:
-            epoch = self._epoch(steps_done)
-            self.writer.write("event", step=steps_done, epoch=epoch, values={"message": text})
+        self._write("event", steps_done, self._epoch(steps_done), {"message": text})
 
     def _epoch(self, steps_done: int) -> float:
         return steps_done / self.step.steps_per_epoch

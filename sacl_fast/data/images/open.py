@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from sacl_fast.config import DataConfig
 from sacl_fast.config.choices import SourceName
 from sacl_fast.data.images.cifar import open_cifar
 from sacl_fast.data.images.folder import open_folder
+from sacl_fast.data.images.given import given_splits, open_given
 from sacl_fast.data.images.shapes import open_demo
 from sacl_fast.data.images.source import Source, Splits, Subset
 from sacl_fast.data.images.splits import few
@@ -26,16 +28,20 @@ SOURCES: dict[SourceName, Callable[[DataConfig, bool], Splits]] = {
     "webdataset": open_webdataset,
     "cifar10": open_cifar,
     "cifar100": open_cifar,
+    "python": open_given,
 }
 
 
-def open_sources(config: DataConfig, seed: int, *, download: bool = True) -> Splits:
+def open_sources(
+    config: DataConfig, seed: int, *, download: bool = True, source: Any = None, val: Any = None
+) -> Splits:
     """The training and validation images of ``config``; ``seed`` chooses those of ``limit``.
+    ``source`` and ``val``: images from Python in their place, see ``given.py``.
 
     Archives are unpacked and data sets downloaded where they are not at hand. What the user can
     mend (no such folder, no images in it, no network, ``download`` ruled out) is a UserError.
     """
-    splits = SOURCES[config.source](config, download)
+    splits = given_splits(config, source, val) or SOURCES[config.source](config, download)
     train = _limited(splits.train, config.limit, seed)
     val = "no" if splits.val is None else len(splits.val)
     logger.info("%d training images, %s validation images", len(train), val)
@@ -49,6 +55,7 @@ def _described_labels(classes: Sequence[str], config: DataConfig) -> str:
     origin = {
         "folder": "the names of folders, or of classes in the list",
         "webdataset": "the .cls files in the shards",
+        "python": "those of the images given",
     }.get(config.source, f"those of {config.source}")
     return (
         f"labels for kNN evaluation: {len(classes)} classes ({few(classes)}), which are {origin}; "
