@@ -10,8 +10,10 @@
 
 Each function takes what ``sacl_fast.load_encoder`` takes, a run's own images and settings being the
 defaults; or a module (N, 3, S, S) -> (N, F) with ``data`` and ``views``, which say on which images
-of which size and normalisation it is evaluated. Keyword arguments are the options of the command:
-fields of ``sacl_fast.config.evaluation``. Nothing is written but where ``out`` names a folder.
+of which size and normalisation it is evaluated. ``source`` and ``val`` are images from Python, as
+``sacl_fast.train`` takes them, in place of those of ``data``. Keyword arguments are the options of
+the command: fields of ``sacl_fast.config.evaluation``. Nothing is written but where ``out`` names a
+folder.
 
 What the images, their labels or the settings do not allow is a ``UserError``.
 """
@@ -32,6 +34,7 @@ from sacl_fast.config.evaluation import (
     KnnEvaluation,
     LinearEvaluation,
 )
+from sacl_fast.data.images.given import Given, as_given
 from sacl_fast.errors import UserError, nearest
 from sacl_fast.evaluation.command import defaults
 from sacl_fast.evaluation.run import evaluate_module, evaluate_trained
@@ -50,10 +53,12 @@ def knn(
     data: DataConfig | None = None,
     eval: EvalConfig | None = None,
     views: ViewsConfig | None = None,
+    source: Any = None,
+    val: Any = None,
     **settings: Any,
 ) -> Result:
     """Weighted kNN; ``eval`` has k, temperature and how many images."""
-    return _evaluate(KnnEvaluation, encoder, data, eval, views, settings)
+    return _evaluate(KnnEvaluation, encoder, data, eval, views, Given(source, val), settings)
 
 
 def linear(
@@ -62,10 +67,12 @@ def linear(
     data: DataConfig | None = None,
     eval: EvalConfig | None = None,
     views: ViewsConfig | None = None,
+    source: Any = None,
+    val: Any = None,
     **settings: Any,
 ) -> Result:
     """A linear classifier on the frozen features of all training images (``weight_decays``)."""
-    return _evaluate(LinearEvaluation, encoder, data, eval, views, settings)
+    return _evaluate(LinearEvaluation, encoder, data, eval, views, Given(source, val), settings)
 
 
 def few_shot(
@@ -74,10 +81,12 @@ def few_shot(
     data: DataConfig | None = None,
     eval: EvalConfig | None = None,
     views: ViewsConfig | None = None,
+    source: Any = None,
+    val: Any = None,
     **settings: Any,
 ) -> Result:
     """Classifiers of few images (``per_class``, ``percent``, ``draws``)."""
-    return _evaluate(FewShotEvaluation, encoder, data, eval, views, settings)
+    return _evaluate(FewShotEvaluation, encoder, data, eval, views, Given(source, val), settings)
 
 
 def _evaluate(
@@ -86,6 +95,7 @@ def _evaluate(
     data: DataConfig | None,
     eval: EvalConfig | None,
     views: ViewsConfig | None,
+    images: Given,
     settings: dict[str, Any],
 ) -> Result:
     if unknown := settings.keys() - rules(kind).keys():
@@ -94,14 +104,17 @@ def _evaluate(
     given = {"data": data, "eval": eval}
     changes = {**{k: v for k, v in given.items() if v is not None}, **settings}
     if isinstance(encoder, nn.Module):
-        if data is None or views is None:
+        if (data is None and images.source is None) or views is None:
             raise UserError(
-                "a module does not say on which images to evaluate it; data=DataConfig(...) and "
-                "views=ViewsConfig(size=...) do"
+                "a module does not say on which images to evaluate it; data=DataConfig(...) or "
+                "source=, and views=ViewsConfig(size=...) do"
             )
-        return evaluate_module(encoder, views, replace(kind(), **changes))
+        wanted = replace(kind(), **changes)
+        wanted = replace(wanted, data=as_given(wanted.data, images))
+        return evaluate_module(encoder, views, wanted, given=images)
     if views is not None:
         raise UserError("views are those of the run or the file; without views works")
     trained = open_trained(encoder)
     wanted = replace(defaults(kind, trained), **changes)
-    return evaluate_trained(trained, wanted, write=False, quiet=True)
+    wanted = replace(wanted, data=as_given(wanted.data, images))
+    return evaluate_trained(trained, wanted, write=False, quiet=True, given=images)

@@ -22,6 +22,7 @@ _DATA = {
     "cifar100": "CIFAR-100",
     "folder": "an image folder",
     "webdataset": "shards of images",
+    "python": "images given from Python",
 }
 _CITATION = """\
 @inproceedings{meng2023slimmed,

@@ -13,7 +13,7 @@ import torch
 
 from sacl_fast import _version
 from sacl_fast.config import Config, to_dict
-from sacl_fast.data.images.given import as_given
+from sacl_fast.data.images.given import Given, as_given
 from sacl_fast.data.images.open import open_sources
 from sacl_fast.data.loading.open import open_view_loader
 from sacl_fast.data.loading.waiting import NoBatch
@@ -75,13 +75,13 @@ def train(
         OtherRankFailed: another process of the run failed or was killed.
         Stopped: by a signal, but not at a step that all processes could stop at.
     """
-    if source is not None:
-        config = replace(config, data=as_given(config.data))
+    given = Given(source, val)
+    config = replace(config, data=as_given(config.data, given))
     check_run(config)
     with deterministic(config.deterministic), process_group(config.device) as ranks:
         check_same_settings(config, ranks)
         with tried_algorithms(ranks.device), files.claimed_run_folder(config, ranks) as claim:
-            run = Run(config, ranks, claim, profile, source=source, val=val)
+            run = Run(config, ranks, claim, profile, given)
             try:
                 return run.train()
             finally:
@@ -97,9 +97,7 @@ class Run:
         ranks: Ranks,
         claim: files.RunFolder,
         profile: bool = False,
-        *,
-        source: Any = None,
-        val: Any = None,
+        given: Given | None = None,
     ) -> None:
         self.config = config
         self.ranks = ranks
@@ -113,7 +111,7 @@ class Run:
         starts = ranks.on_first(lambda: not resume_candidates(config, self.folder))
         # First: what cannot be built needs no data.
         networks = ranks.together(lambda: build_networks(config, pretrained=starts))
-        self.splits = open_sources(config.data, config.seed, source=source, val=val)
+        self.splits = open_sources(config.data, config.seed, given=given or Given())
         if ranks.first:
             for remark in remarks(config, len(self.splits.train)):
                 logger.warning(remark)

@@ -49,6 +49,13 @@ class Labels(NamedTuple):
     """Of whole numbers."""
 
 
+class Given(NamedTuple):
+    """Training images and images to validate with, from Python; none."""
+
+    source: Any = None
+    val: Any = None
+
+
 class GivenSource:
     """A ``Source`` of an indexable; ``title`` is what messages call it.
 
@@ -129,12 +136,13 @@ def open_given(config: DataConfig, _download: bool) -> Splits:
     )
 
 
-def given_splits(config: DataConfig, source: Any, val: Any = None) -> Splits | None:
-    """The images given as ``source`` and ``val``; None where none are.
+def given_splits(config: DataConfig, given: Given) -> Splits | None:
+    """The images that are given; None where none are.
 
     Raises:
         UserError: they are no images by index, or their labels do not fit one another.
     """
+    source, val = given
     if source is None:
         if val is not None:
             raise UserError("val= was given without source=; both, or source= alone, work")
@@ -161,8 +169,10 @@ def given_splits(config: DataConfig, source: Any, val: Any = None) -> Splits | N
     return Splits(train, held_out)
 
 
-def as_given(config: DataConfig) -> DataConfig:
-    """The settings of images that are given from Python, as a run records them."""
+def as_given(config: DataConfig, given: Given) -> DataConfig:
+    """The settings of images as a run records them where they are given from Python."""
+    if given.source is None:
+        return config
     return replace(config, source="python", root=None)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -12,13 +11,15 @@ from sacl_fast.config import DataConfig
 from sacl_fast.config.choices import SourceName
 from sacl_fast.data.images.cifar import open_cifar
 from sacl_fast.data.images.folder import open_folder
-from sacl_fast.data.images.given import given_splits, open_given
+from sacl_fast.data.images.given import Given, given_splits, open_given
 from sacl_fast.data.images.shapes import open_demo
 from sacl_fast.data.images.source import Source, Splits, Subset
 from sacl_fast.data.images.splits import few
 from sacl_fast.data.images.webdataset import open_webdataset
 
 logger = logging.getLogger(__name__)
+
+_NOTHING = Given()
 
 # Name to what opens it: the training and validation images of a configuration. The second argument
 # says whether what is missing may be downloaded.
@@ -33,15 +34,15 @@ SOURCES: dict[SourceName, Callable[[DataConfig, bool], Splits]] = {
 
 
 def open_sources(
-    config: DataConfig, seed: int, *, download: bool = True, source: Any = None, val: Any = None
+    config: DataConfig, seed: int, *, download: bool = True, given: Given = _NOTHING
 ) -> Splits:
     """The training and validation images of ``config``; ``seed`` chooses those of ``limit``.
-    ``source`` and ``val``: images from Python in their place, see ``given.py``.
+    ``given``: images from Python in their place.
 
     Archives are unpacked and data sets downloaded where they are not at hand. What the user can
     mend (no such folder, no images in it, no network, ``download`` ruled out) is a UserError.
     """
-    splits = given_splits(config, source, val) or SOURCES[config.source](config, download)
+    splits = given_splits(config, given) or SOURCES[config.source](config, download)
     train = _limited(splits.train, config.limit, seed)
     val = "no" if splits.val is None else len(splits.val)
     logger.info("%d training images, %s validation images", len(train), val)
