@@ -140,8 +140,8 @@ def _train_or_describe(args: list[str]) -> int:
     config = parse_config(
         "train",
         args,
-        extra="--dry-run: print the resolved configuration, sizes and costs only. --profile: "
-        "write a trace of some steps into the run folder and print where their time goes.",
+        extra="--dry-run: print the resolved configuration, sizes, costs, memory and time only. "
+        "--profile: write a trace of some steps into the run folder and print where their time goes.",
     )
     if dry_run:
         from sacl_fast.engine.dry_run import print_dry_run

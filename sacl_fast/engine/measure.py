@@ -46,6 +46,7 @@ _STEP = 0.5
 _WARM_UP = 6  # steps, in which passes are recorded and the step is captured as a CUDA graph
 _FEW = 2  # images of a step that is all but empty
 _SOME = 16  # images, of which it is told how long more take
+_GROWTH = 4  # of the images that a step is timed on
 _PROFILED = 3  # steps
 _PER_EPOCH = 1000  # steps of an epoch that is never trained
 _LIMITS = 0.4  # seconds for each of the device's rates
@@ -160,6 +161,50 @@ def _measure(config: Config, ranks: Ranks, seconds: float) -> Measured:
         data=_data(config, step, seconds=seconds / 5),
         plans=_other_plans(config, step, seconds=seconds / 3),
     )
+
+
+def time_step(config: Config, images: int, *, seconds: float) -> tuple[float, int]:
+    """Seconds of a step of one process on so many random images, and on how many it was timed:
+    fewer where there is no time for more, at least two. It takes about ``seconds`` once it is
+    built.
+
+    Raises:
+        UserError: it cannot be built here, or does not fit into memory.
+    """
+    ranks = Ranks(0, 1, pick_device(config.device))
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
+
+    def timed(count: int) -> float:
+        """Seconds of the quickest of some steps, after which passes are recorded."""
+        views = random_views(config, ranks.device, count)
+        times: list[float] = []
+        while not times or (len(times) < _WARM_UP + 2 and time.perf_counter() < end):
+            begin = time.perf_counter()
+            step(*views, 0)
+            synchronize(ranks.device)
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    parts = config.engine.accumulate
+    with tried_algorithms(ranks.device):
+        step = _build(replace(config, batch_size=images), ranks)
+        end = time.perf_counter() + seconds
+        few = many = min(_FEW * parts, images)
+        try:
+            of_few = of_many = timed(few)
+            while many < images:
+                more = min(images, _GROWTH * many)
+                at_most = (_WARM_UP + 2) * of_many * more / many
+                if time.perf_counter() + at_most > end:
+                    break
+                many, of_many = more, timed(more)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"a step of {images} images does not fit into the GPU's memory"
+            ) from None
+    each = max(0.0, of_many - of_few) / (many - few) if many > few else of_many / many
+    return of_many + each * (images - many), many
 
 
 # --- the step -------------------------------------------------------------------------------------
