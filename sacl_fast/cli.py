@@ -141,7 +141,8 @@ def _train_or_describe(args: list[str]) -> int:
         "train",
         args,
         extra="--dry-run: print the resolved configuration, sizes, costs, memory and time only. "
-        "--profile: write a trace of some steps into the run folder and print where their time goes.",
+        "--profile: write a trace of some steps into the run folder and print where their time "
+        "goes.",
     )
     if dry_run:
         from sacl_fast.engine.dry_run import print_dry_run

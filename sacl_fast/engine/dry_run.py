@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sacl_fast.config import Config, to_dict
 from sacl_fast.data.images.open import open_sources
-from sacl_fast.engine.distributed import pick_device
+from sacl_fast.engine.distributed import device_name, pick_device
 from sacl_fast.engine.launch import read_launch
 from sacl_fast.engine.measure import time_step
 from sacl_fast.engine.memory_use import Forecast, forecast, memory_here
@@ -121,10 +121,10 @@ def _memory(config: Config, world_size: int) -> Iterator[tuple[str, str]]:
         f"gradients and optimiser, {(peak - expected.state) / _GIB:.2f} activations and batches, "
         f"plan {expected.plan}",
     )
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine"
+    name = "this machine" if device.type == "cpu" else device_name(device)
     yield "", f"of {total / _GIB:.1f} GiB of {name}, {free / _GIB:.1f} free now"
     # On one machine, processes share its memory; each GPU has its own.
-    sharing = 1 if device.type == "cuda" else world_size
+    sharing = world_size if device.type == "cpu" else 1
     room = free // sharing - _RUNTIME
     if peak > room:
         ways = ", or ".join(_ways_to_fit(config, expected, world_size, room))

@@ -7,7 +7,6 @@ written. What the figures mean stands in ``verdict.py``.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -22,10 +21,11 @@ from sacl_fast.data.images.open import open_sources
 from sacl_fast.data.images.source import Source
 from sacl_fast.data.loading.batch import Batch
 from sacl_fast.data.loading.open import dali_obstacle, open_view_loader, resolve_loader
+from sacl_fast.data.loading.workers import worker_count
 from sacl_fast.engine.ceilings import copy_bandwidth, launch_cost, percentiles, product_rate
 from sacl_fast.engine.clock import Clock
 from sacl_fast.engine.convolutions import tried_algorithms
-from sacl_fast.engine.distributed import Ranks, pick_device
+from sacl_fast.engine.distributed import Ranks, device_name, pick_device
 from sacl_fast.engine.memory import keep_freed_memory
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.plan import random_views, take_plan, why_not_tried
@@ -195,7 +195,7 @@ def time_step(config: Config, images: int, *, seconds: float) -> tuple[float, in
             of_few = of_many = timed(few)
             while many < images:
                 more = min(images, _GROWTH * many)
-                at_most = (_WARM_UP + 2) * of_many * more / many
+                at_most = 3 * of_many * more / many  # an image less where there are more
                 if time.perf_counter() + at_most > end:
                     break
                 many, of_many = more, timed(more)
@@ -307,9 +307,9 @@ def _flops(config: Config, step: TrainingStep) -> int:
 
 
 def _name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} of {len(os.sched_getaffinity(0))} cores"
+    if device.type != "cpu":
+        return device_name(device)
+    return f"CPU, {torch.get_num_threads()} of {worker_count(-1)} cores"
 
 
 # --- data -----------------------------------------------------------------------------------------

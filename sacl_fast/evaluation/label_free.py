@@ -26,7 +26,7 @@ _RIDGE = 1e-4
 def rankme(features: Tensor) -> float:
     """The effective rank of features (N, F), in float64; NaN where they are not finite, 0 where
     there are none or all are 0."""
-    features = features.detach().to("cpu", torch.float64)
+    features = features.detach().cpu().double()  # not all devices have float64
     if not features.isfinite().all():
         return math.nan
     return _effective_rank(torch.linalg.svdvals(features)) if features.numel() else 0.0
@@ -38,7 +38,7 @@ def lidar(features: Tensor) -> float:
     n, q, dims = features.shape
     if n < 2 or q < 2:
         raise ValueError(f"LiDAR needs 2 images and 2 views of each, not {n} and {q}")
-    features = features.detach().to("cpu", torch.float64)
+    features = features.detach().cpu().double()
     if not features.isfinite().all():
         return math.nan
     means = features.mean(1)  # (n, F)
