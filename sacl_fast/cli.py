@@ -176,12 +176,19 @@ def _print_result(result: RunResult) -> None:
                     "another --optim.lr or larger batches may help, and curves.png shows where it "
                     "fell"
                 )
+    for name, before in result.label_free_before.items():
+        if not result.knn and name.startswith("rankme") and name in result.label_free:
+            after, width = result.label_free[name], name.removeprefix("rankme_")
+            print(f"RankMe, {width} encoder: {before:.1f} before training, {after:.1f} after")
     pictures = [result.folder / name for name in ("curves.png", "views.png")]
     print(f"pictures: {', '.join(str(path) for path in pictures if path.exists())}")
     print(f"encoder:  {result.folder / 'encoder.safetensors'}")
     slim = result.folder / "encoder_slim.safetensors"
     if slim.exists():
         print(f"slim:     {slim}")
+    best = result.folder / "encoder_best.safetensors"
+    if best.exists():
+        print(f"best:     {best}, of an earlier epoch")
 
 
 def _eval(args: list[str]) -> None:
