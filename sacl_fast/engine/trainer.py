@@ -75,9 +75,9 @@ def train(
         OtherRankFailed: another process of the run failed or was killed.
         Stopped: by a signal, but not at a step that all processes could stop at.
     """
+    check_run(config)
     given = Given(source, val)
     config = replace(config, data=as_given(config.data, given))
-    check_run(config)
     with deterministic(config.deterministic), process_group(config.device) as ranks:
         check_same_settings(config, ranks)
         with tried_algorithms(ranks.device), files.claimed_run_folder(config, ranks) as claim:

@@ -15,8 +15,7 @@ where the process is another. What is not a ``Source`` is never asked by two thr
 from __future__ import annotations
 
 import logging
-import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -25,18 +24,23 @@ from PIL import Image
 
 from sacl_fast.checks import shown
 from sacl_fast.config import DataConfig
-from sacl_fast.data.images.decode import BadImage, to_rgb
+from sacl_fast.data.images.decode import BadImage
+from sacl_fast.data.images.given_item import (
+    LABEL_KEYS,
+    first_key,
+    item_of,
+    label_in,
+    pixels_of,
+    plain_label,
+)
 from sacl_fast.data.images.source import Source, Splits, Subset
 from sacl_fast.data.images.splits import few
-from sacl_fast.errors import UserError, reason_of
+from sacl_fast.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_IMAGE_KEYS = ("image", "img")
-_LABEL_KEYS = ("label", "labels", "target", "class", "fine_label")
 _IDENTIFIED = 64  # images whose pixels tell a data set from another
 _READ_TWICE = 4
-_WORKS = "an image of Pillow's or an array (H, W, 3) of uint8 works"
 _NO_LABELS = "data.labels none does without labels"
 _OF_A_SOURCE = ("classes", "labels", "decoded", "load", "read", "label", "name", "identity")
 
@@ -95,7 +99,7 @@ class GivenSource:
         index = int(index)
         if index in self._broken:  # no label was found for it
             raise BadImage(self._broken[index])
-        return pixels_of(_item(self.items, index))
+        return pixels_of(item_of(self.items, index))
 
     def label(self, index: int) -> int:
         return int(self.labels[index])
@@ -110,7 +114,7 @@ class GivenSource:
     def read_label(self, index: int) -> Any:
         """The label in the item; None, and the image unreadable, where the item is."""
         try:
-            return _label_in(_item(self.items, index))
+            return label_in(item_of(self.items, index))
         except BadImage as error:
             self._broken[index] = str(error)
             return None
@@ -121,7 +125,7 @@ class GivenSource:
 
     def _identity(self, index: int) -> bytes:
         try:
-            pixels = pixels_of(_item(self.items, index))
+            pixels = pixels_of(item_of(self.items, index))
         except BadImage:
             return b"unreadable"
         return b"%d %d " % pixels.shape[:2] + pixels.tobytes()
@@ -176,24 +180,6 @@ def as_given(config: DataConfig, given: Given) -> DataConfig:
     return replace(config, source="python", root=None)
 
 
-def pixels_of(item: Any) -> np.ndarray:
-    """The image in an item: (H, W, 3) uint8. BadImage where there is none."""
-    image = _image_in(item)
-    try:
-        pixels = np.asarray(to_rgb(image) if isinstance(image, Image.Image) else image)
-    except Exception as error:  # whatever an image of somebody's raises when it is loaded
-        raise BadImage(_said(error)) from error
-    if pixels.dtype == np.uint8 and pixels.ndim == 2:
-        pixels = np.repeat(pixels[..., None], 3, axis=2)
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        what = f"{pixels.dtype} of shape {pixels.shape}" if pixels.ndim else shown(image)
-        hint = "; without ToTensor it is that" if pixels.dtype.kind == "f" and pixels.ndim else ""
-        raise BadImage(f"it is {what}, and {_WORKS}{hint}")
-    if not pixels.size:
-        raise BadImage(f"it has no pixels: shape {pixels.shape}")
-    return np.ascontiguousarray(pixels)
-
-
 # --- items ----------------------------------------------------------------------------------------
 
 
@@ -240,54 +226,13 @@ def _first_readable(items: Any, title: str, indices: Sequence[int]) -> Any:
     why = ""
     for index in indices:
         try:
-            item = _item(items, index)
+            item = item_of(items, index)
             pixels_of(item)
         except BadImage as error:
             why = why or f"{title}[{index}]: {error}"
         else:
             return item
     raise UserError(f"{title} holds no image that can be read, for {why}")
-
-
-def _item(items: Any, index: int) -> Any:
-    try:
-        return items[index]
-    except Exception as error:  # somebody's code: whatever it raises, the image cannot be had
-        raise BadImage(_said(error)) from error
-
-
-def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {reason_of(error)}"
-
-
-def _image_in(item: Any) -> Any:
-    if isinstance(item, (tuple, list)):
-        if not len(item):
-            raise BadImage(f"the item is empty; {_WORKS}")
-        return item[0]
-    if isinstance(item, Mapping):
-        key = _key(item, _IMAGE_KEYS)
-        images = [k for k, v in item.items() if isinstance(v, (Image.Image, np.ndarray))]
-        if key is None and len(images) == 1:
-            key = images[0]
-        if key is None:
-            raise BadImage(f"the item has no 'image' among {few([str(k) for k in item])}; {_WORKS}")
-        return item[key]
-    return item
-
-
-def _label_in(item: Any) -> Any:
-    if isinstance(item, (tuple, list)):
-        return item[1] if len(item) > 1 else None
-    if isinstance(item, Mapping):
-        key = _key(item, _LABEL_KEYS)
-        return None if key is None else item[key]
-    return None
-
-
-def _key(item: Iterable[Any], keys: Sequence[str]) -> str | None:
-    there = list(item)
-    return next((key for key in keys if key in there), None)
 
 
 # --- labels ---------------------------------------------------------------------------------------
@@ -299,23 +244,23 @@ def _labels_of(source: GivenSource) -> Labels | None:
     if found is not None:
         values, names = found
         return Labels(_plain(values, source), names)
-    if _scalar(_label_in(source.example)) is None:
+    if plain_label(label_in(source.example)) is None:
         return None
     logger.info(
         "reading the %d items of %s once, for their labels; an attribute targets (N) saves that",
         len(source), source.title,
     )  # fmt: skip
     values = [source.read_label(index) for index in range(len(source))]
-    instead = _label_in(source.example)  # where an item cannot be read, which nothing then does
+    instead = label_in(source.example)  # where an item cannot be read, which nothing then does
     values = [instead if source.is_broken(index) else v for index, v in enumerate(values)]
     return Labels(_plain(values, source), _names(source.items))
 
 
 def _cheap_labels(items: Any, count: int) -> tuple[Iterable[Any], tuple[str, ...] | None] | None:
     features = getattr(items, "features", None)
-    if isinstance(features, Mapping) and (key := _key(features, _LABEL_KEYS)) is not None:
+    if isinstance(features, Mapping) and (key := first_key(features, LABEL_KEYS)) is not None:
         values = list(items[key])
-        if len(values) == count and _scalar(values[0]) is not None:
+        if len(values) == count and plain_label(values[0]) is not None:
             return values, _unique(getattr(features[key], "names", None))
     inner, indices = getattr(items, "dataset", None), getattr(items, "indices", None)
     if inner is not None and isinstance(indices, Sequence) and len(indices) == count:
@@ -328,7 +273,7 @@ def _cheap_labels(items: Any, count: int) -> tuple[Iterable[Any], tuple[str, ...
         values = getattr(items, name, None)
         if values is not None and hasattr(values, "__len__") and len(values) == count:
             values = list(values)
-            if _scalar(values[0]) is not None:
+            if plain_label(values[0]) is not None:
                 return values, _names(items)
     return None
 
@@ -344,22 +289,10 @@ def _unique(names: Any) -> tuple[str, ...] | None:
     return tuple(names) if names and len(set(names)) == len(names) else None
 
 
-def _scalar(value: Any) -> int | str | None:
-    """A label as a number or a text; None where it is neither."""
-    if isinstance(value, str):
-        return str(value)
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    item: Callable[[], Any] | None = getattr(value, "item", None)
-    if item is not None and getattr(value, "ndim", None) == 0:  # of numpy or torch
-        return int(whole) if isinstance(whole := item(), numbers.Integral) else None
-    return None
-
-
 def _plain(values: Iterable[Any], source: GivenSource) -> list[int] | list[str]:
     plain: list[Any] = []
     for index, value in enumerate(values):
-        found = _scalar(value)
+        found = plain_label(value)
         if found is None or (isinstance(found, int) and found < 0):
             raise UserError(
                 f"the label of {source.name(index)} is {shown(value)}; a whole number from 0 on, "

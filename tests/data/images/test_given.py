@@ -13,7 +13,8 @@ from PIL import Image
 from sacl_fast.config import DataConfig
 from sacl_fast.data.images.decode import BadImage
 from sacl_fast.data.images.fingerprint import fingerprint
-from sacl_fast.data.images.given import Given, GivenSource, pixels_of
+from sacl_fast.data.images.given import Given, GivenSource
+from sacl_fast.data.images.given_item import pixels_of
 from sacl_fast.data.images.open import open_sources
 from sacl_fast.data.images.source import ArraySource
 from sacl_fast.errors import UserError
