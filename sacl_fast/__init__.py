@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sacl_fast.engine.result import RunResult
     from sacl_fast.engine.trainer import train
     from sacl_fast.evaluation.load import load_encoder
+    from sacl_fast.transfer.classifier import load_classifier
 
 __all__ = [
     "Config",
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "export",
+    "load_classifier",
     "load_encoder",
     "train",
 ]
@@ -35,6 +37,7 @@ _LAZY = {
     "RunResult": "sacl_fast.engine.result",
     "evaluate": "sacl_fast.evaluate",
     "export": "sacl_fast.deploy.export",
+    "load_classifier": "sacl_fast.transfer.classifier",
     "load_encoder": "sacl_fast.evaluation.load",
     "train": "sacl_fast.engine.trainer",
 }

@@ -1,4 +1,4 @@
-"""The command line: ``sacl-fast train | eval | export | views | index | doctor``.
+"""Command line: ``sacl-fast train | eval | finetune | export | views | cache | index | doctor``.
 
 The options of ``train`` and ``views`` are the fields of ``sacl_fast.config.Config``. They are
 layered: preset, then the file given with ``--config``, then the options themselves. Torch is
@@ -48,8 +48,10 @@ usage: sacl-fast COMMAND ...
                                             pre-train an encoder without labels
   eval knn|linear|few-shot TRAINED [options]
                                             how good an encoder is, and what it gained
+  finetune TRAINED [options]                train it and a classifier on labelled images
   export TRAINED OUT [options]              an encoder as ONNX and other files
   views [PRESET] [--config FILE] [options]  draw both views of some images
+  cache IMAGES OUT [--size N] [options]     decode images once, into a file that trains faster
   index SHARDS                              index .tar shards (data.source webdataset)
   doctor                                    what is installed, what runs, and why
   doctor --measure [PRESET] [options]       what bounds a step here, and what to change
@@ -81,8 +83,10 @@ def _run(args: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int | None]] = {
         "train": _train,
         "eval": _eval,
+        "finetune": _finetune,
         "export": _export,
         "views": _views,
+        "cache": _cache,
         "index": _index,
         "doctor": _doctor,
     }
@@ -197,6 +201,14 @@ def _eval(args: list[str]) -> None:
     run_eval(args, parse_options)
 
 
+def _finetune(args: list[str]) -> int:
+    from sacl_fast.engine.signals import ended_by_signals
+    from sacl_fast.transfer.command import run_finetune
+
+    with ended_by_signals():  # but for the steps, after which it stops with a checkpoint
+        return run_finetune(args, parse_options)
+
+
 def _export(args: list[str]) -> None:
     from sacl_fast.deploy.command import run_export
 
@@ -216,6 +228,12 @@ def _views(args: list[str]) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {path}: {error}; --out names another picture") from error
     print(path)
+
+
+def _cache(args: list[str]) -> None:
+    from sacl_fast.caching.command import run_cache
+
+    run_cache(args, parse_options)
 
 
 def _index(args: list[str]) -> None:

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from sacl_fast.checks import rules
+from sacl_fast.checks import Settings, rules
 from sacl_fast.config import DataConfig, EvalConfig, ViewsConfig
 from sacl_fast.config.evaluation import (
     Evaluation,
@@ -34,14 +34,18 @@ from sacl_fast.config.evaluation import (
     KnnEvaluation,
     LinearEvaluation,
 )
+from sacl_fast.config.finetune import FinetuneConfig
 from sacl_fast.data.images.given import Given, as_given
 from sacl_fast.errors import UserError, nearest
 from sacl_fast.evaluation.command import defaults
 from sacl_fast.evaluation.run import evaluate_module, evaluate_trained
 from sacl_fast.evaluation.scores import Figure, Result, Scores
 from sacl_fast.evaluation.trained import open_trained
+from sacl_fast.transfer import command as transfer
+from sacl_fast.transfer.finetune import Finetuned
+from sacl_fast.transfer.finetune import finetune as _finetune
 
-__all__ = ["Figure", "Result", "Scores", "few_shot", "knn", "linear"]
+__all__ = ["Figure", "Finetuned", "Result", "Scores", "few_shot", "finetune", "knn", "linear"]
 
 _Encoder = nn.Module | str | os.PathLike[str]
 _S = TypeVar("_S", bound=Evaluation)
@@ -89,6 +93,29 @@ def few_shot(
     return _evaluate(FewShotEvaluation, encoder, data, eval, views, Given(source, val), settings)
 
 
+def finetune(
+    encoder: str | os.PathLike[str], *, data: DataConfig | None = None, **settings: Any
+) -> Finetuned:
+    """Train all weights and a classifier on labelled images, as ``sacl-fast finetune`` does:
+    ``steps``, ``width``, ``from_scratch``, ``out`` and the other fields of ``FinetuneConfig``.
+
+    Unlike the evaluations it always writes: into ``out``, or into ``finetune/IMAGES`` in the run
+    folder. ``result`` of what is returned has the figures, ``folder`` the network
+    (``last.safetensors``, which ``sacl_fast.load_classifier`` opens).
+    """
+    _check_names(FinetuneConfig, settings)
+    trained = open_trained(encoder)
+    if data is not None:
+        settings["data"] = data
+    return _finetune(trained, replace(transfer.defaults(trained), **settings), quiet=True)
+
+
+def _check_names(kind: type[Settings], settings: dict[str, Any]) -> None:
+    if unknown := settings.keys() - rules(kind).keys():
+        name = min(unknown)
+        raise UserError(f"unknown setting {name}; {nearest(name, rules(kind))}")
+
+
 def _evaluate(
     kind: type[_S],
     encoder: _Encoder,
@@ -98,9 +125,7 @@ def _evaluate(
     images: Given,
     settings: dict[str, Any],
 ) -> Result:
-    if unknown := settings.keys() - rules(kind).keys():
-        name = min(unknown)
-        raise UserError(f"unknown setting {name}; {nearest(name, rules(kind))}")
+    _check_names(kind, settings)
     given = {"data": data, "eval": eval}
     changes = {**{k: v for k, v in given.items() if v is not None}, **settings}
     if isinstance(encoder, nn.Module):

@@ -25,11 +25,13 @@ import sacl_fast
 from sacl_fast.cli import main, parse_config, parse_options
 from sacl_fast.config import Config, ProjectorConfig
 from sacl_fast.config.export import ExportConfig
+from sacl_fast.config.finetune import FinetuneConfig
 from sacl_fast.encoders import build_encoder
 from sacl_fast.encoders.file import encoder_metadata, save_encoder
 from sacl_fast.engine.trainer import RunResult, train
 from sacl_fast.evaluation.command import METHODS
 from sacl_fast.slim import Slicer
+from sacl_fast.transfer.finetune import Finetuned
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -68,7 +70,17 @@ def newcomer(tmp_path: Path, image_folder: Path, tiny: Config, monkeypatch: pyte
     (tmp_path / "photos").symlink_to(image_folder)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
+
+    finetune = sacl_fast.evaluate.finetune
+
+    def finetuned(path: str, **settings: Any) -> Finetuned:
+        short: dict[str, Any] = dict(
+            steps=2, batch_size=8, size=32, out=str(tmp_path / "finetuned")
+        )
+        return finetune(path, **settings | short)
+
     monkeypatch.setattr(sacl_fast, "train", trained, raising=False)
+    monkeypatch.setattr(sacl_fast.evaluate, "finetune", finetuned)
 
 
 @pytest.fixture
@@ -136,6 +148,8 @@ def test_commands_are_understood(capsys: pytest.CaptureFixture[str]):
             parse_options("eval", METHODS[method](), options)
         elif command == "export":
             parse_options("export", ExportConfig(), arguments[2:])
+        elif command == "finetune":
+            parse_options("finetune", FinetuneConfig(), arguments[1:])
 
 
 def options_of(settings: type, prefix: str = "--") -> Iterator[str]:
@@ -152,7 +166,7 @@ def options_of(settings: type, prefix: str = "--") -> Iterator[str]:
 def test_options_exist(page: Path):
     known = {*options_of(Config), "--config", "--dry-run", "--profile", "--measure", "--help"}
     known |= {"--no-build-isolation", "--no-control"}
-    known.update(*map(options_of, (ExportConfig, *METHODS.values())))
+    known.update(*map(options_of, (ExportConfig, FinetuneConfig, *METHODS.values())))
     prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
     code = " ".join(re.findall(r"`[^`]+`", prose))
     named = set(re.findall(r"--[a-z][\w.*-]*", code))

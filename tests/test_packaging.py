@@ -212,7 +212,12 @@ def test_lower_bounds_are_versions_of_constraints():
     tested = versions_of_constraints()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for requirement in [*project["dependencies"], *extras["dali"], *extras["export"]]:
+    for requirement in [
+        *project["dependencies"],
+        *extras["dali"],
+        *extras["eval"],
+        *extras["export"],
+    ]:
         name, bound = re.fullmatch(r"([\w-]+)>=([\d.]+)", requirement).groups()
         assert f"{tested[name]}.".startswith(f"{bound}."), requirement
 

@@ -11,9 +11,13 @@ Backend = Literal["auto", "torch", "triton", "cuda", "cpu", "apex"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
-SourceName = Literal["demo", "folder", "webdataset", "cifar10", "cifar100", "python"]
+SourceName = Literal[
+    "demo", "folder", "webdataset", "cifar10", "cifar100", "voc2007", "cache", "python"
+]
 Labels = Literal["auto", "folder", "none"]
-LoaderName = Literal["auto", "dali", "pillow", "torchvision"]
+LoaderName = Literal["auto", "compiled", "dali", "pillow", "torchvision"]
+Residence = Literal["disk", "ram", "device"]
+ResidenceSetting = Literal["auto", Residence]
 
 Stem = Literal["imagenet", "stride1", "cifar"]
 
@@ -38,5 +42,8 @@ OptimizerName = Literal["lars", "adamw"]
 Width = Literal["dense", "slim"]
 Widths = Literal["both", Width]
 ResumeAt = Literal["step", "next_epoch"]
+
+RateSchedule = Literal["auto", "cosine", "steps"]
+Resume = Literal["never", "auto"]
 
 ExportFormat = Literal["timm", "onnx", "torch-export"]

@@ -20,9 +20,11 @@ _DATA = {
     "demo": "shapes that sacl-fast draws",
     "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100",
+    "voc2007": "PASCAL VOC 2007",
     "folder": "an image folder",
     "webdataset": "shards of images",
     "python": "images given from Python",
+    "cache": "a cache of decoded images",
 }
 _CITATION = """\
 @inproceedings{meng2023slimmed,

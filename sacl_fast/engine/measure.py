@@ -18,7 +18,7 @@ import torch
 from sacl_fast.config import Config
 from sacl_fast.config.choices import Plan
 from sacl_fast.data.images.open import open_sources
-from sacl_fast.data.images.source import Source
+from sacl_fast.data.images.source import Source, as_packed
 from sacl_fast.data.loading.batch import Batch
 from sacl_fast.data.loading.open import dali_obstacle, open_view_loader, resolve_loader
 from sacl_fast.data.loading.workers import worker_count
@@ -326,7 +326,8 @@ def _data(config: Config, step: TrainingStep, *, seconds: float) -> Data:
         )
     finally:
         loader.close()
-    name = resolve_loader(config, step.device).loader
+    packed = as_packed(source) is not None
+    name = resolve_loader(config, step.device, packed=packed).loader
     by_dali = name == "dali"
     return Data(
         alone["images_per_second"],
@@ -336,7 +337,7 @@ def _data(config: Config, step: TrainingStep, *, seconds: float) -> Data:
         images=images,
         workers=config.data.dali.threads if by_dali else config.data.workers,
         setting="data.dali.threads" if by_dali else "data.workers",
-        faster="" if by_dali else dali_obstacle() or "",
+        faster="" if by_dali or name == "compiled" else dali_obstacle() or "",
     )
 
 

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 _WANDB_ID = "wandb-id.txt"
 
-Kind = Literal["train", "knn", "label_free", "event"]
+Kind = Literal["train", "knn", "label_free", "accuracy", "event"]
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

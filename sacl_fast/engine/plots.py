@@ -74,6 +74,24 @@ def plot_curves(metrics: Sequence[dict[str, Any]], path: str | os.PathLike[str])
         canvas.print_png(file)
 
 
+def plot_accuracy(metrics: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> None:
+    """The same of a run that learns labels: loss, learning rate, accuracy."""
+    figure = Figure(figsize=(15, 4), dpi=110, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    loss, rate, accuracy = figure.subplots(1, 3)
+    train = [row for row in metrics if row.get("kind") == "train"]
+    _draw_loss(loss, train)
+    _draw_rate(rate, train)
+    _frame(accuracy, "Accuracy", "of validation images (%)")
+    epochs, values = _series([row for row in metrics if row.get("kind") == "accuracy"], "accuracy")
+    if len(values):
+        _line(accuracy, epochs, values, _BLUE, None, marker="o" if len(values) < 60 else None)
+    else:
+        _say(accuracy, "no readings yet")
+    with whole_file(Path(path)) as file:
+        canvas.print_png(file)
+
+
 def _draw_loss(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
     _frame(axes, "Loss", "loss and its weighted parts")
     lowest, highest = np.inf, -np.inf

@@ -47,10 +47,11 @@ def operator_of(schema: str) -> str:
 COMPILED = sorted({operator_of(schema) for schema in SCHEMAS})
 TRITON = ("xcorr_loss", "norm_pointwise", "lars")
 WITHOUT_A_SCHEMA = {"lars"}  # an optimiser's update, which nothing but its step calls
-WITHOUT_CUDA = {"augment"}  # on a GPU, DALI makes the views
+WITHOUT_CUDA = {"augment", "draw_views"}  # on a GPU, DALI makes the views; the CPU draws
 # Those that are measured where they are used, not by themselves.
 MEASURED_IN = {
     "augment": "bench_data.py",
+    "draw_views": "bench_data.py",
     "slim_add": "bench_slim.py",
     "slim_gate": "bench_slim.py",
 }
@@ -151,7 +152,7 @@ def test_index_lists_are_called_index_and_maps_map():
 def test_doctor_and_resolve_know_each_operator_by_its_name():
     called = set(COMPILED) - FUSED
     assert set(OPERATORS) == {*called, "xcorr_loss", "lars"}
-    assert set(SLIM_OPERATORS) == called - {"augment"}
+    assert set(SLIM_OPERATORS) == called - {"augment", "draw_views"}
     for op, backends in OPERATORS.items():
         assert ("cpu" in backends) == (op in called)
         assert ("cuda" in backends) == (op in called and op not in WITHOUT_CUDA)

@@ -12,9 +12,11 @@ from sacl_fast.config.choices import SourceName
 from sacl_fast.data.images.cifar import open_cifar
 from sacl_fast.data.images.folder import open_folder
 from sacl_fast.data.images.given import Given, given_splits, open_given
+from sacl_fast.data.images.pixel_file import open_cache
 from sacl_fast.data.images.shapes import open_demo
 from sacl_fast.data.images.source import Source, Splits, Subset
 from sacl_fast.data.images.splits import few
+from sacl_fast.data.images.voc import open_voc
 from sacl_fast.data.images.webdataset import open_webdataset
 
 logger = logging.getLogger(__name__)
@@ -30,6 +32,8 @@ SOURCES: dict[SourceName, Callable[[DataConfig, bool], Splits]] = {
     "cifar10": open_cifar,
     "cifar100": open_cifar,
     "python": open_given,
+    "voc2007": open_voc,
+    "cache": open_cache,
 }
 
 
@@ -57,6 +61,7 @@ def _described_labels(classes: Sequence[str], config: DataConfig) -> str:
         "folder": "the names of folders, or of classes in the list",
         "webdataset": "the .cls files in the shards",
         "python": "those of the images given",
+        "cache": "those of the images that it was made of",
     }.get(config.source, f"those of {config.source}")
     return (
         f"labels for kNN evaluation: {len(classes)} classes ({few(classes)}), which are {origin}; "

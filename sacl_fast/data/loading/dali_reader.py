@@ -36,9 +36,11 @@ class Feed(NamedTuple):
     """A batch as it leaves a worker."""
 
     images: Tensor
-    """(n, H, W, 3) uint8 pixels, or (bytes,) uint8: the encoded images end to end"""
+    """(bytes,) uint8: the images end to end, encoded or as pixels"""
     ends: Tensor
-    """(n,) int64: where each encoded image ends; empty for pixels"""
+    """(n,) int64: where each of them ends"""
+    sizes: Tensor
+    """(n, 2) int64: height and width of images that are pixels; empty where they are encoded"""
     a: Any
     """the draws of view a, packed"""
     b: Any
@@ -49,10 +51,13 @@ class Feed(NamedTuple):
     missed: int = 0
     """images that others stand for"""
 
-    def arrays(self) -> np.ndarray | list[np.ndarray]:
-        """The images as DALI takes them."""
-        images = self.images.numpy()
-        return np.split(images, self.ends.numpy()[:-1]) if len(self.ends) else images
+    def arrays(self) -> list[np.ndarray]:
+        """The images as DALI takes them: (bytes,) uint8 each, or (H, W, 3)."""
+        images = np.split(self.images.numpy(), self.ends.numpy()[:-1])
+        if not len(self.sizes):
+            return images
+        sizes = self.sizes.tolist()
+        return [image.reshape(*size, 3) for image, size in zip(images, sizes, strict=True)]
 
 
 class FeedReader:
@@ -75,7 +80,7 @@ class FeedReader:
             found, index[slot] = first_readable(self._load, i, len(self.source), self.patience, bad)
             if found is None:  # more are bad than may be: the loader will say so
                 nothing = torch.empty(0)
-                return Feed(nothing, nothing, None, None, nothing, list(bad.items()))
+                return Feed(nothing, nothing, nothing, None, None, nothing, list(bad.items()))
             images.append(found[0])
             sizes.append(found[1])
         a, b = (
@@ -90,13 +95,12 @@ class FeedReader:
             )
             for which, view in enumerate((self.views.a, self.views.b))
         )
-        if images[0].ndim == 3:
-            blob, ends = np.stack(images), np.empty(0, np.int64)
-        else:
-            blob, ends = np.concatenate(images), np.cumsum([len(image) for image in images])
+        blob = np.concatenate([image.reshape(-1) for image in images])
+        ends = np.cumsum([image.size for image in images])
+        pixels = np.array([image.shape[:2] for image in images if image.ndim == 3], np.int64)
         missed = int((index != wanted).sum())
-        blob, ends, index = map(torch.from_numpy, (blob, ends, index))
-        return Feed(blob, ends, a, b, index, list(bad.items()), missed)
+        blob, ends, pixels, index = map(torch.from_numpy, (blob, ends, pixels, index))
+        return Feed(blob, ends, pixels, a, b, index, list(bad.items()), missed)
 
     def _load(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
         """An image for DALI, and its width and height. BadImage where it cannot be read."""

@@ -216,7 +216,7 @@ def test_what_a_view_switches_off_is_not_in_its_graph():
 def test_the_graph_for_a_gpu_can_be_drawn_up_without_one():
     for encoded in (True, False):
         graph = _graph(
-            IMAGENET, lambda: [], encoded, "gpu", types.FLOAT16, 0.65,
+            IMAGENET, lambda: [], encoded, "cuda", types.FLOAT16, 0.65,
             batch_size=2, num_threads=1, device_id=0, exec_dynamic=True,
         )  # fmt: skip
         assert graph.device_id == 0
