@@ -37,7 +37,7 @@ from sacl_fast.output import is_courtesy, make_courtesy, open_standard_streams
 from sacl_fast.presets import PRESETS, get_preset
 
 if TYPE_CHECKING:
-    from sacl_fast.engine.trainer import RunResult
+    from sacl_fast.engine.result import RunResult
 
 _S = TypeVar("_S", bound=Settings)
 
@@ -148,8 +148,9 @@ def _train_or_describe(args: list[str]) -> int:
     config = parse_config(
         "train",
         args,
-        extra="--dry-run: print the resolved configuration, sizes and costs only. --profile: "
-        "write a trace of some steps into the run folder and print where their time goes.",
+        extra="--dry-run: print the resolved configuration, sizes, costs, memory and time only. "
+        "--profile: write a trace of some steps into the run folder and print where their time "
+        "goes.",
     )
     if dry_run:
         from sacl_fast.engine.dry_run import print_dry_run
@@ -183,12 +184,19 @@ def _print_result(result: RunResult) -> None:
                     "another --optim.lr or larger batches may help, and curves.png shows where it "
                     "fell"
                 )
+    for name, before in result.label_free_before.items():
+        if not result.knn and name.startswith("rankme") and name in result.label_free:
+            after, width = result.label_free[name], name.removeprefix("rankme_")
+            print(f"RankMe, {width} encoder: {before:.1f} before training, {after:.1f} after")
     pictures = [result.folder / name for name in ("curves.png", "views.png")]
     print(f"pictures: {', '.join(str(path) for path in pictures if path.exists())}")
     print(f"encoder:  {result.folder / 'encoder.safetensors'}")
     slim = result.folder / "encoder_slim.safetensors"
     if slim.exists():
         print(f"slim:     {slim}")
+    best = result.folder / "encoder_best.safetensors"
+    if best.exists():
+        print(f"best:     {best}, of an earlier epoch")
 
 
 def _eval(args: list[str]) -> None:

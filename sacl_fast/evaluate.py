@@ -10,9 +10,10 @@
 
 Each function takes what ``sacl_fast.load_encoder`` takes, a run's own images and settings being the
 defaults; or a module (N, 3, S, S) -> (N, F) with ``data`` and ``views``, which say on which images
-of which size and normalisation it is evaluated. Keyword arguments are the options of the command:
-fields of ``sacl_fast.config.evaluation``. Nothing is written but where ``out`` names a folder (of
-``features``: a file).
+of which size and normalisation it is evaluated. ``source`` and ``val`` are images from Python, as
+``sacl_fast.train`` takes them, in place of those of ``data``. Keyword arguments are the options of
+the command: fields of ``sacl_fast.config.evaluation``. Nothing is written but where ``out`` names a
+folder (of ``features``: a file).
 
 What the images, their labels or the settings do not allow is a ``UserError``.
 """
@@ -35,6 +36,7 @@ from sacl_fast.config.evaluation import (
 )
 from sacl_fast.config.finetune import FinetuneConfig
 from sacl_fast.config.looking import FeaturesConfig
+from sacl_fast.data.images.given import Given, as_given
 from sacl_fast.errors import UserError, nearest
 from sacl_fast.evaluation.command import defaults
 from sacl_fast.evaluation.run import evaluate_module, evaluate_trained
@@ -64,6 +66,7 @@ __all__ = [
 
 _Encoder = nn.Module | str | os.PathLike[str]
 _S = TypeVar("_S", bound=Evaluation)
+_NOTHING = Given()
 
 
 def knn(
@@ -72,10 +75,12 @@ def knn(
     data: DataConfig | None = None,
     eval: EvalConfig | None = None,
     views: ViewsConfig | None = None,
+    source: Any = None,
+    val: Any = None,
     **settings: Any,
 ) -> Result:
     """Weighted kNN; ``eval`` has k, temperature and how many images."""
-    return _evaluate(KnnEvaluation, encoder, data, eval, views, settings)
+    return _evaluate(KnnEvaluation, encoder, data, eval, views, Given(source, val), settings)
 
 
 def linear(
@@ -84,10 +89,12 @@ def linear(
     data: DataConfig | None = None,
     eval: EvalConfig | None = None,
     views: ViewsConfig | None = None,
+    source: Any = None,
+    val: Any = None,
     **settings: Any,
 ) -> Result:
     """A linear classifier on the frozen features of all training images (``weight_decays``)."""
-    return _evaluate(LinearEvaluation, encoder, data, eval, views, settings)
+    return _evaluate(LinearEvaluation, encoder, data, eval, views, Given(source, val), settings)
 
 
 def few_shot(
@@ -96,10 +103,12 @@ def few_shot(
     data: DataConfig | None = None,
     eval: EvalConfig | None = None,
     views: ViewsConfig | None = None,
+    source: Any = None,
+    val: Any = None,
     **settings: Any,
 ) -> Result:
     """Classifiers of few images (``per_class``, ``percent``, ``draws``)."""
-    return _evaluate(FewShotEvaluation, encoder, data, eval, views, settings)
+    return _evaluate(FewShotEvaluation, encoder, data, eval, views, Given(source, val), settings)
 
 
 def finetune(
@@ -168,31 +177,31 @@ def _evaluate(
     data: DataConfig | None,
     eval: EvalConfig | None,
     views: ViewsConfig | None,
+    images: Given,
     settings: dict[str, Any],
 ) -> Result:
     _check_names(kind, settings)
     given = {"data": data, "eval": eval}
     changes = {**{k: v for k, v in given.items() if v is not None}, **settings}
     if isinstance(encoder, nn.Module):
-        images = _views_of_module(data, views)
-        return evaluate_module(encoder, images, replace(kind(), **changes))
+        shown = _views_of_module(data, views, images)
+        wanted = replace(kind(), **changes)
+        wanted = replace(wanted, data=as_given(wanted.data, images))
+        return evaluate_module(encoder, shown, wanted, given=images)
     _refuse_views(views)
     trained = open_trained(encoder)
     wanted = replace(defaults(kind, trained), **changes)
-    return evaluate_trained(trained, wanted, write=False, quiet=True)
+    wanted = replace(wanted, data=as_given(wanted.data, images))
+    return evaluate_trained(trained, wanted, write=False, quiet=True, given=images)
 
 
-def _check_names(kind: type[Settings], settings: dict[str, Any]) -> None:
-    if unknown := settings.keys() - rules(kind).keys():
-        name = min(unknown)
-        raise UserError(f"unknown setting {name}; {nearest(name, rules(kind))}")
-
-
-def _views_of_module(data: DataConfig | None, views: ViewsConfig | None) -> ViewsConfig:
-    if data is None or views is None:
+def _views_of_module(
+    data: DataConfig | None, views: ViewsConfig | None, images: Given = _NOTHING
+) -> ViewsConfig:
+    if (data is None and images.source is None) or views is None:
         raise UserError(
-            "a module does not say on which images to evaluate it; data=DataConfig(...) and "
-            "views=ViewsConfig(size=...) do"
+            "a module does not say on which images to evaluate it; data=DataConfig(...) or "
+            "source=, and views=ViewsConfig(size=...) do"
         )
     return views
 

@@ -55,7 +55,7 @@ def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
 def newcomer(tmp_path: Path, image_folder: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch):
     """In a folder, with photographs at home and a training that is cut short."""
 
-    def trained(config: Config) -> RunResult:
+    def trained(config: Config, **images: Any) -> RunResult:
         photographs = config.data.source == "folder"
         return train(
             replace(
@@ -66,7 +66,8 @@ def newcomer(tmp_path: Path, image_folder: Path, tiny: Config, monkeypatch: pyte
                 projector=ProjectorConfig(hidden=16, out=24),
                 views=replace(config.views, size=32) if photographs else config.views,
                 eval=replace(tiny.eval, k=5, bank=20, queries=10),
-            )
+            ),
+            **images,
         )
 
     (tmp_path / "photos").symlink_to(image_folder)

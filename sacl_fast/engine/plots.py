@@ -7,7 +7,7 @@ the process that trains.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,17 @@ _LOSSES = {
     "distillation": ("distillation", _GREEN),
 }
 _KNN = {"knn_dense": ("dense", _BLUE), "knn_slim": ("slim", _ORANGE)}
+_RANKS = {
+    "rankme_dense": ("RankMe dense", _BLUE),
+    "rankme_slim": ("slim", _ORANGE),
+    "lidar_dense": ("LiDAR dense", _GREEN),
+    "lidar_slim": ("slim", _SKY),
+}
 
 
 def plot_curves(metrics: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Draw loss, learning rate, kNN accuracy and the embeddings' health over epochs.
+    """Draw loss, learning rate, kNN accuracy, the effective ranks of features and the embeddings'
+    health over epochs.
 
     Args:
         metrics: lines as ``read_metrics`` gives them; any number, in any order.
@@ -45,16 +52,21 @@ def plot_curves(metrics: Sequence[dict[str, Any]], path: str | os.PathLike[str])
     Raises:
         OSError: it cannot be written; an older picture is left as it was.
     """
-    figure = Figure(figsize=(11, 7.5), dpi=110, layout="constrained")
+    figure = Figure(figsize=(16, 7.5), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    (loss, rate), (knn, health) = figure.subplots(2, 2)
-    train = [row for row in metrics if row.get("kind") == "train"]
-    scores = [row for row in metrics if row.get("kind") == "knn"]
+    (loss, knn, health), (rate, ranks, unused) = figure.subplots(2, 3)
+    unused.remove()
+    train, scores, label_free = (
+        [row for row in metrics if row.get("kind") == kind]
+        for kind in ("train", "knn", "label_free")
+    )
     _draw_loss(loss, train)
     _draw_rate(rate, train)
-    _draw_knn(knn, scores)
+    percent: Any = {"most": 100.5, "suffix": " %"}
+    _draw_evaluation(knn, scores, _KNN, "kNN accuracy", "top-1 (%)", "no labels", **percent)
+    _draw_evaluation(ranks, label_free, _RANKS, "Features", "effective rank", "not measured")
     _draw_health(health, train)
-    last = max((row["epoch"] for row in [*train, *scores]), default=0)
+    last = max((row["epoch"] for row in [*train, *scores, *label_free]), default=0)
     for axes in figure.axes:
         axes.set_xlim(-0.015 * max(1, last), 1.015 * max(1, last))
 
@@ -107,19 +119,31 @@ def _draw_rate(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
     axes.set_ylim(bottom=0)
 
 
-def _draw_knn(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    frame(axes, "kNN accuracy", "top-1 (%)")
+def _draw_evaluation(
+    axes: Axes,
+    rows: Sequence[dict[str, Any]],
+    curves: Mapping[str, tuple[str, str]],
+    title: str,
+    unit: str,
+    without: str,
+    *,
+    most: float = np.inf,
+    suffix: str = "",
+) -> None:
+    """Figures of the evaluations, their last values in the legend; ``without``: said where there
+    are none."""
+    frame(axes, title, unit)
     drawn = []
-    for key, (label, color) in _KNN.items():
+    for key, (label, color) in curves.items():
         epochs, values = series(rows, key)
         if len(values):
             drawn += [values.min(), values.max()]
-            label = f"{label} {values[-1]:.1f} %"
+            label = f"{label} {values[-1]:.1f}{suffix}"
             draw_line(axes, epochs, values, color, label, marker="o" if len(values) < 60 else None)
     if not drawn:
-        say(axes, "no labels")
+        say(axes, without)
         return
-    axes.set_ylim(max(0, min(drawn) - 3), min(100.5, max(drawn) + 3))
+    axes.set_ylim(max(0, min(drawn) - 3), min(most, max(drawn) + 3))
     _legend(axes)
 
 

@@ -1,5 +1,5 @@
-"""Views made by the CUDA kernels against those of the compiled CPU operator, which is tested against
-Pillow: the same 8 bits before normalisation, and the same numbers after it.
+"""Views made by the CUDA kernels against those of the compiled CPU operator, which is tested
+against Pillow: the same 8 bits before normalisation, and the same numbers after it.
 
 Of the blur, exp and the fused multiplications may differ: 1 of 255, for at most one value in a
 thousand.
