@@ -48,4 +48,4 @@ Resume = Literal["never", "auto"]
 SplitName = Literal["all", "train", "val"]
 Projection = Literal["pca", "umap"]
 
-ExportFormat = Literal["timm", "onnx", "torch-export"]
+ExportFormat = Literal["timm", "onnx", "torch-export", "executorch", "litert", "coreml"]
