@@ -23,7 +23,7 @@ import pytest
 import torch
 
 import sacl_fast
-from sacl_fast.cli import main, parse_config, parse_options
+from sacl_fast.cli import main, parse_config
 from sacl_fast.config import Config, ProjectorConfig
 from sacl_fast.config.cache import CacheConfig
 from sacl_fast.config.export import ExportConfig
@@ -33,6 +33,7 @@ from sacl_fast.encoders import build_encoder
 from sacl_fast.encoders.file import encoder_metadata, save_encoder
 from sacl_fast.engine.trainer import RunResult, train
 from sacl_fast.evaluation.command import METHODS
+from sacl_fast.options import parse_options
 from sacl_fast.slim import Slicer
 from sacl_fast.transfer.finetune import Finetuned
 
