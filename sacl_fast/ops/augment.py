@@ -2,13 +2,13 @@
 grayscale, Gaussian blur, solarise, normalise.
 
 The compiled operator of the CPU (``csrc/cpu/augment.cpp``) makes a view in one go, by one thread,
-in its cache, and works on 8-bit pixels as Pillow does: it gives the same bits, but for a blur that may be
-one of 255 off (two passes of floats, summed in another order, less taps of a millionth of the
-weight). Its reference is ``sacl_fast.data.views.draw.apply_view``. There is no gradient.
+in its cache, and works on 8-bit pixels as Pillow does: it gives the same bits, but for a blur that
+may be one of 255 off (two passes of floats, summed in another order, less taps of a millionth of
+the weight). Its reference is ``sacl_fast.data.views.draw.apply_view``. There is no gradient.
 
-On a CUDA device ``augment_packed`` makes the same views (``csrc/cuda/augment_kernels.cu``): the bits
-of the CPU before normalisation, but for a blur, of which at most one value in a thousand is one of
-255 off (``exp`` and fused multiplications). It can be captured in a CUDA graph.
+On a CUDA device ``augment_packed`` makes the same views (``csrc/cuda/augment_kernels.cu``): the
+bits of the CPU before normalisation, but for a blur, of which at most one value in a thousand is
+one of 255 off (``exp`` and fused multiplications). It can be captured in a CUDA graph.
 """
 
 from __future__ import annotations

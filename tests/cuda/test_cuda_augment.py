@@ -1,5 +1,5 @@
-"""Views made by the CUDA kernels against those of the compiled CPU operator, which is tested against
-Pillow: the same 8 bits before normalisation, and the same numbers after it.
+"""Views made by the CUDA kernels against those of the compiled CPU operator, which is tested
+against Pillow: the same 8 bits before normalisation, and the same numbers after it.
 
 Of the blur, exp and the fused multiplications may differ: 1 of 255, for at most one value in a
 thousand.
@@ -100,8 +100,8 @@ def on_device(
 ) -> Tensor:
     out = torch.full((draws[..., 0].numel(), 3, size, size), torch.nan, dtype=dtype)
     there = device.put(out.to(memory_format=torch.channels_last))
-    pixels, images, draws, mean, std = map(device.put, (*given, draws, *norm))
-    device.ops.augment_packed(pixels, images, draws, window, mean, std, there, 1)
+    pixels, images, rows, mean, std = map(device.put, (*given, draws, *norm))
+    device.ops.augment_packed(pixels, images, rows, window, mean, std, there, 1)
     assert there is not None
     return there.cpu()
 
