@@ -165,11 +165,12 @@ def tasks(options: argparse.Namespace) -> Iterable[Task]:
         ("data_photos", "imagenet1k", options.photos),
         ("data_cifar", "cifar10", options.cifar),
     ):
-        amount = ("--images", "2048", "--train", "20") if on_gpu else ("--images", "32")
+        amount = ("--images", "2048", "--train", "20") if on_gpu else ("--images", "16")
         data = ("bench_data", "--preset", preset, "--rounds", "1", *amount, *tiny(options))
-        given = ("--data.root", str(root), "--data.labels", "none")
+        given = ("--stages", "decode", "all", "--encoder.name", ENCODERS[0])
+        given += ("--data.root", str(root), "--data.labels", "none")
         needs = "" if root is not None else f"--{name.removeprefix('data_')}"
-        yield bench("D", name, 240, *data, *given, headline=of_data, needs=needs)
+        yield bench("D", name, 210, *data, *given, headline=of_data, needs=needs)
 
 
 def step(options: argparse.Namespace, encoder: str, *variants: str) -> tuple[str, ...]:
@@ -296,8 +297,14 @@ def best_speed(result: dict[str, Any]) -> float:
 
 
 def of_data(result: dict[str, Any]) -> str:
-    speeds = {name: of["all"] for name, of in result["images_per_second"].items()}
-    return "; ".join(f"{name}: {speed:,.0f} images/s" for name, speed in speeds.items())
+    speeds = [
+        f"{row['name']}: {row['images_per_second']:,.0f}"
+        for row in result["rows"]
+        if row["stage"] == "all"
+    ]
+    waits = [f"{row['name']}: {row['data_wait']:.0%}" for row in result["training"]]
+    waiting = f"; {result['encoder']} waits, {', '.join(waits)}" if waits else ""
+    return f"images/s, {', '.join(speeds)}{waiting}"
 
 
 # --- running them ---------------------------------------------------------------------------------

@@ -180,4 +180,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sacl_fast, m) {
   // CUDA device float32, float16 or bfloat16, and threads does not count.
   m.def("augment_packed(Tensor pixels, Tensor images, Tensor draws, int window, Tensor mean, "
         "Tensor std, Tensor(a!) out, int threads) -> ()");
+
+  // The draws that augment takes, of V views (0: a, 1: b) of images image_index (n) of sizes (n,
+  // 2), height and width, all int64, in one epoch; on the CPU. settings (V, 18) float64, a row for
+  // each view: scale and ratio of the crop, and the ratio's logarithms, from and to; probabilities
+  // of flip and jitter; strengths of brightness, contrast, saturation and hue; probabilities of
+  // gray and blur; sigma from and to; probability of solarising, its threshold.
+  // -> (V, n, 16) float64
+  m.def("draw_views(int seed, int epoch, Tensor image_index, Tensor sizes, Tensor settings, "
+        "int threads) -> Tensor");
 }

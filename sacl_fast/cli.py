@@ -1,4 +1,4 @@
-"""The command line: ``sacl-fast train | eval | export | views | index | doctor``.
+"""The command line, ``sacl-fast COMMAND ...``; ``_USAGE`` lists the commands.
 
 The options of ``train`` and ``views`` are the fields of ``sacl_fast.config.Config``. They are
 layered: preset, then the file given with ``--config``, then the options themselves. Torch is
@@ -37,7 +37,7 @@ from sacl_fast.output import is_courtesy, make_courtesy, open_standard_streams
 from sacl_fast.presets import PRESETS, get_preset
 
 if TYPE_CHECKING:
-    from sacl_fast.engine.trainer import RunResult
+    from sacl_fast.engine.result import RunResult
 
 _S = TypeVar("_S", bound=Settings)
 
@@ -48,8 +48,12 @@ usage: sacl-fast COMMAND ...
                                             pre-train an encoder without labels
   eval knn|linear|few-shot TRAINED [options]
                                             how good an encoder is, and what it gained
+  finetune TRAINED [options]                train it and a classifier on labelled images
+  features TRAINED [options]                features as a file, and what they look like
+  report RUN... [--out FILE]                runs side by side
   export TRAINED OUT [options]              an encoder as ONNX and other files
   views [PRESET] [--config FILE] [options]  draw both views of some images
+  cache IMAGES OUT [--size N] [options]     decode images once, into a file that trains faster
   index SHARDS                              index .tar shards (data.source webdataset)
   doctor                                    what is installed, what runs, and why
   doctor --measure [PRESET] [options]       what bounds a step here, and what to change
@@ -81,8 +85,12 @@ def _run(args: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int | None]] = {
         "train": _train,
         "eval": _eval,
+        "finetune": _finetune,
+        "features": _features,
+        "report": _report,
         "export": _export,
         "views": _views,
+        "cache": _cache,
         "index": _index,
         "doctor": _doctor,
     }
@@ -140,8 +148,9 @@ def _train_or_describe(args: list[str]) -> int:
     config = parse_config(
         "train",
         args,
-        extra="--dry-run: print the resolved configuration, sizes and costs only. --profile: "
-        "write a trace of some steps into the run folder and print where their time goes.",
+        extra="--dry-run: print the resolved configuration, sizes, costs, memory and time only. "
+        "--profile: write a trace of some steps into the run folder and print where their time "
+        "goes.",
     )
     if dry_run:
         from sacl_fast.engine.dry_run import print_dry_run
@@ -175,18 +184,45 @@ def _print_result(result: RunResult) -> None:
                     "another --optim.lr or larger batches may help, and curves.png shows where it "
                     "fell"
                 )
+    for name, before in result.label_free_before.items():
+        if not result.knn and name.startswith("rankme") and name in result.label_free:
+            after, width = result.label_free[name], name.removeprefix("rankme_")
+            print(f"RankMe, {width} encoder: {before:.1f} before training, {after:.1f} after")
     pictures = [result.folder / name for name in ("curves.png", "views.png")]
     print(f"pictures: {', '.join(str(path) for path in pictures if path.exists())}")
     print(f"encoder:  {result.folder / 'encoder.safetensors'}")
     slim = result.folder / "encoder_slim.safetensors"
     if slim.exists():
         print(f"slim:     {slim}")
+    best = result.folder / "encoder_best.safetensors"
+    if best.exists():
+        print(f"best:     {best}, of an earlier epoch")
 
 
 def _eval(args: list[str]) -> None:
     from sacl_fast.evaluation.command import run_eval
 
     run_eval(args, parse_options)
+
+
+def _finetune(args: list[str]) -> int:
+    from sacl_fast.engine.signals import ended_by_signals
+    from sacl_fast.transfer.command import run_finetune
+
+    with ended_by_signals():  # but for the steps, after which it stops with a checkpoint
+        return run_finetune(args, parse_options)
+
+
+def _features(args: list[str]) -> None:
+    from sacl_fast.looking.command import run_features
+
+    run_features(args, parse_options)
+
+
+def _report(args: list[str]) -> None:
+    from sacl_fast.looking.command import run_report
+
+    run_report(args, parse_options)
 
 
 def _export(args: list[str]) -> None:
@@ -208,6 +244,12 @@ def _views(args: list[str]) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {path}: {error}; --out names another picture") from error
     print(path)
+
+
+def _cache(args: list[str]) -> None:
+    from sacl_fast.caching.command import run_cache
+
+    run_cache(args, parse_options)
 
 
 def _index(args: list[str]) -> None:

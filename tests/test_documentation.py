@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import doctest
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -24,12 +25,16 @@ import torch
 import sacl_fast
 from sacl_fast.cli import main, parse_config, parse_options
 from sacl_fast.config import Config, ProjectorConfig
+from sacl_fast.config.cache import CacheConfig
 from sacl_fast.config.export import ExportConfig
+from sacl_fast.config.finetune import FinetuneConfig
+from sacl_fast.config.looking import FeaturesConfig, ReportConfig
 from sacl_fast.encoders import build_encoder
 from sacl_fast.encoders.file import encoder_metadata, save_encoder
 from sacl_fast.engine.trainer import RunResult, train
 from sacl_fast.evaluation.command import METHODS
 from sacl_fast.slim import Slicer
+from sacl_fast.transfer.finetune import Finetuned
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -50,7 +55,7 @@ def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
 def newcomer(tmp_path: Path, image_folder: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch):
     """In a folder, with photographs at home and a training that is cut short."""
 
-    def trained(config: Config) -> RunResult:
+    def trained(config: Config, **images: Any) -> RunResult:
         photographs = config.data.source == "folder"
         return train(
             replace(
@@ -61,13 +66,24 @@ def newcomer(tmp_path: Path, image_folder: Path, tiny: Config, monkeypatch: pyte
                 projector=ProjectorConfig(hidden=16, out=24),
                 views=replace(config.views, size=32) if photographs else config.views,
                 eval=replace(tiny.eval, k=5, bank=20, queries=10),
-            )
+            ),
+            **images,
         )
 
     (tmp_path / "photos").symlink_to(image_folder)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
+
+    finetune = sacl_fast.evaluate.finetune
+
+    def finetuned(path: str, **settings: Any) -> Finetuned:
+        short: dict[str, Any] = dict(
+            steps=2, batch_size=8, size=32, out=str(tmp_path / "finetuned")
+        )
+        return finetune(path, **settings | short)
+
     monkeypatch.setattr(sacl_fast, "train", trained, raising=False)
+    monkeypatch.setattr(sacl_fast.evaluate, "finetune", finetuned)
 
 
 @pytest.fixture
@@ -135,6 +151,13 @@ def test_commands_are_understood(capsys: pytest.CaptureFixture[str]):
             parse_options("eval", METHODS[method](), options)
         elif command == "export":
             parse_options("export", ExportConfig(), arguments[2:])
+        elif command == "finetune":
+            parse_options("finetune", FinetuneConfig(), arguments[1:])
+        elif command == "features":
+            parse_options("features", FeaturesConfig(), arguments[1:])
+        elif command == "report":
+            options = itertools.dropwhile(lambda a: not a.startswith("-"), arguments)
+            parse_options("report", ReportConfig(), list(options))
 
 
 def options_of(settings: type, prefix: str = "--") -> Iterator[str]:
@@ -151,7 +174,11 @@ def options_of(settings: type, prefix: str = "--") -> Iterator[str]:
 def test_options_exist(page: Path):
     known = {*options_of(Config), "--config", "--dry-run", "--profile", "--measure", "--help"}
     known |= {"--no-build-isolation", "--no-control"}
-    known.update(*map(options_of, (ExportConfig, *METHODS.values())))
+    settings = (
+        *(CacheConfig, ExportConfig, FinetuneConfig, FeaturesConfig, ReportConfig),
+        *METHODS.values(),
+    )
+    known.update(*map(options_of, settings))
     prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
     code = " ".join(re.findall(r"`[^`]+`", prose))
     named = set(re.findall(r"--[a-z][\w.*-]*", code))

@@ -17,8 +17,8 @@ def python(code: str, **more) -> Task:
     return Task("A", "task", [sys.executable, "-c", code], more.pop("limit", 60), **more)
 
 
-def given(tmp_path: Path, device: str = "cpu") -> Namespace:
-    return Namespace(device=device, out=tmp_path, cifar=None, photos=None)
+def given(tmp_path: Path, device: str = "cpu", photos: Path | None = None) -> Namespace:
+    return Namespace(device=device, out=tmp_path, cifar=None, photos=photos)
 
 
 def test_a_task_writes_a_log_and_its_last_line_is_the_headline(tmp_path):
@@ -85,8 +85,22 @@ def test_the_summary_is_whole_after_each_task(tmp_path):
 
 @pytest.mark.parametrize("name", ["ceilings", "slim_pointwise", "step_mobilenetv1_100_224"])
 def test_tasks_run_on_the_cpu(tmp_path, name):
-    (task,) = (task for task in tasks(given(tmp_path)) if task.name == name)
-    outcome = run(task, tmp_path, 300)
-    assert outcome.status == "ok", (tmp_path / f"{name}.log").read_text()
-    assert "cannot be read" not in outcome.headline
-    assert json.loads((tmp_path / f"{name}.json").read_text())
+    assert figures_of(name, given(tmp_path))
+
+
+def test_data_paths_are_measured_on_the_cpu(tmp_path, image_folder):
+    result = figures_of("data_photos", given(tmp_path, photos=image_folder))
+    measured = {row["name"] for row in result["rows"]}
+    assert result["baseline"] in measured
+    assert not measured & set(result["missing"])
+    for row in result["rows"]:
+        assert row["images_per_second"] > 0 and row["ratio"] > 0 and row["core_ms_per_image"] >= 0
+
+
+def figures_of(name, options):
+    """What a task writes; it runs to its end, and has a headline."""
+    (task,) = (task for task in tasks(options) if task.name == name)
+    outcome = run(task, options.out, 300)
+    assert outcome.status == "ok", (options.out / f"{name}.log").read_text()
+    assert outcome.headline and "cannot be read" not in outcome.headline
+    return json.loads((options.out / f"{name}.json").read_text())

@@ -137,7 +137,8 @@ def test_sdist_and_wheel_hold_what_they_should(tree: Path):
         f"{name}.dist-info",
     }
     python = {str(f.relative_to(ROOT)) for f in (ROOT / "sacl_fast").rglob("*.py")}
-    assert set(packed) >= python | {"sacl_fast/py.typed", "sacl_fast/_C.pyi"}
+    page = {str(f.relative_to(ROOT)) for f in (ROOT / "sacl_fast/looking/page").iterdir()}
+    assert set(packed) >= python | page | {"sacl_fast/py.typed", "sacl_fast/_C.pyi"}
 
 
 def test_an_unknown_build_mode_names_the_valid_ones(tree: Path):
@@ -212,7 +213,12 @@ def test_lower_bounds_are_versions_of_constraints():
     tested = versions_of_constraints()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for requirement in [*project["dependencies"], *extras["dali"], *extras["export"]]:
+    for requirement in [
+        *project["dependencies"],
+        *extras["dali"],
+        *extras["eval"],
+        *extras["export"],
+    ]:
         name, bound = re.fullmatch(r"([\w-]+)>=([\d.]+)", requirement).groups()
         assert f"{tested[name]}.".startswith(f"{bound}."), requirement
 

@@ -8,12 +8,16 @@ from __future__ import annotations
 from typing import Literal
 
 Backend = Literal["auto", "torch", "triton", "cuda", "cpu", "apex"]
-Device = Literal["auto", "cpu", "cuda"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
-SourceName = Literal["demo", "folder", "webdataset", "cifar10", "cifar100"]
+SourceName = Literal[
+    "demo", "folder", "webdataset", "cifar10", "cifar100", "voc2007", "cache", "python"
+]
 Labels = Literal["auto", "folder", "none"]
-LoaderName = Literal["auto", "dali", "pillow", "torchvision"]
+LoaderName = Literal["auto", "compiled", "dali", "pillow", "torchvision"]
+Residence = Literal["disk", "ram", "device"]
+ResidenceSetting = Literal["auto", Residence]
 
 Stem = Literal["imagenet", "stride1", "cifar"]
 
@@ -39,4 +43,9 @@ Width = Literal["dense", "slim"]
 Widths = Literal["both", Width]
 ResumeAt = Literal["step", "next_epoch"]
 
-ExportFormat = Literal["timm", "onnx", "torch-export"]
+RateSchedule = Literal["auto", "cosine", "steps"]
+Resume = Literal["never", "auto"]
+SplitName = Literal["all", "train", "val"]
+Projection = Literal["pca", "umap"]
+
+ExportFormat = Literal["timm", "onnx", "torch-export", "executorch", "litert", "coreml"]

@@ -17,7 +17,7 @@ from sacl_fast.checks import (
     Rule,
     Settings,
 )
-from sacl_fast.config.choices import Labels, LoaderName, SourceName
+from sacl_fast.config.choices import Labels, LoaderName, ResidenceSetting, SourceName
 
 # What can be asked of any machine; 'engine.preflight' holds it against the one at hand.
 _PROCESSES = Range(-1, 512)
@@ -32,8 +32,8 @@ _Std = Annotated[float, Range(0.001, 1000)]
 
 @dataclass(frozen=True, kw_only=True)
 class DaliConfig(Settings, path="data.dali"):
-    """How NVIDIA DALI makes the views, where it does ('data.loader'): from beginning to end, or, on
-    the CPU where the compiled operators are built, from JPEG to pixels."""
+    """How NVIDIA DALI makes the views, where it does ('data.loader'): from JPEG to pixels, and on
+    from there where the compiled operator is not built for the device."""
 
     threads: Annotated[int, _PROCESSES, _NOT_NONE] = -1
     """Threads that decode on the CPU, and as many that augment, per rank (-1: the cores this rank
@@ -45,7 +45,7 @@ class DaliConfig(Settings, path="data.dali"):
     """Batches prepared ahead, at most."""
     memory: Annotated[float, Range(0, 4096, above=True)] = 4.0
     """GiB that batches prepared ahead may take, per rank: where 'prefetch' would take more, fewer
-    are prepared, but always one. The decoded images of up to three batches come on top."""
+    are prepared, but always one. The decoded images of a few batches come on top."""
     hw_decoder_load: Probability = 0.65
     """Share of the JPEGs for the GPU's hardware decoder, where it has one."""
 
@@ -59,10 +59,13 @@ class DataConfig(Settings, path="data"):
     one), with class folders or without labels; or a .txt file with the path of an image in each
     line. 'webdataset': a folder of .tar shards (or one shard), read where they are. 'cifar10',
     'cifar100': torchvision's data sets, downloaded to 'root' where missing; 'root' may also be an
-    unpacked image folder or archive of them."""
+    unpacked image folder or archive of them. 'voc2007': likewise, in its official layout; images
+    with several labels, which 'sacl-fast finetune' learns and all else passes over. 'cache': a file
+    of decoded images, which 'sacl-fast cache' makes of any other source. 'python': what
+    'sacl_fast.train(config, source=...)' was given, which no command can open."""
     root: Annotated[str, A_PATH] | None = None
-    """Folder, archive or list with the images. If it holds 'train' and 'val' (or 'test'), however
-    spelt, those are the two splits."""
+    """Folder, archive, list or cache with the images. If a folder holds 'train' and 'val' (or
+    'test'), however spelt, those are the two splits."""
     labels: Labels = "auto"
     """Labels are used by kNN evaluation only. 'folder': the first folder level names the class.
     'none': ignore folders and other labels. 'auto': 'folder' if all images lie in folders and the
@@ -70,15 +73,21 @@ class DataConfig(Settings, path="data"):
     limit: CountOrZero = 0
     """Use only this many training images, the same ones for the same seed (0: all)."""
     loader: LoaderName = "auto"
-    """What decodes the training images and makes their views. 'auto': NVIDIA DALI where it is
-    installed and faster; else 'pillow', Pillow and the compiled operator, where that is built; else
-    'torchvision'. 'sacl-fast doctor' says which, and why."""
+    """What decodes the training images and makes their views. 'auto': for images that are pixels
+    (a cache, CIFAR) 'compiled', the compiled operator alone, where that is built; NVIDIA DALI where
+    it is installed and faster; else 'pillow', Pillow and the compiled operator; else 'torchvision'.
+    'sacl-fast doctor' says which, and why."""
+    residence: ResidenceSetting = "auto"
+    """Where the pixels are that loader 'compiled' makes views of. 'device': in the GPU's memory.
+    'ram': read into memory before the first step, by each process. 'disk': where the file is,
+    mapped into memory and read ahead. 'auto': on a GPU the first of these that fits in half of what
+    is free; on a CPU the file, which processes share, or the memory that the images are in."""
     dali: DaliConfig = field(default_factory=DaliConfig)
     workers: Annotated[int, _PROCESSES] = -1
     """Worker processes that decode and augment without DALI, per rank (-1: the cores this rank
-    can have; 0: in the main process)."""
+    can have; 0: in the main process); threads of loader 'compiled'."""
     prefetch: Annotated[int, Range(1, 256)] = 4
-    """Batches each worker prepares ahead."""
+    """Batches each worker prepares ahead, and loader 'compiled' at most."""
     batch_timeout: NotNegative = 1800.0
     """Seconds that a batch may take to load before the run fails (0: any time)."""
     max_bad_share: Probability = 0.1

@@ -18,11 +18,12 @@ class ExportConfig(Settings):
     estimated on the training images."""
     format: str = "timm"
     """Formats, with commas between them. 'timm' ('safetensors'): weights, as a run leaves them;
-    'onnx' and 'torch-export': graphs for any batch size."""
+    'onnx' and 'torch-export': graphs for any batch size; 'executorch', 'litert' and 'coreml':
+    graphs of one image, for devices."""
     fold_norm: bool = False
     """Graphs take images scaled to 0..1 and normalise them themselves."""
     int8: bool = False
-    """Each ONNX file in int8 besides, calibrated on the training images."""
+    """Each ONNX, ExecuTorch and LiteRT file in int8 besides, calibrated on the training images."""
     knn: bool = False
     """Measure the kNN accuracy of each file too, as the run did."""
     data: DataConfig = field(default_factory=DataConfig)

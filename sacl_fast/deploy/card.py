@@ -20,8 +20,11 @@ _DATA = {
     "demo": "shapes that sacl-fast draws",
     "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100",
+    "voc2007": "PASCAL VOC 2007",
     "folder": "an image folder",
     "webdataset": "shards of images",
+    "python": "images given from Python",
+    "cache": "a cache of decoded images",
 }
 _CITATION = """\
 @inproceedings{meng2023slimmed,
@@ -116,7 +119,7 @@ def _input(trained: Trained, fold_norm: bool) -> str:
     text = f"Images (N, 3, {views.size}, {views.size}), float32, any N: {normalised}."
     if fold_norm:
         text += (
-            " The graphs (.onnx, .pt2) normalise by themselves and take RGB scaled to 0..1; "
+            " The graphs normalise by themselves and take RGB scaled to 0..1; "
             "weights (.safetensors) do not."
         )
     return text + (
@@ -130,7 +133,7 @@ def _loading(trained: Trained, result: ExportResult) -> Iterator[str]:
     """How a file is loaded, once for the files that are loaded alike."""
     seen: set[str] = set()
     for row in result.rows:
-        if row.parity is None:
+        if not row.is_file:
             continue
         imports, code = _CODE[row.format.split()[0]](trained, row)
         if (alike := code.replace(row.name, "")) not in seen:
@@ -174,4 +177,32 @@ def _torch_export_code(trained: Trained, row: Exported) -> tuple[list[str], str]
     return [], f"{load}\nfeatures = encoder(images)"
 
 
-_CODE = {"timm": _timm_code, "onnx": _onnx_code, "torch-export": _torch_export_code}
+def _executorch_code(trained: Trained, row: Exported) -> tuple[list[str], str]:
+    return ["from executorch.runtime import Runtime"], (
+        f'method = Runtime.get().load_program("{row.name}").load_method("forward")\n'
+        "(features,) = method.execute([images])"
+    )
+
+
+def _litert_code(trained: Trained, row: Exported) -> tuple[list[str], str]:
+    return ["from ai_edge_litert.interpreter import Interpreter"], (
+        f'run = Interpreter("{row.name}").get_signature_runner()\n'
+        'features = run(images=images.numpy())["features"]'
+    )
+
+
+def _coreml_code(trained: Trained, row: Exported) -> tuple[list[str], str]:
+    return ["import coremltools"], (
+        f'model = coremltools.models.MLModel("{row.name}")  # on macOS\n'
+        'features = model.predict({"images": images.numpy()})["features"]'
+    )
+
+
+_CODE = {
+    "timm": _timm_code,
+    "onnx": _onnx_code,
+    "torch-export": _torch_export_code,
+    "executorch": _executorch_code,
+    "litert": _litert_code,
+    "coreml": _coreml_code,
+}

@@ -40,11 +40,13 @@ def run_export(args: list[str], parse: Callable[..., ExportConfig]) -> None:
     logging.getLogger("sacl_fast").setLevel(logging.INFO)
 
     from sacl_fast.deploy.export import NotKept, export
+    from sacl_fast.evaluation.given import as_given
     from sacl_fast.evaluation.trained import open_trained
 
     trained = open_trained(paths[0])
     default = replace(ExportConfig(), data=trained.config.data)
     config = parse("export", default, options, description=_HELP)
+    config = replace(config, data=as_given(config.data, options))
     try:
         result = export(
             trained,

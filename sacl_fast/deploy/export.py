@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +18,12 @@ from torch import Tensor
 from sacl_fast.checks import check
 from sacl_fast.config import Config, DataConfig
 from sacl_fast.config.choices import ExportFormat
+from sacl_fast.data.images.given import Given
 from sacl_fast.deploy.card import model_card
 from sacl_fast.deploy.check import latency, parity
-from sacl_fast.deploy.formats import FORMATS, Runner, check_packages
+from sacl_fast.deploy.formats import FORMATS, Content, check_packages
+from sacl_fast.deploy.graph import NotRunHere, Runner
 from sacl_fast.deploy.images import RunImages, open_images
-from sacl_fast.deploy.int8 import quantise
 from sacl_fast.deploy.network import (
     Batches,
     Network,
@@ -68,6 +70,8 @@ def export(
     int8: bool = False,
     knn: bool = False,
     data: DataConfig | None = None,
+    source: Any = None,
+    val: Any = None,
 ) -> ExportResult:
     """Write the encoder of a run into a new folder, at several widths and in several formats.
 
@@ -79,11 +83,13 @@ def export(
         out: the folder; there is none yet, or it is empty.
         widths: ``dense``; ``slim``, at the ratio it was trained with; a ratio in (0, 1], with
             filters chosen and batch-norm statistics estimated anew.
-        formats: ``timm`` (weights as safetensors), ``onnx``, ``torch-export``.
+        formats: ``timm`` (weights as safetensors), ``onnx``, ``torch-export``; ``executorch``,
+            ``litert`` and ``coreml``, of one image.
         fold_norm: graphs take images scaled to 0..1 and normalise them themselves.
-        int8: each ONNX file in int8, too.
+        int8: each ONNX, ExecuTorch and LiteRT file in int8, too.
         knn: measure the kNN accuracy of each file, which takes labels.
         data: the images, where they are not those of the run's configuration.
+        source, val: the images as ``sacl_fast.train`` takes them, in their place.
 
     Raises:
         NotKept: a UserError; some files do not give the encoder's features. The others are there.
@@ -107,8 +113,9 @@ def export(
         else "estimating batch-norm statistics" if needs_images(trained, ratios)
         else None
     )  # fmt: skip
-    known = trained.has_data or data is not None
-    images = open_images(config, known=known, needed_for=needed_for)
+    given = Given(source, val)
+    known = trained.has_data or data is not None or source is not None
+    images = open_images(config, known=known, needed_for=needed_for, given=given)
     if knn and (images is None or images.classes < 2):
         raise UserError("--knn needs images of two classes or more; these have no labels")
     with _new_folder(folder) as written:
@@ -189,12 +196,12 @@ class _Export:
         folded = self.options.fold_norm and form.is_graph
         self._write(file, form.content(network, folded))
         yield from self._kept(network, name, file, features, folded)
-        if self.options.int8 and name == "onnx" and (self.written / file).exists():
+        if self.options.int8 and form.int8 is not None and (self.written / file).exists():
             assert self.batches is not None
             smaller = f"encoder_{network.width}_int8{form.suffix}"
             logger.info("writing %s", smaller)
             batches = (self._as_taken(images, folded) for images in self.batches())
-            self._write(smaller, quantise(self.written / file, batches))
+            self._write(smaller, form.int8(network, folded, self.written / file, batches))
             yield from self._kept(network, name, smaller, features, folded, int8=True)
 
     def _kept(
@@ -208,25 +215,33 @@ class _Export:
         int8: bool = False,
     ) -> Iterator[Exported]:
         """The row of a file that holds; one that does not is removed."""
-        load = FORMATS[name].load(self.written / file)
+        written = self.written / file
+        about = {
+            "name": file,
+            "width": network.width,
+            "format": f"{name} int8" if int8 else name,
+            "size": _size(written),
+            **cost(network.module, network.size)._asdict(),
+        }
+        try:
+            load = FORMATS[name].load(written)
+        except NotRunHere as needed:
+            yield Exported(**about, milliseconds=None, not_run=str(needed))
+            return
 
         def run(images: Tensor) -> Tensor:
             return load(self._as_taken(images, folded))
 
         found = parity(run, self.compared, features)
         if (obstacle := found.obstacle(int8=int8)) is not None:
-            (self.written / file).unlink()
+            written.unlink() if written.is_file() else shutil.rmtree(written)
             self.refused.append(f"{file}, whose features differ from the encoder's by {obstacle}")
             return
         yield Exported(
-            name=file,
-            width=network.width,
-            format=f"{name} int8" if int8 else name,
-            size=(self.written / file).stat().st_size,
+            **about,
             milliseconds=latency(load, self._as_taken(self.compared[:1], folded)),
             parity=found,
             knn=self._knn(run),
-            **cost(network.module, network.size)._asdict(),
         )
 
     def _as_taken(self, images: Tensor, folded: bool) -> Tensor:
@@ -241,10 +256,14 @@ class _Export:
             return None
         return self.images.knn(run)
 
-    def _write(self, name: str, content: bytes) -> None:
+    def _write(self, name: str, content: Content) -> None:
+        files = {"": content} if isinstance(content, bytes) else content
         try:
-            with whole_file(self.written / name) as file:
-                file.write(content)
+            for part, data in files.items():
+                path = self.written / name / part
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with whole_file(path) as file:
+                    file.write(data)
         except OSError as error:
             raise UserError(f"cannot write {self.folder / name}: {reason_of(error)}") from error
 
@@ -259,12 +278,19 @@ def _read_formats(formats: Iterable[str]) -> tuple[ExportFormat, ...]:
 
 def _check_options(formats: Iterable[ExportFormat], options: _Options) -> None:
     if options.fold_norm and not any(FORMATS[name].is_graph for name in formats):
+        graphs = ", ".join(name for name, form in FORMATS.items() if form.is_graph)
         raise UserError(
-            "--fold-norm is of graphs, and format timm holds weights alone; onnx and torch-export "
-            "work"
+            f"--fold-norm is of graphs, and format timm holds weights alone; {graphs} work"
         )
-    if options.int8 and "onnx" not in formats:
-        raise UserError("--int8 is of ONNX files; --format onnx works")
+    if options.int8 and not any(FORMATS[name].int8 for name in formats):
+        smaller = ", ".join(name for name, form in FORMATS.items() if form.int8)
+        raise UserError(f"--int8 is of the formats {smaller}, and not of {', '.join(formats)}")
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
 
 
 def _with_data(trained: Trained, data: DataConfig) -> Config:

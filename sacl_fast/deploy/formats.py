@@ -1,8 +1,8 @@
 """The formats that an encoder is exported in: what each needs, how it is written and run again.
 
-A file is run on images (N, 3, S, S), float32, on the CPU, for any N, and gives features (N, F). The
-graphs (``onnx``, ``torch-export``) have one input, ``images``, and one output, ``features``; images
-are normalised or, with ``fold_norm``, scaled to 0..1.
+A file is run on images (N, 3, S, S), float32, on the CPU, and gives features (N, F). The graphs
+have one input, ``images``, and one output, ``features``; images are normalised or, with
+``fold_norm``, scaled to 0..1. Those for devices (``mobile``) take one image.
 """
 
 from __future__ import annotations
@@ -11,26 +11,23 @@ import importlib.util
 import io
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sacl_fast.config.choices import ExportFormat
+from sacl_fast.deploy import int8, mobile
+from sacl_fast.deploy.graph import METADATA, Runner, graph_metadata, graph_module, in_one_sentence
 from sacl_fast.deploy.network import Network
 from sacl_fast.encoders.file import encode_encoder, load_encoder
 from sacl_fast.errors import UserError, reason_of
 from sacl_fast.slim.export import load_compact
 
-Runner = Callable[[Tensor], Tensor]
-"""Images (N, 3, S, S) -> features (N, F)."""
-
-# What torch's exporters raise of a model that they cannot follow or translate.
-_REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
-_METADATA = "sacl_fast.json"
+Content = bytes | Mapping[str, bytes]
+"""Of a file, or of a folder's files by their paths in it."""
 
 
 @dataclass(frozen=True)
@@ -38,51 +35,32 @@ class Format:
     """How files of a format are written and run."""
 
     suffix: str
-    is_graph: bool
-    """Whether the file holds the computation, not the weights alone."""
-    packages: tuple[str, ...]
-    """Modules of the extra ``export`` that it takes to write and check a file."""
-    content: Callable[[Network, bool], bytes]
+    content: Callable[[Network, bool], Content]
     """Of a network's file, with the images' normalisation folded in or not."""
     load: Callable[[Path], Runner]
+    """Raises ``NotRunHere`` for a file that is sound and cannot be run on this machine."""
+    is_graph: bool = True
+    """Whether the file holds the computation, not the weights alone."""
+    packages: tuple[str, ...] = ()
+    """Modules that it takes to write and check a file."""
+    install: str = ""
+    """The command that brings them."""
+    int8: Callable[[Network, bool, Path, Iterable[Tensor]], bytes] | None = None
+    """The file in int8: of a network, its file in float32, and batches (N, 3, S, S) as the file
+    takes them, on which activations are calibrated."""
 
 
 def check_packages(formats: Iterable[ExportFormat]) -> None:
     """Raise UserError where a package is missing that one of the formats needs."""
     for name in formats:
-        missing = [m for m in FORMATS[name].packages if importlib.util.find_spec(m) is None]
+        form = FORMATS[name]
+        missing = [m for m in form.packages if importlib.util.find_spec(m) is None]
         if missing:
             verb = "is" if len(missing) == 1 else "are"
             raise UserError(
                 f"format {name} needs {' and '.join(missing)}, which {verb} not installed; "
-                "pip install 'sacl-fast[export]' brings what is missing"
+                f"{form.install} brings what is missing"
             )
-
-
-class FromUnitRange(nn.Module):
-    """An encoder of normalised images as one of images scaled to 0..1."""
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(self, encoder: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        super().__init__()
-        self.encoder = encoder
-        # Apart from the first convolution: its padding is of zeros after normalisation.
-        self.register_buffer("scale", 1 / torch.tensor(std).view(3, 1, 1))
-        self.register_buffer("shift", -torch.tensor(mean).view(3, 1, 1) * self.scale)
-
-    def forward(self, images: Tensor) -> Tensor:  # (N, 3, S, S) -> (N, F)
-        return self.encoder(images * self.scale + self.shift)
-
-
-def _graph(network: Network, fold_norm: bool) -> tuple[nn.Module, tuple[Tensor], tuple]:
-    """What the exporters take: module, example, and which sizes are free."""
-    module = network.module.eval()
-    if fold_norm:
-        module = FromUnitRange(module, network.mean, network.std).eval()
-    images = torch.zeros(2, 3, network.size, network.size)
-    return module, (images,), ({0: torch.export.Dim("N", min=1)},)
 
 
 def _timm_content(network: Network, fold_norm: bool) -> bytes:
@@ -98,11 +76,17 @@ def _load_timm(path: Path) -> Runner:
     return compact if smaller else encoder
 
 
+def _example(network: Network) -> tuple[tuple[Tensor], tuple]:
+    """An example of images, and which sizes are free."""
+    images = torch.zeros(2, 3, network.size, network.size)
+    return (images,), ({0: torch.export.Dim("N", min=1)},)
+
+
 def _onnx_content(network: Network, fold_norm: bool) -> bytes:
-    module, example, free = _graph(network, fold_norm)
-    with _in_one_sentence(network, "ONNX"):
+    example, free = _example(network)
+    with in_one_sentence(network, "ONNX"):
         program = torch.onnx.export(
-            module,
+            graph_module(network, fold_norm),
             example,
             dynamo=True,
             dynamic_shapes=free,
@@ -136,13 +120,19 @@ def _load_onnx(path: Path) -> Runner:
     return run
 
 
+def _onnx_int8(network: Network, fold_norm: bool, path: Path, images: Iterable[Tensor]) -> bytes:
+    return int8.quantise(path, images)
+
+
 def _torch_export_content(network: Network, fold_norm: bool) -> bytes:
-    module, example, free = _graph(network, fold_norm)
+    example, free = _example(network)
     file = io.BytesIO()
-    with _in_one_sentence(network, "torch.export"):
-        program = torch.export.export(module, example, dynamic_shapes=free)
+    with in_one_sentence(network, "torch.export"):
+        program = torch.export.export(
+            graph_module(network, fold_norm), example, dynamic_shapes=free
+        )
         said = json.dumps(graph_metadata(network, fold_norm))
-        torch.export.save(program, file, extra_files={_METADATA: said})
+        torch.export.save(program, file, extra_files={METADATA: said})
     return file.getvalue()
 
 
@@ -152,29 +142,38 @@ def _load_torch_export(path: Path) -> Runner:
         return torch.export.load(path).module()
 
 
-def graph_metadata(network: Network, fold_norm: bool) -> dict[str, str]:
-    """What a graph says of itself: as the encoder's file, and ``input``: ``0..1`` or
-    ``normalised`` images."""
-    said = {key: value for key, value in network.metadata.items() if key != "format"}
-    return said | {"input": "0..1" if fold_norm else "normalised"}
-
-
-@contextmanager
-def _in_one_sentence(network: Network, to: str) -> Iterator[None]:
-    """Without the exporters' warnings, and with a sentence for what they refuse."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except _REFUSALS as error:
-        raise UserError(
-            f"encoder {network.metadata['encoder']}, width {network.width}, cannot be exported by "
-            f"{to}: {reason_of(error)}"
-        ) from error
-
-
 FORMATS: dict[ExportFormat, Format] = {
-    "timm": Format(".safetensors", False, (), _timm_content, _load_timm),
-    "onnx": Format(".onnx", True, ("onnx", "onnxscript", "onnxruntime"), _onnx_content, _load_onnx),
-    "torch-export": Format(".pt2", True, (), _torch_export_content, _load_torch_export),
+    "timm": Format(".safetensors", _timm_content, _load_timm, is_graph=False),
+    "onnx": Format(
+        ".onnx",
+        _onnx_content,
+        _load_onnx,
+        packages=("onnx", "onnxscript", "onnxruntime"),
+        install="pip install 'sacl-fast[export]'",
+        int8=_onnx_int8,
+    ),
+    "torch-export": Format(".pt2", _torch_export_content, _load_torch_export),
+    "executorch": Format(
+        ".pte",
+        mobile.executorch_content,
+        mobile.load_executorch,
+        packages=("executorch",),
+        install="pip install 'sacl-fast[executorch]'",
+        int8=mobile.executorch_int8,
+    ),
+    "litert": Format(
+        ".tflite",
+        mobile.litert_content,
+        mobile.load_litert,
+        packages=("litert_torch", "ai_edge_litert", "ai_edge_quantizer"),
+        install="pip install litert-torch, then pip install -U typing-extensions,",
+        int8=mobile.litert_int8,
+    ),
+    "coreml": Format(
+        ".mlpackage",
+        mobile.coreml_content,
+        mobile.load_coreml,
+        packages=("coremltools",),
+        install="pip install 'sacl-fast[coreml]'",
+    ),
 }

@@ -20,12 +20,18 @@ class Exported:
     """Of one image, two for a multiply-add."""
     size: int
     """Bytes."""
-    milliseconds: float
-    """Median of one image."""
+    milliseconds: float | None
+    """Median of one image; None where it was not run."""
     parity: Parity | None = None
-    """With the encoder; None where it is the encoder."""
+    """With the encoder; None where it is the encoder, or was not run."""
     knn: float | None = None
     """kNN accuracy in percent."""
+    not_run: str | None = None
+    """What running it needs that this machine is not."""
+
+    @property
+    def is_file(self) -> bool:
+        return self.format != "torch"
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class ExportResult:
     @property
     def files(self) -> tuple[Path, ...]:
         """All but the model card."""
-        return tuple(self.folder / row.name for row in self.rows if row.parity is not None)
+        return tuple(self.folder / row.name for row in self.rows if row.is_file)
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Head and rows."""
@@ -57,10 +63,10 @@ class ExportResult:
                 f"{row.parameters:,}",
                 f"{row.flops / 1e6:,.1f}",
                 f"{row.size / 1e6:.2f}",
-                f"{row.milliseconds:.2f}",
-                "" if row.parity is None else f"{row.parity.difference:.1e}",
+                _text(row.milliseconds, ".2f"),
+                f"{row.parity.difference:.1e}" if row.parity else "not run" if row.not_run else "",
                 "" if row.parity is None else f"{row.parity.cosine:.6f}",
-                *([_percent(row.knn)] if has_knn else []),
+                *([_text(row.knn, ".2f")] if has_knn else []),
             ]
             for row in self.rows
         ]
@@ -73,8 +79,13 @@ class ExportResult:
             f"ms: median of one image, CPU, {threads}. Difference (the largest, over the largest "
             f"feature) and cosine (the lowest): of the features in PyTorch and from the file, on "
             f"{self.compared_with}."
+            + "".join(
+                f" {row.name} was not run, which needs {row.not_run}, and not compared."
+                for row in self.rows
+                if row.not_run
+            )
         )
 
 
-def _percent(accuracy: float | None) -> str:
-    return "" if accuracy is None else f"{accuracy:.2f}"
+def _text(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

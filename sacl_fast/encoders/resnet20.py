@@ -33,6 +33,7 @@ class ResNet20(nn.Module):
         for name, stage in stages:
             self.add_module(name, stage)
         self.num_features = channels[-1]
+        self.fc: nn.Module = nn.Identity()
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -40,4 +41,8 @@ class ResNet20(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, 64 * width)
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return x.mean((2, 3))
+        return self.fc(x.mean((2, 3)))
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Give logits (N, num_classes) from now on, as timm's models do after theirs."""
+        self.fc = nn.Linear(self.num_features, num_classes)

@@ -16,6 +16,7 @@ import re
 import struct
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -117,8 +118,11 @@ def mark_best(path: Path) -> None:
         raise UserError(f"cannot write checkpoint {best}: {reason_of(error)}") from error
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's state, on the CPU.
+def load_checkpoint(
+    path: Path, content: Mapping[str, type | tuple[type, ...]] = _CONTENT
+) -> dict[str, Any]:
+    """A checkpoint's state, on the CPU. ``content``: what it must hold; the default is that of a
+    pre-training run.
 
     Raises:
         UnusableCheckpoint: no such file, a damaged one, or one that is no checkpoint of this
@@ -144,7 +148,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"checkpoint {path} cannot be read ({why}); it is damaged or not a checkpoint of "
             "sacl-fast"
         ) from error
-    _check_content(path, state, sealed)
+    _check_content(path, state, sealed, content)
     return state
 
 
@@ -166,6 +170,8 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
@@ -174,6 +180,8 @@ def restore_random_state(state: dict[str, torch.Tensor], device: torch.device) -
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+    if device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
 
 
 class _Hashing:
@@ -222,7 +230,9 @@ def _verify(path: Path) -> bool:
     return False
 
 
-def _check_content(path: Path, state: Any, sealed: bool) -> None:
+def _check_content(
+    path: Path, state: Any, sealed: bool, content: Mapping[str, type | tuple[type, ...]]
+) -> None:
     if not isinstance(state, dict) or "format" not in state:
         raise UnusableCheckpoint(f"{path} is not a checkpoint of sacl-fast")
     found = state["format"]
@@ -233,8 +243,8 @@ def _check_content(path: Path, state: Any, sealed: bool) -> None:
         )
     if found == FORMAT and not sealed:
         raise UnusableCheckpoint(f"checkpoint {path} is damaged: its checksum is missing")
-    lacking = [key for key, kind in _CONTENT.items() if not isinstance(state.get(key), kind)]
-    if lacking or state["steps_per_epoch"] < 1 or state["step"] < 0:
+    lacking = [key for key, kind in content.items() if not isinstance(state.get(key), kind)]
+    if lacking or state.get("steps_per_epoch", 1) < 1 or state["step"] < 0:
         raise UnusableCheckpoint(
             f"checkpoint {path} is not whole: it lacks {', '.join(lacking) or 'a valid step'}"
         )

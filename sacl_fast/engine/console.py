@@ -38,6 +38,7 @@ class RunConsole:
         images_per_step: over all processes; for the time left and images/s.
         start_step: steps done before this process (a resumed run).
         stream: default: standard output.
+        steps: of the whole run, where that is not a whole number of epochs.
         quiet: write nothing and leave logging alone (all processes but the first).
     """
 
@@ -49,9 +50,11 @@ class RunConsole:
         start_step: int = 0,
         stream: TextIO | None = None,
         *,
+        steps: int | None = None,
         quiet: bool = False,
     ) -> None:
         self.status = _Status(epochs, steps_per_epoch, images_per_step, start_step)
+        self.status.steps = self.status.steps if steps is None else steps
         self._quiet = quiet
         self._stream = stream or sys.stdout
         self._rich: Console | None = None
@@ -81,7 +84,9 @@ class RunConsole:
             epoch: epochs done, counted from 0 (0.5: in the middle of the first).
             metrics: any of ``loss``, ``on_diagonal``, ``off_diagonal``, ``distillation``, ``lr``,
                 ``images_per_second``, ``data_wait`` (0 to 1), ``peak_memory_bytes``,
-                ``embedding_std``, ``effective_rank``, ``knn_dense``, ``knn_slim`` (percent).
+                ``embedding_std``, ``effective_rank``, ``knn_dense``, ``knn_slim``, ``accuracy``
+                (percent),
+                ``rankme_dense``, ``lidar_dense``; others are not shown.
         """
         if self._quiet or self._closed:
             return
@@ -281,6 +286,9 @@ class _Status:
         yield from cell("rank", "effective_rank")
         yield from cell("kNN dense", "knn_dense", "bold magenta", " %")
         yield from cell("kNN slim", "knn_slim", "magenta", " %")
+        yield from cell("RankMe", "rankme_dense", "magenta")
+        yield from cell("LiDAR", "lidar_dense", "magenta")
+        yield from cell("accuracy", "accuracy", "bold magenta", " %")
 
 
 _PLAIN = {
@@ -296,6 +304,9 @@ _PLAIN = {
     "effective_rank": ("rank", 6),
     "knn_dense": ("kNN dense %", 5),
     "knn_slim": ("kNN slim %", 5),
+    "rankme_dense": ("RankMe", 5),
+    "lidar_dense": ("LiDAR", 5),
+    "accuracy": ("accuracy %", 5),
 }
 
 
@@ -309,7 +320,9 @@ def _value(key: str, value: float) -> str:
             return f"{value / 2**30:.2f}"
         case "embedding_std":
             return f"{value:.3f}"
-        case "effective_rank" | "knn_dense" | "knn_slim":
+        case "effective_rank" | "rankme_dense" | "lidar_dense" | "knn_dense" | "knn_slim":
+            return f"{value:.1f}"
+        case "accuracy":
             return f"{value:.1f}"
         case _:
             return f"{value:#.4g}"

@@ -187,6 +187,13 @@ _PACKAGES = (
         _OPTIONAL.format("export"),
     ),
     _Package(
+        "torchmetrics",
+        "torchmetrics",
+        ("torchmetrics",),
+        "sacl-fast finetune on VOC 2007",
+        _OPTIONAL.format("eval"),
+    ),
+    _Package(
         "TensorBoard",
         "tensorboard",
         ("tensorboard",),
@@ -339,6 +346,7 @@ def _backends() -> Iterator[Finding]:
             detail = f"{backend}: {reason}"
             yield Finding(section="backends", name=name, state="ok", detail=detail)
     for device in devices:
-        loader, reason = resolve_loader(Config(), device)
-        name = f"views on {device.type}"
-        yield Finding(section="backends", name=name, state="ok", detail=f"{loader}: {reason}")
+        for packed, of in ((False, "files"), (True, "pixels")):
+            loader, reason = resolve_loader(Config(), device, packed=packed)
+            name = f"views of {of} on {device.type}"
+            yield Finding(section="backends", name=name, state="ok", detail=f"{loader}: {reason}")

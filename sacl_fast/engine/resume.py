@@ -24,6 +24,7 @@ import torch
 
 from sacl_fast.config import Config, to_dict, warmup_as_trained
 from sacl_fast.data.images.fingerprint import fingerprint
+from sacl_fast.data.images.pixel_file import shrunk_to
 from sacl_fast.data.images.source import Source
 from sacl_fast.engine.checkpoint import (
     BEST,
@@ -77,6 +78,7 @@ def data_record(source: Source) -> dict[str, Any]:
         "fingerprint": fingerprint(source),
         "images": len(source),
         "classes": len(source.classes),
+        "shrunk_to": shrunk_to(source),
     }
 
 
@@ -294,6 +296,10 @@ def _images_differ(there: dict[str, Any], here: dict[str, Any]) -> str:
     for what in ("images", "classes"):
         if there[what] != here[what]:
             return f"{there[what]:,} {what} there, {here[what]:,} here"
+    was, now = there.get("shrunk_to", 0), here["shrunk_to"]
+    if was != now:
+        sides = [f"shrunk to {side} px" if side else "in their own size" for side in (was, now)]
+        return f"images are {sides[0]} there, {sides[1]} here"
     return (
         f"{there['images']:,} images there and here, but not the same (their names, sizes, labels "
         "or order differ)"

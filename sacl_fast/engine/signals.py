@@ -59,9 +59,17 @@ class StopRequest:
             self.number = number
 
     @contextmanager
-    def by_signals(self, tell: Callable[[str], None]) -> Iterator[None]:
+    def by_signals(
+        self,
+        tell: Callable[[str], None],
+        *,
+        first: str = "stopping after this step with a checkpoint; again ends at once",
+        second: str = "the last checkpoint is what --resume auto goes on from",
+        work: str = "training",
+    ) -> Iterator[None]:
         """Have signals ask, where this thread may handle them. ``tell`` is for a person to read,
-        and is called where the signal interrupts."""
+        and is called where the signal interrupts; ``first`` is what is said of the first signal,
+        ``second`` of one that ends the process, and ``work`` of what goes on."""
 
         def say(text: str) -> None:
             with contextlib.suppress(RuntimeError):  # it interrupted a write to the same stream
@@ -71,16 +79,16 @@ class StopRequest:
             name = signal.Signals(number).name
             if not self.number:
                 self.ask(number)
-                say(f"{name}: stopping after this step with a checkpoint; again ends at once")
+                say(f"{name}: {first}")
             elif number in again(self.number) and time.monotonic() - self._since > _one_signal():
-                end_at_once(number, "the last checkpoint is what --resume auto goes on from")
+                end_at_once(number, second)
 
-        def again(first: int) -> tuple[int, ...]:
+        def again(earlier: int) -> tuple[int, ...]:
             # A scheduler warns by SIGUSR1 and sends SIGTERM while the checkpoint is written.
-            return (signal.SIGINT, first) if first == signal.SIGTERM else (signal.SIGINT,)
+            return (signal.SIGINT, earlier) if earlier == signal.SIGTERM else (signal.SIGINT,)
 
         def hang_up(number: int, frame: FrameType | None) -> None:
-            say(f"the terminal is gone; training goes on as process {os.getpid()}")
+            say(f"the terminal is gone; {work} goes on as process {os.getpid()}")
 
         with _handled({**dict.fromkeys(_STOP, stop), **_of_terminal(stop, hang_up)}):
             yield

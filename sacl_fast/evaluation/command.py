@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from sacl_fast.config.evaluation import (
@@ -70,12 +71,14 @@ def run_eval(args: list[str], parse: Callable[..., Evaluation]) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("sacl_fast").setLevel(logging.INFO)
 
+    from sacl_fast.evaluation.given import as_given
     from sacl_fast.evaluation.report import plain, result_files
     from sacl_fast.evaluation.run import evaluate_trained
     from sacl_fast.evaluation.trained import open_trained
 
     trained = open_trained(path)
     settings = parse(command, defaults(kind, trained), rest, description=description)
+    settings = replace(settings, data=as_given(settings.data, rest))
     result = evaluate_trained(trained, settings)
     print(plain(result))
     assert result.folder is not None

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from sacl_fast.data.images.source import Source, Splits
+from sacl_fast.data.images.splits import few
+from sacl_fast.errors import UserError
 
 
 class ChosenImages(NamedTuple):
@@ -35,3 +37,27 @@ def choose_images(
         held_out, order = order[:count], order[count:]
     tested = splits.train if splits.val is None else splits.val
     return ChosenImages(splits.train, order[:train], tested, held_out[:test])
+
+
+def require_classes(images: ChosenImages, works: str = "data.limit") -> None:
+    """Refuse images whose classes cannot be learnt; ``works``: settings that give more of them."""
+    classes = images.train.classes
+    if len(classes) < 2:
+        found = f"one class only ({classes[0]})" if classes else "no labels"
+        raise UserError(
+            f"the images have {found}, so nothing can be told from their classes; a folder for "
+            "each class works (data.root, data.labels)"
+        )
+    there = np.bincount(images.train.labels[images.train_index], minlength=len(classes))
+    tested = np.unique(images.test.labels[images.test_index])
+    if lacking := [classes[label] for label in tested if not there[label]]:
+        raise UserError(
+            f"the training images have none of class {few(lacking)}, which images to be classified "
+            f"are of; more training images work ({works})"
+        )
+    if (there > 0).sum() < 2:
+        (only,) = np.flatnonzero(there)
+        raise UserError(
+            f"the training images are of one class only ({classes[only]}), so nothing can be told "
+            "from their classes; images of two or more work"
+        )

@@ -47,20 +47,21 @@ class EvaluationProgress:
     ) -> None:
         self._bar.stop()
 
-    def steps(self, title: str, total: int) -> Callable[[], None]:
-        """A new piece of work; call what is returned after each of its ``total`` steps."""
+    def steps(self, title: str, total: int, done: int = 0) -> Callable[..., None]:
+        """A new piece of work of ``total`` steps, of which ``done`` were done before; call what is
+        returned after each step, or with a number after so many."""
         if self._bar.disable and not self._quiet:
             logger.info("%s", title)
         for task in self._bar.task_ids:
             self._bar.remove_task(task)
-        task = self._bar.add_task(title, total=total)
+        task = self._bar.add_task(title, total=total, completed=done)
         self._bar.refresh()
 
-        def done() -> None:
-            self._bar.advance(task)
+        def advance(count: int = 1) -> None:
+            self._bar.advance(task, count)
             self._bar.refresh()
 
-        return done
+        return advance
 
     def over(self, batches: Iterable[_T], title: str, total: int) -> Iterator[_T]:
         """The batches, as a piece of work."""

@@ -53,7 +53,8 @@ def table(result: Result) -> list[list[str]]:
     columns = list(result.scores[0].figures)
     gains = any(scores.control for scores in result.scores)
     notes = any(scores.note for scores in result.scores)
-    over = ["over untrained"] if gains else []
+    control = "over scratch" if result.method == "finetune" else "over untrained"
+    over = [control] if gains else []
     rows = [["accuracy in %", *columns, *over, *([""] if notes else [])]]
     for scores in result.scores:
         row = [scores.name, *(_shown(scores.figures[name]) for name in columns)]
@@ -94,14 +95,17 @@ def markdown(result: Result) -> str:
         f"{_how(result)} Classified: {tested}. ± is the 95 % interval. sacl-fast "
         f"{_version.__version__}.",
     ]
-    if result.scores[0].confusion is not None:
-        images = result.scores[0].confusion.sum(axis=1)
+    first = result.scores[0]
+    if first.confusion is not None or first.images is not None:
+        images = first.images if first.confusion is None else first.confusion.sum(axis=1)
+        assert images is not None
         each = [scores.per_class for scores in result.scores]
         rows = [["class", "images", *(f"{scores.name} %" for scores in result.scores)]]
         for i, name in enumerate(result.classes):
             shares = ["" if math.isnan(of[i]) else f"{of[i]:.1f}" for of in each]
             rows.append([_escaped(name), f"{images[i]:,}", *shares])
         lines += ["", "## By class", "", *_markdown_table(rows)]
+    if first.confusion is not None:
         lines += ["", f"![Confusion matrix]({result.method}_confusion.png)"]
     return "\n".join(lines) + "\n"
 
@@ -123,9 +127,10 @@ def as_dict(result: Result) -> dict[str, Any]:
             "over_untrained": figure(result.gain(scores)),
             "note": scores.note,
         }
+        if scores.confusion is not None or scores.by_class is not None:
+            of["per_class"] = [None if math.isnan(v) else v for v in scores.per_class.tolist()]
         if scores.confusion is not None:
-            per_class = [None if math.isnan(v) else v for v in scores.per_class.tolist()]
-            of |= {"per_class": per_class, "confusion": scores.confusion.tolist()}
+            of["confusion"] = scores.confusion.tolist()
         encoders.append(of)
     return {
         "method": result.method,
@@ -146,6 +151,16 @@ def _how(result: Result) -> str:
     if result.method == "knn":
         k, temperature = settings["eval"]["k"], settings["eval"]["temperature"]
         return f"Weighted kNN among {images}, k {k}, temperature {temperature:g}."
+    if result.method == "finetune":
+        return (
+            f"All weights trained on {images}: {settings['steps']:,} steps of "
+            f"{settings['batch_size']}, learning rate {settings['lr']:g}, {settings['size']} px."
+        )
+    if result.method == "linear" and not settings["fast"]:
+        return (
+            f"A linear layer trained on {images} (random resized crop and flip) by "
+            f"{settings['epochs']} epochs of SGD."
+        )
     if result.method == "linear":
         return (
             f"Logistic regression by L-BFGS on the standardised features of {images} (not "

@@ -24,8 +24,8 @@ from sacl_fast.config.evaluation import (
     KnnEvaluation,
     LinearEvaluation,
 )
+from sacl_fast.data.images.given import Given
 from sacl_fast.data.images.open import open_sources
-from sacl_fast.data.images.splits import few
 from sacl_fast.data.loading.evaluation import EvalLoader
 from sacl_fast.engine.distributed import pick_device
 from sacl_fast.engine.preflight import check_run
@@ -33,11 +33,13 @@ from sacl_fast.errors import UserError, reason_of
 from sacl_fast.evaluation.evaluate import first_images
 from sacl_fast.evaluation.features import extract_features
 from sacl_fast.evaluation.few_shot import few_shot_accuracies
-from sacl_fast.evaluation.images import ChosenImages, choose_images
+from sacl_fast.evaluation.given import require_images
+from sacl_fast.evaluation.images import ChosenImages, choose_images, require_classes
 from sacl_fast.evaluation.knn import knn_predictions
 from sacl_fast.evaluation.linear import fit_linear
 from sacl_fast.evaluation.networks import Batches, Network, networks_of
 from sacl_fast.evaluation.progress import EvaluationProgress
+from sacl_fast.evaluation.protocol import remove_state, top_of, train_layers
 from sacl_fast.evaluation.report import write_result
 from sacl_fast.evaluation.scores import Result, Scores, classified, mean_of
 from sacl_fast.evaluation.trained import Trained
@@ -48,23 +50,26 @@ _Features = tuple[Tensor, Tensor]  # (N, F), labels (N,)
 
 
 def evaluate_trained(
-    trained: Trained, settings: Evaluation, *, write: bool = True, quiet: bool = False
+    trained: Trained,
+    settings: Evaluation,
+    *,
+    write: bool = True,
+    quiet: bool = False,
+    given: Given | None = None,
 ) -> Result:
     """Evaluate what ``open_trained`` found.
 
     Args:
         write: the result into the run folder, where ``settings.out`` names no other.
         quiet: no progress.
+        given: images from Python in place of those that the settings name.
 
     Raises:
         UserError: before any work, where the images, their labels, the settings or the folder of
             the results do not allow it.
     """
-    if not trained.has_data and settings.data.source == "folder" and settings.data.root is None:
-        raise UserError(
-            f"{trained.path} does not say on which images to evaluate it; --data.root names a "
-            "folder of them, --data.source cifar10 and the like a data set"
-        )
+    if given is None or given.source is None:
+        require_images(trained, settings.data)
     device = pick_device(settings.device)
     folder = (trained.folder or trained.path.parent) / "eval" if write else None
     if settings.out is not None:
@@ -73,11 +78,17 @@ def evaluate_trained(
     def networks(batches: Batches) -> list[Network]:
         return networks_of(trained, settings, device, batches)
 
-    return _evaluate(networks, trained.config, settings, device, folder, str(trained.path), quiet)
+    run, path = trained.config, str(trained.path)
+    return _evaluate(networks, run, settings, device, folder, path, quiet, given)
 
 
 def evaluate_module(
-    encoder: nn.Module, views: ViewsConfig, settings: Evaluation, *, quiet: bool = True
+    encoder: nn.Module,
+    views: ViewsConfig,
+    settings: Evaluation,
+    *,
+    quiet: bool = True,
+    given: Given | None = None,
 ) -> Result:
     """Evaluate a module (N, 3, S, S) -> (N, F) as it is, in eval mode, on the device that it is on;
     there is no control. The result is written where ``settings.out`` says."""
@@ -89,7 +100,7 @@ def evaluate_module(
     try:
         return _evaluate(
             lambda _: [Network("dense", lambda: encoder, views)],
-            *(config, settings, device, folder, type(encoder).__name__, quiet),
+            *(config, settings, device, folder, type(encoder).__name__, quiet, given),
         )
     finally:
         for module, training in flags:
@@ -104,6 +115,7 @@ def _evaluate(
     folder: Path | None,
     path: str,
     quiet: bool,
+    given: Given | None,
 ) -> Result:
     config = replace(
         run,
@@ -112,7 +124,7 @@ def _evaluate(
     )
     check_run(config)
     amp_dtype = autocast_dtype(config.precision, device)
-    splits = open_sources(config.data, config.seed)
+    splits = open_sources(config.data, config.seed, given=given or Given())
     own = isinstance(settings, KnnEvaluation)
     images = choose_images(
         splits,
@@ -128,12 +140,17 @@ def _evaluate(
 
     compared = networks(training_images)
     with (
-        _written_to(folder),
+        written_to(folder),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         EvaluationProgress(quiet=quiet) as progress,
     ):
         scores: list[Scores] = []
         counts = 0, 0
+        if isinstance(settings, LinearEvaluation) and not settings.fast:
+            scores, counts = _by_protocol(
+                *(compared, images, settings, config, device, amp_dtype, folder, progress)
+            )
+            compared = []
         for network in compared:
             config = replace(config, views=network.views)
             train, test = _features(network, images, config, device, amp_dtype, progress)
@@ -153,6 +170,7 @@ def _evaluate(
         )
         if folder is not None:
             write_result(result, folder)
+            remove_state(folder)
     return result
 
 
@@ -169,20 +187,10 @@ def _main(settings: Evaluation) -> str:
 
 
 def _check_images(images: ChosenImages, settings: Evaluation) -> None:
+    require_classes(images, "data.limit, eval.bank")
     classes, count = images.train.classes, len(images.train_index)
-    if len(classes) < 2:
-        found = f"one class only ({classes[0]})" if classes else "no labels"
-        raise UserError(
-            f"the images have {found}, so nothing can be told from their classes; a folder for "
-            "each class works (data.root, data.labels)"
-        )
     there = np.bincount(images.train.labels[images.train_index], minlength=len(classes))
     tested = np.unique(images.test.labels[images.test_index])
-    if lacking := [classes[label] for label in tested if not there[label]]:
-        raise UserError(
-            f"the training images have none of class {few(lacking)}, which images to be classified "
-            "are of; more training images work (data.limit, eval.bank)"
-        )
     if isinstance(settings, KnnEvaluation) and settings.eval.k > count:
         raise UserError(
             f"eval.k is {settings.eval.k}, but there are only {count:,} training images to choose "
@@ -194,6 +202,38 @@ def _check_images(images: ChosenImages, settings: Evaluation) -> None:
             f"per_class is {max(settings.per_class)}, but class {classes[fewest]} has only "
             f"{there[fewest]} training images; at most {there[fewest]} works"
         )
+
+
+def _by_protocol(
+    networks: list[Network],
+    images: ChosenImages,
+    settings: LinearEvaluation,
+    config: Config,
+    device: torch.device,
+    amp_dtype: torch.dtype | None,
+    folder: Path | None,
+    progress: EvaluationProgress,
+) -> tuple[list[Scores], tuple[int, int]]:
+    """Scores of layers that are trained on augmented images, and how many images there were."""
+    layers = train_layers(
+        *(networks, images, settings, config, device, amp_dtype, folder, progress)
+    )
+    scores, count, classes = [], 0, len(images.train.classes)
+    for layer in layers:
+        network = layer.network
+        loader = EvalLoader(
+            images.test, images.test_index, replace(config, views=network.views), device
+        )
+        title = f"{network.name}: {len(images.test_index):,} validation images"
+        features, labels = extract_features(
+            layer.encoder,
+            progress.over(loader, title, len(loader)),
+            device=device,
+            amp_dtype=amp_dtype,
+        )
+        top, count = top_of(layer, features), len(labels)
+        scores.append(classified(network.name, top, labels, classes, control=network.control))
+    return scores, (len(images.train_index), count)
 
 
 def _features(
@@ -264,7 +304,7 @@ def _scores(
 
 
 @contextlib.contextmanager
-def _written_to(folder: Path | None) -> Iterator[None]:
+def written_to(folder: Path | None) -> Iterator[None]:
     """Have the folder, and know before the work that it can be written; where nothing came of it,
     it is gone again."""
     if folder is None:

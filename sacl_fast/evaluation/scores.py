@@ -40,10 +40,17 @@ class Scores:
     control: str | None = None
     """The name of the same encoder untrained, where it was evaluated."""
     note: str = ""
+    by_class: np.ndarray | None = None
+    """(C,) average precision of each class in percent, nan where no image shows it."""
+    images: np.ndarray | None = None
+    """(C,) images that show the class, beside ``by_class``."""
 
     @property
     def per_class(self) -> np.ndarray:
-        """(C,) top-1 in percent for the images of each class; nan where there are none."""
+        """(C,) top-1 in percent for the images of each class, or its average precision; nan where
+        there are none."""
+        if self.by_class is not None:
+            return self.by_class
         assert self.confusion is not None
         images = self.confusion.sum(axis=1)
         return np.where(images, 100.0 * self.confusion.diagonal() / np.maximum(images, 1), np.nan)
@@ -54,7 +61,7 @@ class Result:
     """Of an evaluation."""
 
     method: str
-    """``knn``, ``linear`` or ``few-shot``."""
+    """``knn``, ``linear``, ``few-shot`` or ``finetune``."""
     main: str
     """The column that the verdict is about."""
     scores: tuple[Scores, ...]
@@ -84,7 +91,8 @@ class Result:
     def verdict(self) -> str:
         """Whether pre-training helped, in one line, of the first encoder."""
         first = self.scores[0]
-        title = {"knn": "kNN", "linear": "linear", "few-shot": "few-shot"}[self.method]
+        titles = {"knn": "kNN", "linear": "linear", "few-shot": "few-shot"}
+        title = titles.get(self.method, "fine-tuned")
         what = [title] if self.method != "few-shot" else [f"few-shot, {self.main}"]
         if first.name != "dense":
             what.append(f"{first.name} encoder")
@@ -93,16 +101,19 @@ class Result:
         gain = self.gain(first)
         if gain is None:
             figure = first.figures[self.main]
-            return f"top-1 is {figure.mean:.1f} % ({where}; 95 % interval {figure.interval})"
+            interval = "" if math.isinf(figure.margin) else f"; 95 % interval {figure.interval}"
+            name = self.main if self.method == "finetune" else "top-1"
+            return f"{name} is {figure.mean:.1f} % ({where}{interval})"
+        untrained = "training from scratch" if self.method == "finetune" else "an untrained encoder"
         if abs(gain.mean) <= gain.margin:
             return (
-                f"pre-training makes no difference to an untrained encoder that can be told from "
+                f"pre-training makes no difference to {untrained} that can be told from "
                 f"chance: {gain.mean:+.1f} points ({where}; 95 % interval {gain.interval})"
             )
         verb, side = ("adds", "over") if gain.mean > 0 else ("takes away", "from")
         size = Figure(abs(gain.mean), gain.margin)
         return (
-            f"pre-training {verb} {size.mean:.1f} points {side} an untrained encoder ({where}; "
+            f"pre-training {verb} {size.mean:.1f} points {side} {untrained} ({where}; "
             f"95 % interval {size.interval})"
         )
 

@@ -34,6 +34,7 @@ from sacl_fast.checks import Settings, rules
 from sacl_fast.config import Config
 from sacl_fast.config.choices import Width
 from sacl_fast.config.file import layered, read_config_file
+from sacl_fast.data.images.open import SOURCES
 from sacl_fast.encoders import build_encoder, load_encoder, read_encoder_metadata
 from sacl_fast.encoders.recalibrate import recalibrated
 from sacl_fast.engine.checkpoint import UnusableCheckpoint, list_checkpoints, load_checkpoint
@@ -79,6 +80,10 @@ class Trained:
     """The last kNN accuracies in percent that the run measured, ``knn_dense`` and ``knn_slim``."""
     knn_before: dict[str, float]
     """Those before training."""
+    label_free: dict[str, float] = field(default_factory=dict)
+    """The last effective ranks that the run measured, ``rankme_dense`` and so on."""
+    own_source: str = ""
+    """The ``data.source`` of a run whose images were given from Python, which no file names."""
     states: dict[Width, dict[str, Tensor]] = field(default_factory=dict, repr=False)
     """The ``state_dict`` of each width whose own batch-norm statistics are known: full size, under
     the encoder's names, filters that are not kept zeroed."""
@@ -228,18 +233,19 @@ def _open_encoders_of(folder: Path) -> Trained:
         )
     if kind_of(folder / CONFIG) != "file":
         return trained
-    config = _config(read_config_file(folder / CONFIG), folder / CONFIG)
+    config, own_source = _config(read_config_file(folder / CONFIG), folder / CONFIG)
     same = {part: getattr(trained.config, part) for part in ("encoder", "slim")}
     size, mean, std = trained.size, trained.config.views.mean, trained.config.views.std
     views = replace(config.views, size=size, mean=mean, std=std)
-    return replace(trained, config=replace(config, views=views, **same), has_data=True)
+    config = replace(config, views=views, **same)
+    return replace(trained, config=config, has_data=not own_source, own_source=own_source)
 
 
 # --- a checkpoint ---------------------------------------------------------------------------------
 
 
 def _open_checkpoint(path: Path, state: dict[str, Any]) -> Trained:
-    config = _config(state["config"], path)
+    config, own_source = _config(state["config"], path)
     folder = path.absolute().parent.parent if path.absolute().parent.name == CHECKPOINTS else None
     try:
         encoder = fresh_encoder(config)
@@ -258,7 +264,7 @@ def _open_checkpoint(path: Path, state: dict[str, Any]) -> Trained:
         kind="checkpoint",
         folder=folder,
         config=config,
-        has_data=True,
+        has_data=not own_source,
         encoder=encoder.eval(),
         slicer=slicer.eval(),
         widths=("dense", "slim") if slicer.active else ("dense",),
@@ -267,6 +273,8 @@ def _open_checkpoint(path: Path, state: dict[str, Any]) -> Trained:
         images=int(state.get("data", {}).get("images", 0)),
         knn=dict(state["knn"]),
         knn_before=dict(state["knn_before"]),
+        label_free=dict(state.get("label_free", {})),
+        own_source=own_source,
     )
     trained.states.update(_known_states(trained))
     return trained
@@ -327,6 +335,7 @@ def _open_encoder(path: Path) -> Trained:
             slim=replace(config.slim, ratio=float(said.get("slim_ratio", config.slim.ratio))),
         )
         knn = {k: float(said[k]) for k in ("knn_dense", "knn_slim") if k in said}
+        label_free = {k: float(v) for k, v in said.items() if k.startswith(("rankme_", "lidar_"))}
         numbers = {k: float(said.get(k, 0)) for k in ("steps", "epochs", "images")}
     except (ValueError, TypeError, LookupError) as error:
         raise UserError(
@@ -346,6 +355,7 @@ def _open_encoder(path: Path) -> Trained:
         images=int(numbers["images"]),
         knn=knn,
         knn_before={},
+        label_free=label_free,
         states={width: _copied(encoder.state_dict())},
     )
 
@@ -353,11 +363,19 @@ def _open_encoder(path: Path) -> Trained:
 # --- parts ----------------------------------------------------------------------------------------
 
 
-def _config(values: Mapping[str, Any], path: Path) -> Config:
-    """The configuration that a run saved. Settings of other versions are passed over, as where a
-    run is resumed."""
+def _config(values: Mapping[str, Any], path: Path) -> tuple[Config, str]:
+    """The configuration that a run saved, and the source of its images where that is none that can
+    be opened by name: images given from Python. Settings of other versions are passed over, as
+    where a run is resumed."""
+    known, own = _known_settings(values, Config), ""
+    data = known.get("data")
+    if not isinstance(data, dict):
+        data = {}
+    if isinstance(source := data.get("source"), str) and source not in SOURCES:
+        own = source
+        known["data"] = {k: v for k, v in data.items() if k not in ("source", "root")}
     try:
-        return layered(Config(), _known_settings(values, Config))
+        return layered(Config(), known), own
     except UserError as error:
         raise UnusableCheckpoint(f"the settings in {path} are not valid: {error}") from error
 

@@ -69,6 +69,12 @@ def _compiled_for_cpu(device: torch.device) -> str | None:
     return compiled.obstacle()
 
 
+def _compiled_draws(_: torch.device) -> str | None:
+    from sacl_fast.ops import compiled
+
+    return compiled.obstacle()
+
+
 def _compiled_for_cuda(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "it needs a CUDA device"
@@ -98,6 +104,8 @@ OPERATORS: dict[str, dict[Backend, Check]] = {
     "lars": {"triton": triton_obstacle, "apex": _apex},
     # ``torch``: torchvision, or DALI's own operators (see data/loading/open.py).
     "augment": _COMPILED,
+    # ``torch``: numpy. The CPU draws for a GPU, too.
+    "draw_views": {"cpu": _compiled_draws},
 }
 # Those of an encoder's slim passes, which share one module and so one resolution.
 SLIM_OPERATORS = ("slim_pointwise", "depthwise_conv", "batch_norm_act", "slim_add", "slim_gate")

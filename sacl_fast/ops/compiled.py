@@ -22,7 +22,7 @@ def obstacle() -> str | None:
         from sacl_fast import _C  # noqa: F401  (after torch, whose libraries it needs)
     except ImportError as error:
         return f"sacl_fast._C cannot be imported ({error})"
-    if not hasattr(torch.ops.sacl_fast, "slim_border"):  # the newest name
+    if not hasattr(torch.ops.sacl_fast, "draw_views"):  # the newest name
         return "sacl_fast._C is of an older build; install again"
     return None
 

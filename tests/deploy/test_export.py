@@ -164,10 +164,13 @@ def test_what_holds(features: Tensor, holds: bool, int8: bool):
         ({"widths": ["half"]}, "width is 'half'; dense, slim or a number above 0 and at most 1"),
         ({"widths": [1.5]}, r"width is 1\.5; a value above 0 and at most 1 works"),
         ({"widths": []}, "no width is given"),
-        ({"formats": ["tflite"]}, "format is 'tflite'; one of timm, onnx, torch-export works"),
+        (
+            {"formats": ["tflite"]},
+            "format is 'tflite'; one of timm, onnx, torch-export, executorch, litert, coreml",
+        ),
         ({"formats": []}, "no format is given"),
         ({"fold_norm": True}, "--fold-norm is of graphs"),
-        ({"int8": True}, "--int8 is of ONNX files"),
+        ({"int8": True}, "--int8 is of the formats onnx, executorch, litert, and not of timm"),
         ({"knn": 1}, "knn is 1; True or False works"),
     ],
 )
@@ -262,3 +265,9 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def _demo() -> DataConfig:
     return DataConfig(source="demo", limit=48, workers=0)
+
+
+def test_features_of_any_size_are_compared():
+    small = torch.eye(3) * 1e-20
+    found = check.parity(lambda images: small[: len(images)], torch.zeros(1, 3, 2, 2), small[:1])
+    assert found.obstacle() is None

@@ -101,6 +101,7 @@ def test_doctor_covers_packages_devices_and_every_operator():
         "ONNX",
         "ONNX Runtime",
         "TensorBoard",
+        "torchmetrics",
         "Weights & Biases",
     }
     assert torch.__version__.split("+")[0] in finding("torch").detail

@@ -100,7 +100,8 @@ def test_a_checkpoint_in_the_midst_of_a_run(config):
 def test_linear_and_few_shot_write_what_they_print(config, tmp_path, capsys):
     folder = train(config).folder
     out = tmp_path / "results"
-    told = said(capsys, "eval", "linear", folder, "--out", out, "--weight-decays", "1", "0.01")
+    options = ("--fast", "--weight-decays", "1", "0.01")
+    told = said(capsys, "eval", "linear", folder, "--out", out, *options)
     assert "weight decay" in told and "(linear, 30 images;" in told
     assert sorted(p.name for p in out.iterdir()) == [
         "linear.json", "linear.md", "linear_confusion.png",
@@ -125,7 +126,7 @@ def test_the_slim_encoder_alone_without_a_control(config, capsys):
 
 def test_without_validation_images_a_tenth_is_held_out(tiny, capsys):
     folder = train(replace(tiny, epochs=1)).folder
-    result = sacl_fast.evaluate.linear(folder, control=False)
+    result = sacl_fast.evaluate.linear(folder, control=False, fast=True)
     assert (result.train_images, result.test_images, result.held_out) == (44, 4, True)
     assert result.folder is None and not (folder / "eval").exists()
 
@@ -177,6 +178,26 @@ def test_mistakes_are_one_sentence_and_leave_nothing(config, noisy, tmp_path, ca
             more = out if len(args) > 1 and args[0] != "knnn" else ()
             assert hint in refused(capsys, "eval", *args, *more), args
     assert not (tmp_path / "out").exists() and not (tmp_path / "eval").exists()
+
+
+def test_a_folder_is_opened_as_what_it_is(config, noisy, tmp_path, capsys):
+    """Whatever the run was trained on: a root without a source is not looked for as CIFAR-10."""
+    folder = train(config).folder
+    settings = (folder / "config.yaml").read_text()
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "config.yaml").write_text(settings.replace("source: folder", "source: cifar10"))
+    nowhere = tmp_path / "nowhere"
+    assert "does not exist" in refused(capsys, "eval", "knn", folder, "--data.root", nowhere)
+    assert not nowhere.exists()
+    told = said(capsys, "eval", "knn", folder, "--data.root", noisy, "--eval.k", "5")
+    assert "(kNN, 30 images" in told
+    told = said(capsys, "export", folder, tmp_path / "out", "--data.root", noisy)
+    assert "on 16 of the run's images" in told
+    # Images that were given from Python are in no file.
+    (folder / "config.yaml").write_text(settings.replace("source: folder", "source: arrays"))
+    told = refused(capsys, "eval", "knn", folder)
+    assert "its own were arrays" in told and "--data.root" in told and "--data.source" in told
+    said(capsys, "eval", "knn", folder, "--data.root", noisy, "--eval.k", "5")
 
 
 def test_an_interrupted_evaluation_leaves_nothing(config, monkeypatch, capsys):

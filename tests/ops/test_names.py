@@ -46,10 +46,12 @@ def operator_of(schema: str) -> str:
 
 COMPILED = sorted({operator_of(schema) for schema in SCHEMAS})
 TRITON = ("xcorr_loss", "norm_pointwise", "lars")
-ON_CPUS_ONLY = {"augment"}  # of schemas: images in tensors of their own
+ON_CPUS_ONLY = {"augment", "draw_views"}  # of schemas; augment_packed is on GPUs as well
 WITHOUT_A_SCHEMA = {"lars"}  # an optimiser's update, which nothing but its step calls
+WITHOUT_CUDA = {"draw_views"}  # the CPU draws
 # Those that are measured where they are used, not by themselves.
 MEASURED_IN = {
+    "draw_views": "bench_data.py",
     "slim_add": "bench_slim.py",
     "slim_gate": "bench_slim.py",
 }
@@ -59,8 +61,9 @@ def files_of(op: str) -> list[str]:
     files = [f"sacl_fast/ops/{op}.py", f"tests/ops/test_{op}.py"]
     if op not in FUSED:
         files += [f"csrc/cpu/{op}.cpp", f"benchmarks/{MEASURED_IN.get(op, f'bench_{op}.py')}"]
-    files += [f"csrc/cuda/{op}.cpp", f"tests/cuda/test_cuda_{op}.py"]
-    files += [f"csrc/cuda/{op}_kernels.cu"] if op not in WITHOUT_KERNELS_OF_THEIR_OWN else []
+    if op not in WITHOUT_CUDA:
+        files += [f"csrc/cuda/{op}.cpp", f"tests/cuda/test_cuda_{op}.py"]
+        files += [f"csrc/cuda/{op}_kernels.cu"] if op not in WITHOUT_KERNELS_OF_THEIR_OWN else []
     return files
 
 
@@ -149,10 +152,10 @@ def test_index_lists_are_called_index_and_maps_map():
 def test_doctor_and_resolve_know_each_operator_by_its_name():
     called = set(COMPILED) - FUSED
     assert set(OPERATORS) == {*called, "xcorr_loss", "lars"}
-    assert set(SLIM_OPERATORS) == called - {"augment"}
+    assert set(SLIM_OPERATORS) == called - {"augment", "draw_views"}
     for op, backends in OPERATORS.items():
         assert ("cpu" in backends) == (op in called)
-        assert ("cuda" in backends) == (op in called)
+        assert ("cuda" in backends) == (op in called and op not in WITHOUT_CUDA)
 
 
 def test_place_is_no_name_in_csrc():

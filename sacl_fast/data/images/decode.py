@@ -21,14 +21,23 @@ from sacl_fast.data.images.damage import DAMAGED
 from sacl_fast.errors import reason_of
 
 _MOST = DataConfig.max_file_bytes
+# Formats whose header has the size that decoding gives; some others (ICO, EPS) find it then.
+_TOLD = ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP", "PPM", "TIFF")
 
 
 class BadImage(Exception):
     """A file that holds no readable image; says why."""
 
 
-def read_bytes(path: str, most: int = _MOST, offset: int = 0, size: int | None = None) -> bytes:
-    """The contents of the file ``path``, or ``size`` bytes of it from ``offset`` on.
+def read_bytes(
+    path: str,
+    most: int = _MOST,
+    offset: int = 0,
+    size: int | None = None,
+    first: int | None = None,
+) -> bytes:
+    """The contents of the file ``path``, or ``size`` bytes of it from ``offset`` on; of those the
+    ``first`` alone, where that is given.
 
     BadImage where it cannot be read, is no regular file (a pipe would be waited for, a device has
     no end) or where that is more than ``most`` bytes.
@@ -45,6 +54,7 @@ def read_bytes(path: str, most: int = _MOST, offset: int = 0, size: int | None =
                 raise BadImage(f"it has {wanted} bytes, and data.max_file_bytes is {most}")
             if offset + wanted > status.st_size:
                 raise BadImage("the shard ends before it")
+            wanted = wanted if first is None else min(wanted, first)
             file.seek(offset)
             data = file.read(wanted)
             while len(data) < wanted and (more := file.read(wanted - len(data))):
@@ -73,7 +83,14 @@ def decode_rgb(data: bytes) -> Image.Image:
     """The image in the encoded ``data``, mode RGB. BadImage where it cannot be read."""
     with _opened(data) as image:
         image.load()
-        return _rgb(image)
+        return to_rgb(image)
+
+
+def image_size(data: bytes) -> tuple[int, int, bool]:
+    """(width, height) of an image by its header, and whether decoding is sure to give them.
+    ``data`` may be the beginning of a file; BadImage where that does not tell."""
+    with _opened(data) as image:
+        return *image.size, image.format in _TOLD
 
 
 def plain_size(data: bytes) -> tuple[int, int] | None:
@@ -110,7 +127,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         raise BadImage(reason_of(error)) from error
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I"):  # 16 bits, whatever holds them

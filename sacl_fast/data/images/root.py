@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sacl_fast.config import DataConfig
 from sacl_fast.data.images import archives
+from sacl_fast.data.images.pixel_file import is_cache
 from sacl_fast.errors import UserError
 from sacl_fast.files import kind_of, user_path
 
@@ -24,6 +25,8 @@ def existing_root(config: DataConfig) -> Path:
     if kind is None:
         raise UserError(f"data.root is {root}, which does not exist (from {Path.cwd()})")
     if kind != "folder" and not (kind == "file" and (archives.is_archive(root) or is_list(root))):
+        if kind == "file" and is_cache(root):
+            raise UserError(f"data.root is {root}, a cache; data.source cache reads it")
         what = "a file" if kind == "file" else "a pipe, a socket or a device"
         raise UserError(
             f"data.root is {root}, {what}; a folder of images, an archive of one "

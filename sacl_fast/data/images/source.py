@@ -7,8 +7,8 @@ memory.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 from PIL import Image
@@ -57,13 +57,40 @@ class Source(Protocol):
         ...
 
 
+class Packed(Source, Protocol):
+    """A source whose images lie as pixels in one buffer, so that no image needs a call.
+
+    Loaders then read ``pixels`` in place of calling ``read``, which is called for an image that
+    cannot be read, to say why. ``check(indices)``, where there is one, raises BadImage if one of
+    those images is damaged.
+    """
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """(bytes,) uint8; may be a memory map."""
+        ...
+
+    @property
+    def placement(self) -> np.ndarray:
+        """(N, 3) int64: where in ``pixels`` an image begins, its height and width; 0, 0, 0 where
+        ``read`` raises BadImage."""
+        ...
+
+
+def as_packed(source: Source) -> Packed | None:
+    """``source``, if it is packed."""
+    packed = hasattr(source, "pixels") and hasattr(source, "placement")
+    return cast(Packed, source) if packed else None
+
+
 class Splits(NamedTuple):
     train: Source
     val: Source | None
 
 
 class ArraySource:
-    """Images in memory: ``images`` (N, H, W, 3) uint8, called ``title[index]``."""
+    """Images in memory: ``images`` (N, H, W, 3) uint8, called ``title[index]``. A subclass in which
+    ``read`` gives something else has to change ``pixels``, too."""
 
     decoded = True
 
@@ -90,6 +117,20 @@ class ArraySource:
 
     def identity(self, index: int) -> bytes:
         return self.images[index].tobytes()
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """(bytes,) uint8: all images, end to end."""
+        return self.images.reshape(-1)
+
+    @property
+    def placement(self) -> np.ndarray:
+        """(N, 3) int64: where an image lies in ``pixels``, its height and width."""
+        count, height, width, channels = self.images.shape
+        placement = np.empty((count, 3), np.int64)
+        placement[:, 0] = np.arange(count) * (height * width * channels)
+        placement[:, 1:] = height, width
+        return placement
 
 
 class FileSource(ABC):
@@ -120,6 +161,10 @@ class FileSource(ABC):
         """The file called ``name(index)``."""
         return read_bytes(self.name(index), self.most)
 
+    def head(self, index: int, count: int) -> bytes:
+        """Its first ``count`` bytes, or all."""
+        return read_bytes(self.name(index), self.most, first=count)
+
     def label(self, index: int) -> int:
         return int(self.labels[index])
 
@@ -149,3 +194,17 @@ class Subset:
 
     def identity(self, index: int) -> bytes:
         return self.source.identity(self.indices[index])
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """Of the whole source, where it is packed; else there is no such attribute."""
+        return self.source.pixels  # type: ignore[attr-defined]
+
+    @property
+    def placement(self) -> np.ndarray:
+        return self.source.placement[self.indices]  # type: ignore[attr-defined]
+
+    @property
+    def check(self) -> Callable[[np.ndarray], None]:
+        of_all = self.source.check  # type: ignore[attr-defined]
+        return lambda indices: of_all(self.indices[indices])

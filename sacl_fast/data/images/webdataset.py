@@ -57,8 +57,14 @@ class WebDatasetSource(FileSource):
         return len(self.offsets)
 
     def read(self, index: int) -> bytes:
+        return self._read(index, None)
+
+    def head(self, index: int, count: int) -> bytes:
+        return self._read(index, count)
+
+    def _read(self, index: int, first: int | None) -> bytes:
         offset, size = int(self.offsets[index]), int(self.sizes[index])
-        return read_bytes(self.shards[self.shard_of[index]], self.most, offset, size)
+        return read_bytes(self.shards[self.shard_of[index]], self.most, offset, size, first)
 
     def name(self, index: int) -> str:
         return f"{self.shards[self.shard_of[index]]}@{self.offsets[index]}"

@@ -1,5 +1,5 @@
-"""Views by DALI: files are read and parameters drawn in Python, DALI decodes, and either it or the
-compiled operator augments.
+"""Views by DALI, on the CPU or on a GPU: files are read and parameters drawn in Python, DALI
+decodes, and either the compiled operator or DALI itself augments.
 
 The feeds hold what torchvision would work on: same plan, same draws, same substitutes for
 unreadable images, all of them functions of (seed, epoch, index). So order, sharding over ranks and
@@ -25,13 +25,16 @@ from sacl_fast.data.loading.bad_images import BadImages
 from sacl_fast.data.loading.batch import Plan
 from sacl_fast.data.loading.dali_reader import Feed, FeedReader
 from sacl_fast.data.loading.readers import Views
+from sacl_fast.data.loading.torchvision_stream import input_dtype
 from sacl_fast.data.loading.view_loader import NormalisedViews
 from sacl_fast.data.loading.waiting import Patience, no_stop
 from sacl_fast.data.loading.workers import Prefetcher, open_prefetcher, worker_count
 from sacl_fast.data.views.compiled import CompiledViews
-from sacl_fast.data.views.dali import DaliError, ViewPipeline, undecodable
-from sacl_fast.data.views.dali_parameters import pack
-from sacl_fast.data.views.operator import are_compiled, pack_rows
+from sacl_fast.data.views.dali import ViewPipeline
+from sacl_fast.data.views.dali_parameters import draw_parameters
+from sacl_fast.data.views.dali_pipeline import DaliError, undecodable
+from sacl_fast.data.views.draws import draw_rows
+from sacl_fast.data.views.operator import are_compiled
 
 logger = logging.getLogger(__name__)
 
@@ -109,17 +112,19 @@ class DaliStream:
             remedy="fewer data.dali.readers take less",
         )
 
-    def _feed(self) -> tuple[np.ndarray | list[np.ndarray], Any, Any]:
+    def _feed(self) -> tuple[list[np.ndarray], Any]:
         assert self._feeds is not None
         feed: Feed = next(self._feeds)
         self._bad.add(feed.bad)
         self._fed.append(feed)
-        return feed.arrays(), feed.a, feed.b
+        return feed.arrays(), feed.draws
 
 
 def feed_reader(source: Source, config: Config, device: torch.device) -> FeedReader:
     """What reads for the ``view_pipeline`` of the same ``config`` and ``device``."""
-    return FeedReader(source, config, pack_rows if are_compiled(config, device) else pack)
+    return FeedReader(
+        source, config, draw_rows if are_compiled(config, device) else draw_parameters
+    )
 
 
 def view_pipeline(
@@ -128,20 +133,19 @@ def view_pipeline(
     """What makes views of what ``feed`` gives: DALI and the compiled operator, or, where that
     does not run, DALI alone."""
     dali, threads = config.data.dali, worker_count(config.data.dali.threads)
-    # The encoder casts what it gets to its autocast type; on the way there half is enough.
-    half = device.type == "cuda" and config.precision != "fp32"
-    dtype = torch.float16 if half else torch.float32
-    ahead = batches_ahead(config, batch, dtype)
     if are_compiled(config, device):
-        return CompiledViews(
-            config.views, feed, encoded=encoded, batch=batch, ahead=ahead, threads=threads
-        )
-    return ViewPipeline(
+        maker, dtype = CompiledViews, input_dtype(config, device)
+    else:
+        # The encoder casts what it gets to its autocast type; on the way there half is enough, and
+        # DALI has no bfloat16.
+        half = device.type == "cuda" and config.precision != "fp32"
+        maker, dtype = ViewPipeline, torch.float16 if half else torch.float32
+    return maker(
         config.views,
         feed,
         encoded=encoded,
         batch=batch,
-        ahead=ahead,
+        ahead=batches_ahead(config, batch, dtype),
         threads=threads,
         device=device,
         dtype=dtype,
@@ -182,8 +186,8 @@ def dali_views(source: Source, config: Config, epoch: int, indices: np.ndarray) 
         return Views(a, b, feed.index, feed.bad, feed.missed)
 
 
-def _once(feed: Feed) -> tuple[np.ndarray | list[np.ndarray], Any, Any]:
-    return feed.arrays(), feed.a, feed.b
+def _once(feed: Feed) -> tuple[list[np.ndarray], Any]:
+    return feed.arrays(), feed.draws
 
 
 def leave_to_pillow(
@@ -193,11 +197,11 @@ def leave_to_pillow(
     then finds which of them are broken, and they are named and replaced as ever. Raises ``error``
     where it was due to none of them."""
     for feed in feeds:
-        images = feed.arrays()
-        if isinstance(images, np.ndarray):
+        if len(feed.sizes):
             raise error
         indices = feed.index.tolist()
-        found = {indices[position]: why for position, why in undecodable(images, device).items()}
+        failed = undecodable(feed.arrays(), device)
+        found = {indices[position]: why for position, why in failed.items()}
         found = {index: why for index, why in found.items() if index not in reader.by_pillow}
         if found:
             break

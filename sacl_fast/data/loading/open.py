@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from sacl_fast.config import Config
-from sacl_fast.data.images.source import Source
+from sacl_fast.data.images.source import Source, as_packed
 from sacl_fast.data.loading.bad_images import BadImages
 from sacl_fast.data.loading.batch import Plan
+from sacl_fast.data.loading.pixel_stream import PixelStream, pixel_views
 from sacl_fast.data.loading.readers import CompiledViewReader, ViewReader, Views
 from sacl_fast.data.loading.torchvision_stream import PillowStream, TorchvisionStream
 from sacl_fast.data.loading.view_loader import ViewLoader
@@ -37,7 +38,8 @@ _CPU = torch.device("cpu")
 
 
 class LoaderResolution(NamedTuple):
-    """What makes the views, ``dali``, ``pillow`` or ``torchvision``, and why that one."""
+    """What makes the views, ``compiled``, ``dali``, ``pillow`` or ``torchvision``, and why that
+    one."""
 
     loader: str
     reason: str
@@ -54,8 +56,17 @@ def open_view_loader(
 ) -> ViewLoader:
     """The batches of pre-training for one rank, by the loader of ``data.loader``. What ``check``
     raises ends a wait for a batch."""
-    loader, reason = resolve_loader(config, device)
-    if loader == "dali":
+    packed = as_packed(source) is not None
+    loader, reason = resolve_loader(config, device, packed=packed)
+    if loader != "compiled" and (asked := config.data.residence) != "auto":
+        works = "data.loader auto" if packed else "data.source cache (see sacl-fast cache)"
+        raise UserError(
+            f"data.residence is {asked}, which is for loader compiled, but the views are made by "
+            f"{loader} ({reason}); {works} works, and so does data.residence auto"
+        )
+    if loader == "compiled":
+        kind, operator = PixelStream, " operator"
+    elif loader == "dali":
         from sacl_fast.data.loading.dali_stream import DaliStream
 
         kind = DaliStream
@@ -73,7 +84,11 @@ def open_view_loader(
 
 def read_views(source: Source, config: Config, epoch: int, indices: np.ndarray) -> Views:
     """Both views of some images, 8-bit pixels, by the loader that would train on the CPU."""
-    loader = resolve_loader(config, _CPU).loader
+    packed = as_packed(source)
+    loader = resolve_loader(config, _CPU, packed=packed is not None).loader
+    if loader == "compiled":
+        assert packed is not None, "resolve_loader takes it for packed sources only"
+        return pixel_views(packed, config, epoch, indices)
     if loader == "dali":
         from sacl_fast.data.loading.dali_stream import dali_views
 
@@ -82,14 +97,31 @@ def read_views(source: Source, config: Config, epoch: int, indices: np.ndarray) 
     return reader(source, config)[epoch, indices]
 
 
-def resolve_loader(config: Config, device: torch.device) -> LoaderResolution:
-    """The loader of the views on ``device``.
+def resolve_loader(
+    config: Config, device: torch.device, *, packed: bool = False
+) -> LoaderResolution:
+    """The loader of the views on ``device``; ``packed``: of images that are pixels in one buffer
+    (``as_packed``).
 
-    ``auto`` takes DALI where it is installed and faster, ``pillow`` where it is not installed.
-    ``dali`` where it cannot run is a UserError that names the package, as is ``pillow`` without the
-    compiled operator.
+    ``auto`` takes ``compiled`` for those, and else DALI where it is installed and faster,
+    ``pillow`` where it is not installed. ``dali`` where it cannot run is a UserError that names the
+    package, as are ``compiled`` and ``pillow`` without the compiled operator, and ``compiled`` for
+    images that are files.
     """
     requested = config.data.loader
+    if requested == "compiled":
+        if not packed:
+            raise UserError(
+                "data.loader is compiled, which is for images that are pixels, and these are to be "
+                "decoded; data.loader auto works, and so does data.source cache: sacl-fast cache "
+                "decodes them once"
+            )
+        if (why_not := why_not_compiled(config, _CPU)) is not None:
+            raise UserError(
+                f"data.loader is compiled, which needs the compiled operator augment ({why_not}); "
+                "data.loader torchvision works without"
+            )
+        return LoaderResolution("compiled", "as requested")
     if requested == "torchvision":
         return LoaderResolution("torchvision", "as requested")
     if requested == "pillow":
@@ -106,16 +138,29 @@ def resolve_loader(config: Config, device: torch.device) -> LoaderResolution:
         return LoaderResolution("dali", "as requested")
     if config.backend == "torch":
         return LoaderResolution("torchvision", "backend torch")
+    if packed and (reason := _why_compiled(config, device, obstacle)):
+        return LoaderResolution("compiled", reason)
     if obstacle is not None:
         return LoaderResolution("pillow" if are_compiled(config, _CPU) else "torchvision", obstacle)
     if device.type == "cuda":
-        return LoaderResolution("dali", "decodes and augments on the GPU")
+        if (why_not := why_not_compiled(config, device)) is None:
+            return LoaderResolution("dali", "decodes on the GPU, where the operator augments")
+        return LoaderResolution("dali", f"decodes and augments on the GPU (operator: {why_not})")
     if are_compiled(config, device):
         return LoaderResolution("dali", "the fastest on the CPU")
     if config.views.size <= _SMALL:
         reason = f"DALI alone gains little on the CPU for views of {_SMALL} px and below"
         return LoaderResolution("torchvision", reason)
     return LoaderResolution("dali", f"the faster one on the CPU above {_SMALL} px")
+
+
+def _why_compiled(config: Config, device: torch.device, no_dali: str | None) -> str | None:
+    """Why the compiled operator makes the views of packed images; None where it does not."""
+    if are_compiled(config, device):
+        return f"the images are pixels; the fastest on the {device.type.upper()}"
+    if no_dali is not None and are_compiled(config, _CPU):  # beside a GPU
+        return f"the images are pixels; {no_dali}"
+    return None
 
 
 @functools.cache

@@ -5,7 +5,7 @@ A reader maps a whole batch of indices at once; the loader's plan makes the batc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -62,16 +62,16 @@ class ViewReader:
         missed = int((index != wanted).sum())
         return Views(a, b, torch.from_numpy(index), list(bad.items()), missed)
 
-    def make(self, image: Image.Image, draws: tuple[ViewDraw, ViewDraw]) -> np.ndarray:
-        """Both views of an image, (2, S, S, 3) uint8: by torchvision."""
-        both = zip(draws, (self.views.a, self.views.b), strict=True)
+    def make(self, image: Image.Image, draws: Sequence[ViewDraw]) -> np.ndarray:
+        """Both views of an image, or, of one draw, view a: (V, S, S, 3) uint8, by torchvision."""
+        both = zip(draws, (self.views.a, self.views.b), strict=False)
         return np.stack([np.asarray(apply_view(image, d, self.views, view)) for d, view in both])
 
 
 class CompiledViewReader(ViewReader):
     """A ``ViewReader`` whose views are made by the compiled operator, several times as fast."""
 
-    def make(self, image: Image.Image, draws: tuple[ViewDraw, ViewDraw]) -> np.ndarray:
+    def make(self, image: Image.Image, draws: Sequence[ViewDraw]) -> np.ndarray:
         return compiled_pixels(image, draws, self.views)
 
 

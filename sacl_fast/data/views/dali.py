@@ -1,6 +1,5 @@
-"""Images by NVIDIA DALI, and views by it: one graph of operators, for the CPU and for the GPU.
-
-On the CPU, the graph makes views only where the compiled operator (``compiled.py``) does not run.
+"""Views by NVIDIA DALI: one graph of operators, for the CPU and for the GPU, which makes them where
+the compiled operator (``compiled.py``) does not run.
 
 Nothing here is random. ``draw.py`` draws what is random about a view, as for torchvision;
 ``dali_parameters.py`` packs the draws into arrays, which are fed with the images. So both loaders
@@ -12,20 +11,14 @@ uint8 up to brightness and contrast, then three planes (S, S) float32 in 0..255 
 hue, then (3, S, S) float32: on the CPU these are the fastest forms, and conversions cost as much as
 the operators. DALI's own saturation and hue are not used: its hue is a rotation in YIQ, which is
 further from torchvision's (a shift in HSV) than no change at all.
-
-This is the only module that imports DALI.
 """
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 # (DALI's stubs know neither its enums' members nor what arithmetic gives.)
 
 from __future__ import annotations
 
-import gc
-import os
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
-from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -38,88 +31,23 @@ from sacl_fast.data.views.dali_parameters import (
     jitter_slots,
     parameter_names,
 )
+from sacl_fast.data.views.dali_pipeline import (
+    FedPipeline,
+    decoded,
+    fn,
+    math,
+    pipeline_def,
+    types,
+)
 
-# Buffers above 1 MB come from DALI's pool, not from malloc, which would give their pages back to
-# the system after every operator: up to half the time of a batch. Read when DALI is loaded.
-os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "1000000")
-
-from nvidia.dali import fn, math, pipeline_def, types
-
-# A pipeline that is collected waits for its threads. In a forked process, like a loader's worker,
-# they are not there: it would hang or crash. So none that is inherited is ever collected.
-_alive: WeakSet[Any] = WeakSet()
-_inherited: list[Any] = []
-os.register_at_fork(after_in_child=lambda: _inherited.extend(_alive))
-
-# A batch of images, encoded (1-D uint8 each) or as pixels (n, H, W, 3), and the parameters of both
-# views.
-Fed = tuple[np.ndarray | Sequence[np.ndarray], Parameters, Parameters]
+# A batch of images, encoded, (bytes,) uint8 each, or as pixels (H, W, 3), and the parameters of
+# both views.
+Fed = tuple[np.ndarray | Sequence[np.ndarray], tuple[Parameters, Parameters]]
 
 _LUMA = (0.299, 0.587, 0.114)  # Pillow's grayscale
 _ZERO, _ONE, _WHITE = np.float32(0), np.float32(1), np.float32(255)
 # Pillow rounds down after each operation on colours. On average that is this much.
 _LOST = np.float32(0.5)
-
-
-class DaliError(RuntimeError):
-    """DALI failed at a batch; the pipeline is of no more use."""
-
-
-class FedPipeline:
-    """A graph that is fed by a function; whoever takes its outputs owns them."""
-
-    def __init__(self, feed: Callable[[], Any]) -> None:
-        self._feed = feed
-        self._feed_failed = False
-        self._pipeline: Any = None
-
-    def _build(self, graph: Any, *arguments: Any, batch: int, **options: Any) -> None:
-        self._pipeline = graph(*arguments, batch_size=batch, exec_dynamic=True, **options)
-        _alive.add(self._pipeline)
-        self._pipeline.build()
-
-    def _call_feed(self) -> Any:
-        self._feed_failed = True  # unless it returns
-        fed = self._feed()
-        self._feed_failed = False
-        return fed
-
-    def close(self) -> None:
-        """End it now: it lies in a cycle of references."""
-        self._pipeline = None
-        gc.collect()
-
-    def _outputs(self, *stream: Any) -> tuple[Any, ...]:
-        """DaliError, or what ``feed`` raises."""
-        assert self._pipeline is not None
-        try:
-            return self._pipeline.run(*stream)
-        except RuntimeError as error:
-            if self._feed_failed:
-                raise
-            raise DaliError(_reason(error)) from error
-
-
-class ImagePipeline(FedPipeline):
-    """Decoded images on the CPU, in batches of up to ``batch``; the next batch is decoded in the
-    background. ``feed`` is called for the encoded images of each batch in turn."""
-
-    def __init__(
-        self, feed: Callable[[], np.ndarray | Sequence[np.ndarray]], *, batch: int, threads: int
-    ) -> None:
-        super().__init__(feed)
-        self._build(
-            _images, self._call_feed, batch=batch, num_threads=threads, device_id=None,
-            prefetch_queue_depth=2,
-        )  # fmt: skip
-
-    def run(self) -> list[Tensor]:
-        """The next batch: (H, W, 3) uint8 each, in memory that the batch after it overwrites.
-
-        Raises DaliError, or what ``feed`` raises.
-        """
-        (self._held,) = self._outputs()
-        return [torch.from_dlpack(image) for image in self._held]
 
 
 class ViewPipeline(FedPipeline):
@@ -141,21 +69,18 @@ class ViewPipeline(FedPipeline):
         dtype: torch.dtype = torch.float32,
         hw_decoder_load: float = 0.65,
     ) -> None:
-        super().__init__(feed)
-        self._device = device
+        super().__init__(feed, device)
         self._names = (parameter_names(views.a), parameter_names(views.b))
-        gpu = device.type == "cuda"
         self._build(
             _graph,
             views,
             self._flat,
             encoded,
-            "gpu" if gpu else "cpu",
+            device.type,
             {torch.float32: types.FLOAT, torch.float16: types.FLOAT16}[dtype],
             hw_decoder_load,
-            batch=batch,
+            batch_size=batch,
             num_threads=threads,
-            device_id=(device.index or 0) if gpu else None,
             prefetch_queue_depth=ahead,
         )
 
@@ -164,42 +89,14 @@ class ViewPipeline(FedPipeline):
 
         Raises DaliError, or what ``feed`` raises.
         """
-        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-        a, b = self._outputs(stream)
+        a, b = self._outputs()
         return _to_torch(a), _to_torch(b)
 
     def _flat(self) -> list[Any]:
         """What ``feed`` gives as one list, as the graph takes it apart."""
-        images, *parameters = self._call_feed()
+        images, parameters = self._call_feed()
         named = zip(parameters, self._names, strict=True)
         return [images, *(given[name] for given, names in named for name in names)]
-
-
-def undecodable(images: Sequence[np.ndarray], device: torch.device) -> dict[int, str]:
-    """Which of the encoded ``images``, (bytes,) uint8 each, DALI cannot decode, and why."""
-    found: dict[int, str] = {}
-    gpu = device.type == "cuda"
-    pipeline = None
-    for position, image in enumerate(images):
-        if pipeline is None:  # one that failed is of no more use
-            pipeline = _one_image(
-                "gpu" if gpu else "cpu", batch_size=1, num_threads=1, prefetch_queue_depth=1,
-                device_id=(device.index or 0) if gpu else None,
-            )  # fmt: skip
-            _alive.add(pipeline)
-        pipeline.feed_input("image", [image])
-        try:
-            pipeline.run()
-        except RuntimeError as error:
-            found[position], pipeline = _reason(error), None
-    return found
-
-
-def _reason(error: RuntimeError) -> str:
-    """What went wrong, out of DALI's long messages."""
-    text = str(error).rpartition("encountered:")[2]
-    told = re.split(r"C\+\+ context|Stacktrace|Current pipeline object|\[frame", text)[0]
-    return " ".join(told.split())[:200] or type(error).__name__
 
 
 def _to_torch(views: Any) -> Tensor:
@@ -225,7 +122,7 @@ def _graph(
     count = len(names_a)
     image, *given = fn.external_source(feed, num_outputs=1 + count + len(names_b), batch=True)
     if encoded:
-        image = _decoded(image, device, hw_decoder_load)
+        image = decoded(image, device, hw_decoder_load)
     else:
         image = _on(device, fn.reinterpret(image, layout="HWC"))
     given_a = {name: given[i] for i, name in enumerate(names_a)}
@@ -235,28 +132,8 @@ def _graph(
     return a, b
 
 
-@pipeline_def
-def _images(feed: Callable[[], Any]):
-    return _decoded(fn.external_source(feed, batch=True), "cpu", 0.65)
-
-
-@pipeline_def
-def _one_image(device: str):
-    return _decoded(fn.external_source(name="image"), device, 0.65)
-
-
-def _decoded(image, device: str, hw_decoder_load: float):
-    return fn.decoders.image(
-        image,
-        device="mixed" if device == "gpu" else "cpu",
-        adjust_orientation=False,  # torchvision does not look at it either
-        jpeg_fancy_upsampling=True,  # as Pillow's decoder
-        hw_decoder_load=hw_decoder_load,
-    )
-
-
 def _on(device: str, node):
-    return node.gpu() if device == "gpu" else node
+    return node.gpu() if device == "cuda" else node
 
 
 def _view(image, given: dict[str, Any], views: ViewsConfig, view: ViewConfig, device: str, dtype):

@@ -95,9 +95,9 @@ def _draw_crop(
     # The image is too elongated: its centre, at the nearest allowed ratio.
     w, h = width, height
     if width / height < narrowest:
-        h = round(width / narrowest)
+        h = max(1, round(width / narrowest))
     elif width / height > widest:
-        w = round(height * widest)
+        w = max(1, round(height * widest))
     return (height - h) // 2, (width - w) // 2, h, w
 
 

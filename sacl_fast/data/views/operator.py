@@ -4,7 +4,7 @@ of each, and its pixels. Nothing here needs DALI.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -25,13 +25,13 @@ def why_not_compiled(config: Config, device: torch.device) -> str | None:
     """Why the compiled operator does not make them; None where it does."""
     from sacl_fast.ops.backend import asked_of, resolve
 
-    if device.type != "cpu":
-        return "it runs on the CPU only"
-    asked = "auto" if config.backend == "cuda" else asked_of("augment", config.backend)
+    if config.backend == "torch":
+        return "backend torch"
+    asked = asked_of("augment", config.backend)
+    if asked != device.type:  # of another device, as beside a GPU the views that the CPU makes
+        asked = "auto"
     backend, reason = resolve(asked, "augment", device)
-    if backend == "cpu":
-        return None
-    return "backend torch" if config.backend == "torch" else reason
+    return reason if backend == "torch" else None
 
 
 def pack_rows(
@@ -55,12 +55,13 @@ def pack_rows(
 
 
 def compiled_pixels(
-    image: Image.Image, draws: tuple[ViewDraw, ViewDraw], views: ViewsConfig
+    image: Image.Image, draws: Sequence[ViewDraw], views: ViewsConfig
 ) -> np.ndarray:
-    """Both views of an RGB image, (2, S, S, 3) uint8, as by ``apply_view`` (``draw.py``)."""
+    """Both views of an RGB image, or, of one draw, view a alone: (V, S, S, 3) uint8, as by
+    ``apply_view`` (``draw.py``)."""
     from sacl_fast.ops.augment import augment
 
-    both = zip(draws, (views.a, views.b), strict=True)
+    both = zip(draws, (views.a, views.b), strict=False)
     rows = np.stack([pack_rows([draw], 1, views, view) for draw, view in both])
     values = augment(
         [torch.from_numpy(np.array(image))],

@@ -203,7 +203,8 @@ class _Translation:
         return replace(
             x,
             node=self.new.call(batch_norm_of(norm, x.live), x.node),
-            value=batch_norm_of(norm, x.constant)(x.value),
+            # torch's batch norm refuses a tensor without channels.
+            value=batch_norm_of(norm, x.constant)(x.value) if len(x.constant) else x.value,
             by_sample=x.by_sample and self.new.call(batch_norm_of(norm, x.varying), x.by_sample),
         )
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sacl_fast.config import Config, DaliConfig, DataConfig, ViewsConfig
 from sacl_fast.data.images.open import open_sources
@@ -21,8 +22,10 @@ from sacl_fast.data.images.source import ArraySource
 from sacl_fast.data.loading.batch import Batch
 from sacl_fast.data.loading.contact_sheet import contact_sheet
 from sacl_fast.data.loading.evaluation import EvalLoader
+from sacl_fast.data.loading.open import open_view_loader
 from sacl_fast.data.loading.waiting import NoBatch
 from sacl_fast.errors import UserError
+from sacl_fast.ops import compiled
 from tests.data.loading.cases import (
     CPU,
     assert_same,
@@ -36,7 +39,8 @@ pytest.importorskip("nvidia.dali", exc_type=ImportError)
 
 from sacl_fast.data.loading.dali_stream import DaliStream, batches_ahead
 from sacl_fast.data.views.compiled import CompiledViews
-from sacl_fast.data.views.dali import DaliError, ViewPipeline
+from sacl_fast.data.views.dali import ViewPipeline
+from sacl_fast.data.views.dali_pipeline import DaliError
 
 pytestmark = pytest.mark.usefixtures("compiled_views")
 
@@ -66,6 +70,28 @@ def test_the_batches_are_those_of_torchvision(
                 assert ours_.dtype == torch.float32
                 assert ours_.is_contiguous(memory_format=torch.channels_last)
                 assert (ours_ - theirs_).abs().mean() < allowed
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_batches_are_those_of_the_cpu(
+    source: ArraySource, jpeg_folder: Path, compiled_views: bool
+) -> None:
+    gpu = torch.device("cuda", 0)
+    if compiled_views and (why_not := compiled.cuda_obstacle(gpu)) is not None:
+        pytest.skip(why_not)
+    settings = dali_config(root=jpeg_folder)
+    for images in (source, open_sources(settings.data, 0).train):
+        on_cpu = by_torchvision(images, settings)
+        on_gpu = open_view_loader(images, settings, device=gpu)
+        for epoch in (0, 1):
+            for ours, theirs in zip(on_gpu.epoch(epoch), on_cpu.epoch(epoch), strict=True):
+                assert torch.equal(ours.index, theirs.index)
+                for a, b in ((ours.view_a, theirs.view_a), (ours.view_b, theirs.view_b)):
+                    assert a.device == gpu and a.dtype in (torch.bfloat16, torch.float16)
+                    assert a.is_contiguous(memory_format=torch.channels_last)
+                    # Decoders, the type's digits, and what solarises at its threshold.
+                    assert (a.float().cpu() - b).abs().mean() < 0.12
+        on_gpu.close()
 
 
 def test_the_loader_is_made_of_what_was_decided(source: ArraySource, compiled_views: bool) -> None:
@@ -172,14 +198,14 @@ def test_a_failure_that_is_no_images_is_passed_on(
 ) -> None:
     settings = dali_config(root=jpeg_folder)
     loader = opened(open_sources(settings.data, 0).train, settings)
-    monkeypatch.setattr("sacl_fast.data.views.dali.FedPipeline._outputs", fail)
+    monkeypatch.setattr("sacl_fast.data.views.dali_pipeline.FedPipeline._outputs", fail)
     with pytest.raises(DaliError, match="out of memory"):
         next(loader.epoch(0))
     loader.close()
 
 
-def fail(pipeline, *stream) -> None:
-    pipeline._pipeline.run(*stream)
+def fail(pipeline) -> None:
+    pipeline._pipeline.run()
     raise DaliError("out of memory")
 
 
@@ -220,3 +246,26 @@ def test_contact_sheet_by_dali(jpeg_folder: Path, compiled_views: bool) -> None:
     difference = np.abs(np.asarray(ours, np.int16) - np.asarray(theirs))
     assert difference.mean() < (0.3 if compiled_views else 1)
     assert compiled_views or difference.any()
+
+
+def test_decoded_images_may_differ_in_size(compiled_views: bool) -> None:
+    """As those of a cache do."""
+    source = MixedSource()
+    batches_ = batches(source, dali_config(), [(0, 0)])
+    loader = by_torchvision(source, dali_config())
+    for ours, theirs in zip(batches_, loader.epoch(0), strict=True):
+        assert torch.equal(ours.index, theirs.index)
+        assert (ours.view_a - theirs.view_a).abs().mean() < (0.015 if compiled_views else 0.1)
+
+
+class MixedSource(ArraySource):
+    """Images of two sizes."""
+
+    def __init__(self) -> None:
+        vars(self).update(vars(random_source()))
+
+    def read(self, index: int) -> np.ndarray:
+        return self.images[index][: 20 - index % 2]
+
+    def load(self, index: int) -> Image.Image:
+        return Image.fromarray(self.read(index))

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from sacl_fast.config import Backend, Config, DaliConfig, DataConfig, ViewsConfig
 from sacl_fast.config.choices import LoaderName
-from sacl_fast.data.images.source import ArraySource
+from sacl_fast.data.images.open import open_sources
 from sacl_fast.data.loading import open as module
 from sacl_fast.data.loading.open import dali_obstacle, open_view_loader, resolve_loader
 from sacl_fast.data.loading.torchvision_stream import PillowStream, TorchvisionStream
+from sacl_fast.data.views.operator import why_not_compiled
 from sacl_fast.errors import UserError
+from sacl_fast.ops.compiled import obstacle
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -37,7 +40,10 @@ def settings(loader: LoaderName = "auto", size: int = 224, backend: Backend = "a
 
 def test_auto_takes_dali_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "dali_obstacle", lambda: None)
-    assert resolve_loader(settings(size=32), GPU).loader == "dali"
+    for why_not, said in ((None, "operator augments"), ("old", "decodes and augments.*old")):
+        monkeypatch.setattr(module, "why_not_compiled", lambda *_, now=why_not: now)
+        loader, reason = resolve_loader(settings(size=32), GPU)
+        assert loader == "dali" and re.search(said, reason)
     for compiled, small in ((True, "dali"), (False, "torchvision")):
         monkeypatch.setattr(module, "are_compiled", lambda *_, now=compiled: now)
         assert resolve_loader(settings(), CPU).loader == "dali"
@@ -64,13 +70,14 @@ def test_without_dali_the_package_is_named(
     cuda: str,
     package: str,
     built: bool,
+    folder: Path,
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     assert package in resolve_loader(settings(), CPU).reason
     with pytest.raises(UserError, match=f"data.loader is dali, but .*{package}"):
         resolve_loader(settings("dali"), CPU)
-    source = ArraySource("x", np.zeros((4, 8, 8, 3), np.uint8), [0] * 4, ())
+    source = open_sources(DataConfig(root=str(folder)), 0).train
     config = Config(batch_size=2, data=DataConfig(workers=0))
     monkeypatch.setattr(module, "are_compiled", lambda *_: built)
     with caplog.at_level(logging.INFO):
@@ -101,6 +108,46 @@ def test_pillow_decodes_where_dali_is_missing_and_the_operator_is_built(
             assert resolve_loader(settings(), device) == (loader, "no DALI")
     with pytest.raises(UserError, match=r"loader is pillow, .*\(not built\); .*torchvision works"):
         resolve_loader(settings("pillow"), GPU)
+
+
+def test_a_backend_of_another_device_decides_nothing() -> None:
+    """Beside a GPU, ``pillow`` has the CPU make the views, whatever the operators of the step."""
+    for backend in ("triton", "cuda"):
+        assert bool(why_not_compiled(settings(backend=backend), CPU)) == bool(obstacle())
+    assert why_not_compiled(settings(backend="torch"), CPU) == "backend torch"
+
+
+def test_the_operator_alone_makes_views_of_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = {"cpu": True, "cuda": True}
+    reasons = {True: None, False: "not built"}
+    monkeypatch.setattr(module, "are_compiled", lambda _, device: built[device.type])
+    monkeypatch.setattr(module, "why_not_compiled", lambda _, device: reasons[built[device.type]])
+    monkeypatch.setattr(module, "dali_obstacle", lambda: None)
+
+    def auto(device: torch.device, backend: Backend = "auto") -> str:
+        return resolve_loader(settings(backend=backend), device, packed=True).loader
+
+    assert auto(CPU) == auto(GPU) == "compiled"
+    assert auto(CPU, "torch") == "torchvision"
+    built["cuda"] = False
+    assert (auto(CPU), auto(GPU)) == ("compiled", "dali")
+    monkeypatch.setattr(module, "dali_obstacle", lambda: "no DALI")
+    assert (auto(CPU), auto(GPU)) == ("compiled", "compiled")
+    built["cpu"] = False
+    assert auto(CPU) == auto(GPU) == "torchvision"
+    for loader in ("torchvision", "pillow"):
+        monkeypatch.setattr(module, "why_not_compiled", lambda *_: None)
+        assert resolve_loader(settings(loader), CPU, packed=True).loader == loader
+
+
+def test_compiled_is_for_pixels_and_needs_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"loader is compiled, which is for .*auto works.* cache"):
+        resolve_loader(settings("compiled"), CPU)
+    monkeypatch.setattr(module, "why_not_compiled", lambda *_: "not built")
+    with pytest.raises(
+        UserError, match=r"loader is compiled, .*\(not built\); .*torchvision works"
+    ):
+        resolve_loader(settings("compiled"), CPU, packed=True)
 
 
 def test_pillow_is_not_for_the_backend_torch() -> None:

@@ -356,3 +356,28 @@ def test_what_is_changed_in_place_is_so_under_every_name(change):
     encoder = ReadsTwice(change).double().eval()
     nn.init.normal_(encoder.norm.bias)
     compacted(encoder, Slicer(encoder, 0.5))
+
+
+class NormOfSum(nn.Module):
+    """As in RepViT: a depthwise convolution makes constant channels live, and a norm follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.wide, self.narrow = (nn.Conv2d(8, 8, k, padding=k // 2, groups=8) for k in (3, 1))
+        self.sum_norm = nn.BatchNorm2d(8)
+        self.head = nn.Conv2d(8, 6, 1)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x)).relu()
+        x = self.sum_norm(self.wide(x) + self.narrow(x) + x)
+        return self.head(x).mean((2, 3))
+
+
+def test_a_norm_of_a_sum_without_constant_channels():
+    torch.manual_seed(0)
+    encoder = NormOfSum().double().eval()
+    for norm in (encoder.norm, encoder.sum_norm):
+        nn.init.normal_(norm.bias)
+    compacted(encoder, Slicer(encoder))
