@@ -100,8 +100,8 @@ def on_device(
 ) -> Tensor:
     out = torch.full((draws[..., 0].numel(), 3, size, size), torch.nan, dtype=dtype)
     there = device.put(out.to(memory_format=torch.channels_last))
-    pixels, images, draws, mean, std = map(device.put, (*given, draws, *norm))
-    device.ops.augment_packed(pixels, images, draws, window, mean, std, there, 1)
+    pixels, images, rows, mean, std = map(device.put, (*given, draws, *norm))
+    device.ops.augment_packed(pixels, images, rows, window, mean, std, there, 1)
     assert there is not None
     return there.cpu()
 
