@@ -45,7 +45,8 @@ ResumeAt = Literal["step", "next_epoch"]
 
 RateSchedule = Literal["auto", "cosine", "steps"]
 Resume = Literal["never", "auto"]
-SplitName = Literal["all", "train", "val"]
+Split = Literal["train", "val"]
+SplitName = Literal["all", Split]
 Projection = Literal["pca", "umap"]
 
 ExportFormat = Literal["timm", "onnx", "torch-export", "executorch", "litert", "coreml"]
