@@ -48,7 +48,7 @@ def describe(
             "uses all of them"
         )
     slim = config.slim.ratio < 1
-    unused = {"augment"}  # the loader's, which has said so
+    unused = {"augment", "draw_views"}  # the loader's, which has said so
     unused.update(() if config.optim.name == "lars" else ("lars",))
     unused.update(() if slim or method.passes.dense == "recorded" else SLIM_OPERATORS)
     operators: dict[Resolution, list[str]] = {}
