@@ -10,12 +10,15 @@ torchvision              worker processes decode by Pillow and augment
 Pillow and the operator  worker processes decode by Pillow; the compiled operator augments
 DALI alone               DALI decodes and augments
 DALI and the operator    DALI decodes; the compiled operator augments
-cache                    pixels from a file that is made first (not timed); the operator augments
+pixels in memory         of images that are pixels (CIFAR); the operator augments
+cache, disk              pixels from a file that is made first (not timed); the operator augments
+cache, ram               the same, read into memory before
+cache, device            the same, in the GPU's memory
 kornia, decoded          images of one size, decoded before, lie on the device; kornia augments
 =======================  ===========================================================================
 
 Where there is a GPU, DALI decodes on it, and it makes the views of all rows but the first two,
-whose views it normalises; DALI is measured without it as well. One image is one sample of the
+whose views it normalises (with --device cpu, all is on the CPU). One image is one sample of the
 batch: read once, two views. The stages add up: decode (or read) alone, with both crops, with flip,
 jitter and grayscale, with blur, and all (solarise).
 
@@ -46,9 +49,9 @@ from timing import cpu_seconds, device_name, write_json
 
 from sacl_fast.cli import parse_config
 from sacl_fast.config import Config, ViewConfig
-from sacl_fast.config.choices import Backend, LoaderName
+from sacl_fast.config.choices import Backend, LoaderName, Residence
 from sacl_fast.data.images.open import open_sources
-from sacl_fast.data.images.source import Source
+from sacl_fast.data.images.source import Source, as_packed
 from sacl_fast.data.loading.open import dali_obstacle, open_view_loader
 from sacl_fast.data.loading.workers import worker_count
 from sacl_fast.data.views.operator import why_not_compiled
@@ -115,39 +118,34 @@ def all_rows(config: Config, cache: Path, size: int) -> list[Row]:
     source = open_sources(config.data, config.seed).train
     on_gpu = torch.cuda.is_available() and config.device != "cpu"
     device = torch.device("cuda", 0) if on_gpu else CPU
-    no_dali = dali_obstacle()
 
     def row(
         name: str,
         loader: LoaderName,
         missing: str | None = None,
-        *,
         backend: Backend = config.backend,
-        views_on: torch.device = device,
     ) -> Row:
         data = replace(config.data, loader=loader)
-        if on_gpu and views_on == CPU:
-            name += ", on the CPU"
-        given = replace(config, data=data, backend=backend)
-        return Row(name, given, source, views_on, missing)
+        return Row(name, replace(config, data=data, backend=backend), source, device, missing)
 
+    no_dali = dali_obstacle()
     rows = [
-        row("torchvision", "torchvision"),
+        row(BASELINE, "torchvision"),
         row("Pillow and the operator", "pillow", why_not_compiled(config, CPU)),
+        row("DALI alone", "dali", no_dali, "torch"),
+        row("DALI and the operator", "dali", no_dali or why_not_compiled(config, device)),
     ]
-    for views_on in dict.fromkeys((CPU, device)):
-        missing = no_dali or why_not_compiled(config, views_on)
-        rows += [
-            row("DALI alone", "dali", no_dali, backend="torch", views_on=views_on),
-            row("DALI and the operator", "dali", missing, views_on=views_on),
-        ]
-    if config.data.source != "cache":
-        rows.append(cached(row("cache", "auto"), cache, size))
+    if as_packed(source) is not None:
+        missing = why_not_compiled(config, CPU)
+        rows.append(row("pixels in memory", "compiled", missing))
+    if config.data.root is not None and config.data.source != "cache":
+        rows += cached(row("cache", "compiled", why_not_compiled(config, device)), cache, size)
     return [*rows, row("kornia, decoded", "auto", kornia_views.obstacle())]
 
 
-def cached(row: Row, file: Path, size: int) -> Row:
-    """The same of a cache of its images, shrunk to ``size``, which is made where it is missing."""
+def cached(row: Row, file: Path, size: int) -> Iterator[Row]:
+    """The same of a cache of its images, shrunk to ``size``, which is made where it is missing:
+    from all places where it can be."""
     data = row.config.data
     if not file.exists():
         command = [sys.executable, "-m", "sacl_fast", "cache", str(data.root), str(file)]
@@ -156,8 +154,12 @@ def cached(row: Row, file: Path, size: int) -> Row:
         command += ["--size", str(size)]
         command += ["--data.cache-dir", data.cache_dir] if data.cache_dir else []
         subprocess.run(command, check=True)
-    config = replace(row.config, data=replace(data, source="cache", root=str(file), limit=0))
-    return row._replace(config=config, source=open_sources(config.data, config.seed).train)
+    data = replace(data, source="cache", root=str(file), limit=0)
+    source = open_sources(data, row.config.seed).train
+    places: tuple[Residence, ...] = ("disk", "ram", "device")
+    for residence in places[: 3 if row.device.type == "cuda" else 2]:
+        config = replace(row.config, data=replace(data, residence=residence))
+        yield row._replace(name=f"{row.name}, {residence}", config=config, source=source)
 
 
 def staged(config: Config, stage: str) -> Config:
@@ -196,9 +198,8 @@ def measure(
     training = {}
     if train:
         for row in chosen:
-            on_cpu_beside = row.device == CPU and torch.cuda.is_available()
-            if not (row.missing or row.is_kornia or on_cpu_beside):
-                training[row.name] = data_wait(row, train)
+            if not (row.missing or row.is_kornia):
+                training[row.name] = data_wait(row, config, train)
     (device,) = {row.device for row in chosen if row.name == BASELINE}
     return {
         "benchmark": "bench_data",
@@ -272,9 +273,10 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def data_wait(row: Row, steps: int) -> dict[str, float]:
-    """Images per second of training and the share of its time spent waiting for batches."""
-    config, device, warmup = row.config, row.device, 3
+def data_wait(row: Row, config: Config, steps: int) -> dict[str, float]:
+    """Images per second of training as ``config`` says and the share of its time spent waiting for
+    the row's batches."""
+    device, warmup = row.device, 3
     torch.manual_seed(config.seed)
     with batches_of(row) as batches:
         passes = choose_passes(config, device, steps_per_epoch=steps)

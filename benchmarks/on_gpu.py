@@ -8,7 +8,7 @@
 stage  what
 =====  ==========================================================================================
 A      the two ceilings (a large copy, a large product), the build, all gpu tests, memcheck
-B      kernels: norm and activation, depthwise and 1x1 convolutions, the loss; against the copy
+B      kernels: norm and activation, depthwise and 1x1 convolutions, views, the loss
 C      whole steps: the pseudocode, eager and compiled, then ours with each feature added
 D      data: the loaders stage by stage, and how long training waits for them
 E      CIFAR-10 for as many epochs as the time allows, kNN before and after
@@ -146,6 +146,7 @@ def tasks(options: argparse.Namespace) -> Iterable[Task]:
     brief = ("--seconds", "0.1" if on_gpu else "0.02")
     for name in ("batch_norm_act", "depthwise_conv", "slim_pointwise"):
         yield bench("B", name, 120, f"bench_{name}", *kind, *brief, headline=of_rows)
+    yield bench("B", "augment", 120, "bench_augment", *kind, *brief, headline=of_views)
     encoders = () if on_gpu else ("--encoders", "resnet20")
     yield bench("B", "lars", 120, "bench_lars", *where, *brief, *encoders, headline=of_rows)
     sizes = ("--n", "256", "--d", "2048", "8192") if on_gpu else ("--n", "32", "--d", "64")
@@ -265,6 +266,11 @@ def of_rows(result: dict[str, Any]) -> str:
         f"{shares[0]:.0%} to {shares[-1]:.0%} of the copy (median {shares[len(shares) // 2]:.0%}); "
         f"{ratios[0]:.1f} to {ratios[-1]:.1f}x torch"
     )
+
+
+def of_views(result: dict[str, Any]) -> str:
+    rows = result["rows"]
+    return "; ".join(f"{row['case']}: {row['images_per_second']:,.0f} images/s" for row in rows)
 
 
 def of_loss(result: dict[str, Any]) -> str:

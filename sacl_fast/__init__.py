@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from sacl_fast import evaluate
     from sacl_fast.config import Config
     from sacl_fast.deploy.export import export
-    from sacl_fast.engine.trainer import RunResult, train
+    from sacl_fast.engine.result import RunResult
+    from sacl_fast.engine.trainer import train
     from sacl_fast.evaluation.load import load_encoder
     from sacl_fast.transfer.classifier import load_classifier
 
@@ -33,7 +34,7 @@ __all__ = [
 
 _LAZY = {
     "Config": "sacl_fast.config",
-    "RunResult": "sacl_fast.engine.trainer",
+    "RunResult": "sacl_fast.engine.result",
     "evaluate": "sacl_fast.evaluate",
     "export": "sacl_fast.deploy.export",
     "load_classifier": "sacl_fast.transfer.classifier",

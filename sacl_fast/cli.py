@@ -1,4 +1,4 @@
-"""The command line: ``sacl-fast train | eval | finetune | export | views | cache | ...``.
+"""The command line, ``sacl-fast COMMAND ...``; ``_USAGE`` lists the commands.
 
 The options of ``train`` and ``views`` are the fields of ``sacl_fast.config.Config``. They are
 layered: preset, then the file given with ``--config``, then the options themselves. Torch is
@@ -9,19 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import logging
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING
 
 from sacl_fast._version import __version__
-from sacl_fast.checks import Settings, check
 from sacl_fast.config import Config
 from sacl_fast.config.file import layered, read_config_file
 from sacl_fast.errors import (
@@ -30,16 +26,14 @@ from sacl_fast.errors import (
     Stopped,
     UserError,
     nearest,
-    reason_of,
 )
 from sacl_fast.files import kind_of, user_path
+from sacl_fast.options import parse_options
 from sacl_fast.output import is_courtesy, make_courtesy, open_standard_streams
 from sacl_fast.presets import PRESETS, get_preset
 
 if TYPE_CHECKING:
-    from sacl_fast.engine.trainer import RunResult
-
-_S = TypeVar("_S", bound=Settings)
+    from sacl_fast.engine.result import RunResult
 
 _USAGE = """\
 usage: sacl-fast COMMAND ...
@@ -49,6 +43,8 @@ usage: sacl-fast COMMAND ...
   eval knn|linear|few-shot TRAINED [options]
                                             how good an encoder is, and what it gained
   finetune TRAINED [options]                train it and a classifier on labelled images
+  features TRAINED [options]                features as a file, and what they look like
+  report RUN... [--out FILE]                runs side by side
   export TRAINED OUT [options]              an encoder as ONNX and other files
   views [PRESET] [--config FILE] [options]  draw both views of some images
   cache IMAGES OUT [--size N] [options]     decode images once, into a file that trains faster
@@ -84,6 +80,8 @@ def _run(args: list[str]) -> int:
         "train": _train,
         "eval": _eval,
         "finetune": _finetune,
+        "features": _features,
+        "report": _report,
         "export": _export,
         "views": _views,
         "cache": _cache,
@@ -144,8 +142,9 @@ def _train_or_describe(args: list[str]) -> int:
     config = parse_config(
         "train",
         args,
-        extra="--dry-run: print the resolved configuration, sizes and costs only. --profile: "
-        "write a trace of some steps into the run folder and print where their time goes.",
+        extra="--dry-run: print the resolved configuration, sizes, costs, memory and time only. "
+        "--profile: write a trace of some steps into the run folder and print where their time "
+        "goes.",
     )
     if dry_run:
         from sacl_fast.engine.dry_run import print_dry_run
@@ -179,12 +178,19 @@ def _print_result(result: RunResult) -> None:
                     "another --optim.lr or larger batches may help, and curves.png shows where it "
                     "fell"
                 )
+    for name, before in result.label_free_before.items():
+        if not result.knn and name.startswith("rankme") and name in result.label_free:
+            after, width = result.label_free[name], name.removeprefix("rankme_")
+            print(f"RankMe, {width} encoder: {before:.1f} before training, {after:.1f} after")
     pictures = [result.folder / name for name in ("curves.png", "views.png")]
     print(f"pictures: {', '.join(str(path) for path in pictures if path.exists())}")
     print(f"encoder:  {result.folder / 'encoder.safetensors'}")
     slim = result.folder / "encoder_slim.safetensors"
     if slim.exists():
         print(f"slim:     {slim}")
+    best = result.folder / "encoder_best.safetensors"
+    if best.exists():
+        print(f"best:     {best}, of an earlier epoch")
 
 
 def _eval(args: list[str]) -> None:
@@ -199,6 +205,18 @@ def _finetune(args: list[str]) -> int:
 
     with ended_by_signals():  # but for the steps, after which it stops with a checkpoint
         return run_finetune(args, parse_options)
+
+
+def _features(args: list[str]) -> None:
+    from sacl_fast.looking.command import run_features
+
+    run_features(args, parse_options)
+
+
+def _report(args: list[str]) -> None:
+    from sacl_fast.looking.command import run_report
+
+    run_report(args, parse_options)
 
 
 def _export(args: list[str]) -> None:
@@ -295,68 +313,6 @@ def _check_warmup(config: Config, args: list[str]) -> None:
             f"optim.warmup_epochs is {warmup} in a run of {config.epochs} epochs, so that the "
             f"learning rate would only rise; less than epochs works, such as {config.epochs // 10}"
         )
-
-
-def parse_options(command: str, default: _S, args: list[str], *, description: str = "") -> _S:
-    """``default`` with the options of ``args``."""
-    import tyro
-
-    for option, shell in pairwise(args):
-        if option in ("--tyro-print-completion", "--tyro-write-completion"):
-            check(shell, Literal["bash", "zsh", "tcsh", "fish"], option)
-
-    prog = f"sacl-fast {command}"
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                type(default), prog=prog, default=default, args=args, description=description
-            )
-    except SystemExit as stopped:
-        if stopped.code in (0, None):
-            raise
-        box = said.getvalue()
-        raise UserError(_of_settings(stopped, box) or _in_one_sentence(box)) from None
-    except OSError as error:
-        if error.filename is None:  # of standard output; else the one file that tyro writes
-            raise
-        raise UserError(f"cannot write the completion: {reason_of(error)}") from None
-
-
-def _of_settings(stopped: SystemExit, box: str) -> str | None:
-    """What a class of settings said of a value, where that ended the parsing. A part of the
-    setting's name that the class cannot know stands in tyro's box."""
-    error: BaseException | None = stopped
-    while error is not None and not isinstance(error, UserError):
-        error = error.__context__
-    if error is None:
-        return None
-    named = re.search(r"Error parsing ([\w.]+):", box)
-    return re.sub(r"^\w+\.\*", named[1], str(error)) if named else str(error)
-
-
-def _in_one_sentence(box: str) -> str:
-    """What tyro says of a mistake in a box of paragraphs: the first, and what it suggests."""
-    frame = "│╭╮╰╯─ "  # or, where the output is ASCII, lines of hyphens
-    lines = [
-        "" if set(line) <= set(frame + "-") else line.strip(frame) for line in box.splitlines()
-    ]
-    text = "\n".join(lines[1:]).strip()  # without the title
-    paragraphs = [paragraph.splitlines() for paragraph in re.split(r"\n{2,}", text)]
-    sentence = re.sub(r"^Error parsing [\w.]+: ", "", " ".join(paragraphs[0]))
-    meant = [
-        line.split()[0].rstrip(",")
-        for paragraph in paragraphs
-        if paragraph[0].startswith("Perhaps you meant")
-        for line in paragraph
-        if line.startswith("--")
-    ]
-    if len(sentence) > 500:  # somebody's file in the place of an option
-        sentence = f"{sentence[:300]}...{sentence[-100:]}"
-    meant = list(dict.fromkeys(meant))
-    if len(meant) > 4:
-        meant = [*meant[:3], f"one of {len(meant) - 3} others"]
-    return sentence + (f"; did you mean {' or '.join(meant)}?" if meant else "")
 
 
 def _take_flag(args: list[str], flag: str) -> bool:

@@ -10,8 +10,10 @@
 
 Each function takes what ``sacl_fast.load_encoder`` takes, a run's own images and settings being the
 defaults; or a module (N, 3, S, S) -> (N, F) with ``data`` and ``views``, which say on which images
-of which size and normalisation it is evaluated. Keyword arguments are the options of the command:
-fields of ``sacl_fast.config.evaluation``. Nothing is written but where ``out`` names a folder.
+of which size and normalisation it is evaluated. ``source`` and ``val`` are images from Python, as
+``sacl_fast.train`` takes them, in place of those of ``data``. Keyword arguments are the options of
+the command: fields of ``sacl_fast.config.evaluation``. Nothing is written but where ``out`` names a
+folder (of ``features``: a file).
 
 What the images, their labels or the settings do not allow is a ``UserError``.
 """
@@ -33,19 +35,38 @@ from sacl_fast.config.evaluation import (
     LinearEvaluation,
 )
 from sacl_fast.config.finetune import FinetuneConfig
+from sacl_fast.config.looking import FeaturesConfig
+from sacl_fast.data.images.given import Given, as_given
 from sacl_fast.errors import UserError, nearest
 from sacl_fast.evaluation.command import defaults
 from sacl_fast.evaluation.run import evaluate_module, evaluate_trained
 from sacl_fast.evaluation.scores import Figure, Result, Scores
 from sacl_fast.evaluation.trained import open_trained
+from sacl_fast.files import user_path
+from sacl_fast.looking.command import features_defaults
+from sacl_fast.looking.features import Features, features_of_module, features_of_trained
+from sacl_fast.looking.files import check_writable, write_features
+from sacl_fast.looking.run import made_folder
 from sacl_fast.transfer import command as transfer
 from sacl_fast.transfer.finetune import Finetuned
 from sacl_fast.transfer.finetune import finetune as _finetune
 
-__all__ = ["Figure", "Finetuned", "Result", "Scores", "few_shot", "finetune", "knn", "linear"]
+__all__ = [
+    "Features",
+    "Figure",
+    "Finetuned",
+    "Result",
+    "Scores",
+    "features",
+    "few_shot",
+    "finetune",
+    "knn",
+    "linear",
+]
 
 _Encoder = nn.Module | str | os.PathLike[str]
 _S = TypeVar("_S", bound=Evaluation)
+_NOTHING = Given()
 
 
 def knn(
@@ -54,10 +75,12 @@ def knn(
     data: DataConfig | None = None,
     eval: EvalConfig | None = None,
     views: ViewsConfig | None = None,
+    source: Any = None,
+    val: Any = None,
     **settings: Any,
 ) -> Result:
     """Weighted kNN; ``eval`` has k, temperature and how many images."""
-    return _evaluate(KnnEvaluation, encoder, data, eval, views, settings)
+    return _evaluate(KnnEvaluation, encoder, data, eval, views, Given(source, val), settings)
 
 
 def linear(
@@ -66,10 +89,12 @@ def linear(
     data: DataConfig | None = None,
     eval: EvalConfig | None = None,
     views: ViewsConfig | None = None,
+    source: Any = None,
+    val: Any = None,
     **settings: Any,
 ) -> Result:
     """A linear classifier on the frozen features of all training images (``weight_decays``)."""
-    return _evaluate(LinearEvaluation, encoder, data, eval, views, settings)
+    return _evaluate(LinearEvaluation, encoder, data, eval, views, Given(source, val), settings)
 
 
 def few_shot(
@@ -78,10 +103,12 @@ def few_shot(
     data: DataConfig | None = None,
     eval: EvalConfig | None = None,
     views: ViewsConfig | None = None,
+    source: Any = None,
+    val: Any = None,
     **settings: Any,
 ) -> Result:
     """Classifiers of few images (``per_class``, ``percent``, ``draws``)."""
-    return _evaluate(FewShotEvaluation, encoder, data, eval, views, settings)
+    return _evaluate(FewShotEvaluation, encoder, data, eval, views, Given(source, val), settings)
 
 
 def finetune(
@@ -101,6 +128,43 @@ def finetune(
     return _finetune(trained, replace(transfer.defaults(trained), **settings), quiet=True)
 
 
+def features(
+    encoder: _Encoder,
+    *,
+    data: DataConfig | None = None,
+    views: ViewsConfig | None = None,
+    **settings: Any,
+) -> Features:
+    """The features of all images, as ``sacl-fast features`` writes them: ``.features`` (N, F)
+    float32, mapped from a temporary file; ``.labels`` (N,), ``.names``, ``.classes``.
+
+    Args:
+        encoder, data, views: as of the evaluations.
+        settings: ``width``, ``split``, ``images``, ``normalise``, ``batch_size`` and others of
+            ``sacl_fast.config.looking.FeaturesConfig``; ``out``: the file to write too.
+    """
+    given = {} if data is None else {"data": data}
+    _check_names(FeaturesConfig, settings)
+    path = user_path(settings["out"], "out") if settings.get("out") is not None else None
+    if path is not None:
+        check_writable(path)
+    if isinstance(encoder, nn.Module):
+        images = _views_of_module(data, views)
+        wanted = FeaturesConfig(**given, **settings)
+        found = features_of_module(encoder, images, wanted, None)
+    else:
+        _refuse_views(views)
+        trained = open_trained(encoder)
+        default = features_defaults(trained)
+        found = features_of_trained(
+            trained, replace(default, **given, **settings), None, quiet=True
+        )
+    if path is not None:
+        with made_folder(path.parent):
+            write_features(found, path)
+    return found
+
+
 def _check_names(kind: type[Settings], settings: dict[str, Any]) -> None:
     if unknown := settings.keys() - rules(kind).keys():
         name = min(unknown)
@@ -113,20 +177,35 @@ def _evaluate(
     data: DataConfig | None,
     eval: EvalConfig | None,
     views: ViewsConfig | None,
+    images: Given,
     settings: dict[str, Any],
 ) -> Result:
     _check_names(kind, settings)
     given = {"data": data, "eval": eval}
     changes = {**{k: v for k, v in given.items() if v is not None}, **settings}
     if isinstance(encoder, nn.Module):
-        if data is None or views is None:
-            raise UserError(
-                "a module does not say on which images to evaluate it; data=DataConfig(...) and "
-                "views=ViewsConfig(size=...) do"
-            )
-        return evaluate_module(encoder, views, replace(kind(), **changes))
-    if views is not None:
-        raise UserError("views are those of the run or the file; without views works")
+        shown = _views_of_module(data, views, images)
+        wanted = replace(kind(), **changes)
+        wanted = replace(wanted, data=as_given(wanted.data, images))
+        return evaluate_module(encoder, shown, wanted, given=images)
+    _refuse_views(views)
     trained = open_trained(encoder)
     wanted = replace(defaults(kind, trained), **changes)
-    return evaluate_trained(trained, wanted, write=False, quiet=True)
+    wanted = replace(wanted, data=as_given(wanted.data, images))
+    return evaluate_trained(trained, wanted, write=False, quiet=True, given=images)
+
+
+def _views_of_module(
+    data: DataConfig | None, views: ViewsConfig | None, images: Given = _NOTHING
+) -> ViewsConfig:
+    if (data is None and images.source is None) or views is None:
+        raise UserError(
+            "a module does not say on which images to evaluate it; data=DataConfig(...) or "
+            "source=, and views=ViewsConfig(size=...) do"
+        )
+    return views
+
+
+def _refuse_views(views: ViewsConfig | None) -> None:
+    if views is not None:
+        raise UserError("views are those of the run or the file; without views works")

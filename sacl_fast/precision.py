@@ -15,8 +15,9 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" and _computes_bf16(device) else "fp32"
-    if precision == "fp16" and device.type == "cpu":
-        raise UserError("precision 'fp16' needs a GPU; 'fp32' and 'bf16' work on a CPU")
+    if precision == "fp16" and device.type != "cuda":
+        where = "an Apple GPU" if device.type == "mps" else "a CPU"
+        raise UserError(f"precision 'fp16' needs a CUDA GPU; 'fp32' and 'bf16' work on {where}")
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 

@@ -66,6 +66,19 @@ _IMAGENET100_VIT = replace(
     optim=OptimConfig(name="adamw", lr=0.005, weight_decay=1e-4),
 )
 
+# Not published: one's own photos, 5,000 to 50,000 of them. AdamW, since that many images are few
+# steps; what was run of it is in docs/training.md.
+_PHOTOS = Config(
+    preset="photos",
+    epochs=400,
+    batch_size=256,
+    views=replace(tables.IMAGENET, size=160),
+    encoder=EncoderConfig(name="mobilenetv3_large_100"),
+    projector=_PROJECTOR_2048,
+    loss=_SCALE_2048,
+    optim=OptimConfig(name="adamw", lr=0.002, weight_decay=1e-4, warmup_epochs=20),
+)
+
 # Not published: what shows learning on two CPU cores within two minutes.
 _DEMO = Config(
     preset="demo",
@@ -95,7 +108,7 @@ _METHODS = (_IMAGENET1K, _IMAGENET100, _CIFAR10, _TINY_IMAGENET)
 
 PRESETS: dict[str, Config] = {
     config.preset: config
-    for config in (_DEMO, *_METHODS, _IMAGENET100_VIT, *map(_barlow_twins, _METHODS))
+    for config in (_DEMO, _PHOTOS, *_METHODS, _IMAGENET100_VIT, *map(_barlow_twins, _METHODS))
 }
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from sacl_fast.config import EvalConfig, LossConfig, OptimConfig
 from sacl_fast.encoders import Projector, build_encoder, output_dim
 from sacl_fast.errors import UserError
-from sacl_fast.evaluation.evaluate import evaluate_knn
+from sacl_fast.evaluation.evaluate import evaluate_encoders
 from sacl_fast.evaluation.features import extract_features
 from sacl_fast.evaluation.knn import knn_accuracy
 from sacl_fast.losses import BarlowTwinsLoss, SaclXdLoss
@@ -62,7 +62,7 @@ CALLS: list[tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = [
         },
     ),
     (
-        evaluate_knn,
+        evaluate_encoders,
         lambda: {
             **{"encoder": encoder(), "bank_loader": batches(), "query_loader": batches()},
             **{"config": EvalConfig(), "num_classes": 2, "device": CPU, "amp_dtype": None},

@@ -170,11 +170,13 @@ def test_resuming_with_another_encoder_and_a_folder_in_use(capsys, tmp_path):
     assert "encoder.width is 0.5 here and 0.25 there" in said
 
 
-def test_dry_run_prints_costs(capsys, tmp_path):
+def test_dry_run_prints_costs(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("sacl_fast.engine.dry_run._TIMED", 0.1)
     assert main(["train", "cifar10", "--dry-run", "--data.root", str(tmp_path / "nowhere")]) == 0
     said = capsys.readouterr().out
     assert "3.21 M parameters" in said and "GFLOP" in said and "estimated" in said
     assert "name: mobilenetv1_100" in said and "data        not available" in said
+    assert "s a step, " in said and "random images" in said
     assert not list(tmp_path.iterdir())
 
 

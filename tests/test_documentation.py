@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import doctest
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -22,14 +23,17 @@ import pytest
 import torch
 
 import sacl_fast
-from sacl_fast.cli import main, parse_config, parse_options
+from sacl_fast.cli import main, parse_config
 from sacl_fast.config import Config, ProjectorConfig
+from sacl_fast.config.cache import CacheConfig
 from sacl_fast.config.export import ExportConfig
 from sacl_fast.config.finetune import FinetuneConfig
+from sacl_fast.config.looking import FeaturesConfig, ReportConfig
 from sacl_fast.encoders import build_encoder
 from sacl_fast.encoders.file import encoder_metadata, save_encoder
 from sacl_fast.engine.trainer import RunResult, train
 from sacl_fast.evaluation.command import METHODS
+from sacl_fast.options import parse_options
 from sacl_fast.slim import Slicer
 from sacl_fast.transfer.finetune import Finetuned
 
@@ -52,7 +56,7 @@ def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
 def newcomer(tmp_path: Path, image_folder: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch):
     """In a folder, with photographs at home and a training that is cut short."""
 
-    def trained(config: Config) -> RunResult:
+    def trained(config: Config, **images: Any) -> RunResult:
         photographs = config.data.source == "folder"
         return train(
             replace(
@@ -63,7 +67,8 @@ def newcomer(tmp_path: Path, image_folder: Path, tiny: Config, monkeypatch: pyte
                 projector=ProjectorConfig(hidden=16, out=24),
                 views=replace(config.views, size=32) if photographs else config.views,
                 eval=replace(tiny.eval, k=5, bank=20, queries=10),
-            )
+            ),
+            **images,
         )
 
     (tmp_path / "photos").symlink_to(image_folder)
@@ -149,6 +154,11 @@ def test_commands_are_understood(capsys: pytest.CaptureFixture[str]):
             parse_options("export", ExportConfig(), arguments[2:])
         elif command == "finetune":
             parse_options("finetune", FinetuneConfig(), arguments[1:])
+        elif command == "features":
+            parse_options("features", FeaturesConfig(), arguments[1:])
+        elif command == "report":
+            options = itertools.dropwhile(lambda a: not a.startswith("-"), arguments)
+            parse_options("report", ReportConfig(), list(options))
 
 
 def options_of(settings: type, prefix: str = "--") -> Iterator[str]:
@@ -165,7 +175,11 @@ def options_of(settings: type, prefix: str = "--") -> Iterator[str]:
 def test_options_exist(page: Path):
     known = {*options_of(Config), "--config", "--dry-run", "--profile", "--measure", "--help"}
     known |= {"--no-build-isolation", "--no-control"}
-    known.update(*map(options_of, (ExportConfig, FinetuneConfig, *METHODS.values())))
+    settings = (
+        *(CacheConfig, ExportConfig, FinetuneConfig, FeaturesConfig, ReportConfig),
+        *METHODS.values(),
+    )
+    known.update(*map(options_of, settings))
     prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
     code = " ".join(re.findall(r"`[^`]+`", prose))
     named = set(re.findall(r"--[a-z][\w.*-]*", code))

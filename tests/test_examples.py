@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from safetensors.torch import save_model
 from torch import nn
 
+import sacl_fast
 from examples import loss_in_plain_pytorch, own_source, slim_train_compact_export
 from sacl_fast.config import Config
 
@@ -29,26 +29,15 @@ def test_the_loss_in_plain_pytorch(image_folder: Path):
     assert encoder(torch.zeros(2, 3, 32, 32)).ndim == 2
 
 
-@pytest.mark.parametrize("loader", ["torchvision", "auto"])
-def test_an_own_source(tmp_path: Path, tiny: Config, loader: str):
+@pytest.mark.parametrize(("loader", "workers"), [("torchvision", 2), ("auto", 0)])
+def test_an_own_source(tmp_path: Path, tiny: Config, loader: str, workers: int):
     images = np.random.default_rng(0).integers(0, 256, (48, 20, 20, 3), np.uint8)
     np.save(tmp_path / "images.npy", images)
-    source = own_source.NumpySource(tmp_path / "images.npy")
-    config = replace(tiny, data=replace(tiny.data, loader=loader))
-    method, losses = own_source.train(source, config)
-    assert len(losses) == 6 and all(math.isfinite(loss) for loss in losses)
-    assert all(parameter.isfinite().all() for parameter in method.parameters())
-
-
-def test_an_own_source_holds_no_images_for_its_workers(tmp_path: Path):
-    images = np.zeros((500, 20, 20, 3), np.uint8)
-    images[7] = 9
-    np.save(tmp_path / "images.npy", images)
-    source = own_source.NumpySource(tmp_path / "images.npy")
-    sent = pickle.dumps(source)
-    assert len(sent) < images.nbytes / 50
-    assert (pickle.loads(sent).read(7) == 9).all()
-    assert source.identity(7) != source.identity(8)
+    source = own_source.NumpyImages(tmp_path / "images.npy")
+    data = replace(tiny.data, loader=loader, workers=workers)
+    result = sacl_fast.train(replace(tiny, data=data), source=source)
+    assert result.finished and result.steps == 6
+    assert sacl_fast.load_encoder(result.folder)(torch.zeros(2, 3, 16, 16)).shape == (2, 16)
 
 
 def test_slim_train_compact_export(image_folder: Path, tmp_path: Path, monkeypatch):

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMON = ("errors", "files", "output", "checks", "config", "_version")
 METHOD = ("ops", "losses", "slim", "encoders", "optim")
 RUN = (*METHOD, "passes", "precision", "data", "engine", "evaluation", "presets")
+COMMANDS = ("transfer", "looking", "deploy", "caching")
 
 OURS: dict[str, tuple[str, ...]] = {
     "_version": (),
@@ -41,24 +42,36 @@ OURS: dict[str, tuple[str, ...]] = {
     "engine": RUN,
     "evaluation": RUN,
     "transfer": RUN,
-    "evaluate": (*RUN, "transfer"),
+    "looking": RUN,
+    "evaluate": (*RUN, "transfer", "looking"),
     "deploy": RUN,
     "caching": ("data", "engine", "evaluation"),
-    "cli": ("presets",),
+    "options": (),
+    "cli": ("presets", "options"),
     "__init__": ("presets",),
     "__main__": ("cli",),
     "sacl_kernels": (),
-    "benchmarks": (*RUN, "deploy", "caching", "cli", "sacl_kernels", "_C"),
-    "examples": (*RUN, "transfer", "deploy"),
-    "tests": (*RUN, "transfer", "deploy", "caching", "cli", "sacl_kernels", "_C"),
+    "benchmarks": (*RUN, "deploy", "caching", "options", "cli", "sacl_kernels", "_C"),
+    "examples": (*RUN, "transfer", "looking", "deploy"),
+    "tests": (
+        *RUN,
+        "transfer",
+        "looking",
+        "deploy",
+        "caching",
+        "options",
+        "cli",
+        "sacl_kernels",
+        "_C",
+    ),
 }
 
 # Besides those, inside functions.
 OURS_LAZILY: dict[str, tuple[str, ...]] = {
     "ops": ("sacl_kernels", "_C"),
     "data.views": ("ops",),
-    "cli": (*RUN, "transfer", "deploy", "caching", "sacl_kernels", "_C"),
-    "__init__": (*RUN, "transfer", "evaluate", "deploy"),
+    "cli": (*RUN, *COMMANDS, "sacl_kernels", "_C"),
+    "__init__": (*RUN, "transfer", "looking", "evaluate", "deploy"),
 }
 
 # The only packages of others; a part that is not named here may import any.

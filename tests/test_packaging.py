@@ -137,7 +137,8 @@ def test_sdist_and_wheel_hold_what_they_should(tree: Path):
         f"{name}.dist-info",
     }
     python = {str(f.relative_to(ROOT)) for f in (ROOT / "sacl_fast").rglob("*.py")}
-    assert set(packed) >= python | {"sacl_fast/py.typed", "sacl_fast/_C.pyi"}
+    page = {str(f.relative_to(ROOT)) for f in (ROOT / "sacl_fast/looking/page").iterdir()}
+    assert set(packed) >= python | page | {"sacl_fast/py.typed", "sacl_fast/_C.pyi"}
 
 
 def test_an_unknown_build_mode_names_the_valid_ones(tree: Path):

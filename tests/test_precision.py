@@ -29,7 +29,7 @@ def test_auto_is_bf16_where_the_gpu_computes_in_it(monkeypatch, capability, dtyp
 
 def test_fp16_is_refused_on_a_cpu():
     assert autocast_dtype("bf16", CPU) is torch.bfloat16
-    with pytest.raises(UserError, match="needs a GPU; 'fp32' and 'bf16' work"):
+    with pytest.raises(UserError, match="needs a CUDA GPU; 'fp32' and 'bf16' work"):
         autocast_dtype("fp16", CPU)
 
 

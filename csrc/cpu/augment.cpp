@@ -312,7 +312,6 @@ void augment_packed(Tensor pixels, Tensor images, Tensor draws, int64_t window, 
                       draws.dim() == 3 && out.size(0) == draws.size(0) * draws.size(1),
                   "out must be (views * images, 3, size, size) float32 in channels-last memory");
   in_huge_pages(floats_out(out), out.numel() * sizeof(float));
-  in_huge_pages(floats_out(out), out.numel() * sizeof(float));
   make_views(images_of(pixels, images), draws, out.size(2), window, mean, std, threads,
              floats_out(out));
 }

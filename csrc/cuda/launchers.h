@@ -131,6 +131,21 @@ struct SlimBorderGradients {
   float *norm_weight, *norm_bias;
 };
 
+// V views of n images, of S x S pixels.
+struct AugmentShape {
+  int dtype;  // of the views
+  int V, n, S;
+  int radius;     // of the blur, at most; below S
+  int64_t bytes;  // of pixels
+};
+
+struct AugmentInputs {
+  const uint8_t* pixels;    // (bytes)
+  const int64_t* images;    // (n, 3): offset, height, width
+  const double* draws;      // (V, n, 16)
+  const float *mean, *std;  // (3)
+};
+
 }  // namespace sacl::cuda
 
 extern "C" {
@@ -320,4 +335,10 @@ const char* sacl_cuda_slim_border_backward(sacl::cuda::SlimBorderShape shape,
                                            const float* doffset, const float* saved,
                                            sacl::cuda::SlimBorderGradients gradients,
                                            float* scratch, void* stream);
+
+// out (V n, S, S, 3); scratch of as many floats as this says. An image outside the pixels, a crop
+// outside its image and a second contrast end the kernel.
+int64_t sacl_cuda_augment_scratch(sacl::cuda::AugmentShape shape);
+const char* sacl_cuda_augment(sacl::cuda::AugmentShape shape, sacl::cuda::AugmentInputs inputs,
+                              void* out, float* scratch, void* stream);
 }

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 _AT_ONCE = 256  # images that a worker takes at a time, at most,
 _AT_ONCE_BYTES = 2**24  # and their pixels, unless one image has more
+_INDEX = 100  # bytes of an image in the index and in the journal, or fewer
 
 
 def make_cache(
@@ -137,10 +138,11 @@ def _room(
         told = told and bool(dimensions.told.all())
         done(len(rooms[-1]))
     room = np.concatenate(rooms)
-    needed = int(room.sum())
+    pixels = int(room.sum())
+    needed = pixels + _INDEX * images.count
     about = "" if told else ", an estimate: some are in formats whose size decoding tells"
-    whole = _shown(partial.written + needed)
-    logger.info("%s will have %s%s", partial.out, whole, about)
+    whole = _shown(partial.written + pixels)
+    logger.info("%s will hold %s of pixels%s", partial.out, whole, about)
     free = shutil.disk_usage(partial.folder).free
     if needed > free:
         raise UserError(

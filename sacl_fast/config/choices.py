@@ -8,10 +8,12 @@ from __future__ import annotations
 from typing import Literal
 
 Backend = Literal["auto", "torch", "triton", "cuda", "cpu", "apex"]
-Device = Literal["auto", "cpu", "cuda"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
-SourceName = Literal["demo", "folder", "webdataset", "cifar10", "cifar100", "voc2007", "cache"]
+SourceName = Literal[
+    "demo", "folder", "webdataset", "cifar10", "cifar100", "voc2007", "cache", "python"
+]
 Labels = Literal["auto", "folder", "none"]
 LoaderName = Literal["auto", "compiled", "dali", "pillow", "torchvision"]
 Residence = Literal["disk", "ram", "device"]
@@ -43,5 +45,8 @@ ResumeAt = Literal["step", "next_epoch"]
 
 RateSchedule = Literal["auto", "cosine", "steps"]
 Resume = Literal["never", "auto"]
+Split = Literal["train", "val"]
+SplitName = Literal["all", Split]
+Projection = Literal["pca", "umap"]
 
 ExportFormat = Literal["timm", "onnx", "torch-export", "executorch", "litert", "coreml"]

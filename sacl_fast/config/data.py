@@ -61,7 +61,8 @@ class DataConfig(Settings, path="data"):
     'cifar100': torchvision's data sets, downloaded to 'root' where missing; 'root' may also be an
     unpacked image folder or archive of them. 'voc2007': likewise, in its official layout; images
     with several labels, which 'sacl-fast finetune' learns and all else passes over. 'cache': a file
-    of decoded images, which 'sacl-fast cache' makes of any other source."""
+    of decoded images, which 'sacl-fast cache' makes of any other source. 'python': what
+    'sacl_fast.train(config, source=...)' was given, which no command can open."""
     root: Annotated[str, A_PATH] | None = None
     """Folder, archive, list or cache with the images. If a folder holds 'train' and 'val' (or
     'test'), however spelt, those are the two splits."""

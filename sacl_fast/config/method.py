@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from sacl_fast.checks import (
+    A_PATH,
     BelowOne,
     CountOrZero,
     NotNegative,
@@ -44,6 +45,10 @@ class EncoderConfig(Settings, path="encoder"):
     """'stride1': the stem's first convolution does not down-sample. 'cifar': nor does
     anything else in the stem (3x3 convolution, no max-pool). A ViT's patches get half or a quarter
     of their side instead."""
+    pretrained: Annotated[str, A_PATH] | None = None
+    """Weights to start from: 'timm' downloads timm's of this model; or the path of a file with some
+    under timm's names (.safetensors, .pt, .pth), of an encoder or of a checkpoint of a run. A run
+    that is resumed does not need it again."""
     drop_path: BelowOne = 0.0
     """Stochastic depth rate, where the model has it."""
     sync_batch_norm: bool = True

@@ -49,6 +49,8 @@ class Config(Settings):
     batch_size: Annotated[int, Range(2, because=_STANDARDISED)] = 256
     """Images in a step, over all processes."""
     device: Device = "auto"
+    """'auto': a CUDA GPU where there is one, else the CPU. 'mps': an Apple GPU, by PyTorch alone,
+    which is asked for by name."""
     precision: Precision = "auto"
     """Autocast type of the encoder and projector (auto: bf16 on a GPU, fp32 on a CPU). The loss is
     always fp32."""

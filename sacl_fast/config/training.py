@@ -41,7 +41,8 @@ class OptimConfig(Settings, path="optim"):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(Settings, path="eval"):
-    """kNN accuracy of the frozen features, for the dense and the slim encoder."""
+    """Figures of the frozen features, for the dense and the slim encoder: kNN accuracy where there
+    are labels, and two effective ranks, RankMe and LiDAR, which need none."""
 
     every: CountOrZero = 10
     """Epochs between evaluations (0: only before and after training)."""
@@ -54,6 +55,10 @@ class EvalConfig(Settings, path="eval"):
     queries: Count = 10_000
     """Validation images to classify, at most."""
     batch_size: Count = 256
+    rank_images: CountOrZero = 2048
+    """Training images whose features' effective rank is RankMe; LiDAR is of four random views of
+    each of a quarter as many (0: neither). An evaluation of an encoder thereby has as many more
+    images to encode, twice as many without labels."""
     encoders: Widths = "both"
     recalibrate_batches: Count = 20
     """Batches from which batch-norm statistics are estimated anew for each encoder before it is
@@ -86,4 +91,5 @@ class CheckpointConfig(Settings, path="checkpoint"):
     every_epochs: Count = 1
     """Epochs between checkpoints."""
     keep: Count = 2
-    """How many of the last checkpoints to keep; the one with the best kNN is kept besides."""
+    """How many of the last checkpoints to keep; the best one (by kNN or, without labels, by RankMe)
+    is kept besides."""

@@ -23,6 +23,7 @@ _DATA = {
     "voc2007": "PASCAL VOC 2007",
     "folder": "an image folder",
     "webdataset": "shards of images",
+    "python": "images given from Python",
     "cache": "a cache of decoded images",
 }
 _CITATION = """\

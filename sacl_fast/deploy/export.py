@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from sacl_fast.checks import check
 from sacl_fast.config import Config, DataConfig
 from sacl_fast.config.choices import ExportFormat
+from sacl_fast.data.images.given import Given
 from sacl_fast.deploy.card import model_card
 from sacl_fast.deploy.check import latency, parity
 from sacl_fast.deploy.formats import FORMATS, Content, check_packages
@@ -68,6 +70,8 @@ def export(
     int8: bool = False,
     knn: bool = False,
     data: DataConfig | None = None,
+    source: Any = None,
+    val: Any = None,
 ) -> ExportResult:
     """Write the encoder of a run into a new folder, at several widths and in several formats.
 
@@ -85,6 +89,7 @@ def export(
         int8: each ONNX, ExecuTorch and LiteRT file in int8, too.
         knn: measure the kNN accuracy of each file, which takes labels.
         data: the images, where they are not those of the run's configuration.
+        source, val: the images as ``sacl_fast.train`` takes them, in their place.
 
     Raises:
         NotKept: a UserError; some files do not give the encoder's features. The others are there.
@@ -108,8 +113,9 @@ def export(
         else "estimating batch-norm statistics" if needs_images(trained, ratios)
         else None
     )  # fmt: skip
-    known = trained.has_data or data is not None
-    images = open_images(config, known=known, needed_for=needed_for)
+    given = Given(source, val)
+    known = trained.has_data or data is not None or source is not None
+    images = open_images(config, known=known, needed_for=needed_for, given=given)
     if knn and (images is None or images.classes < 2):
         raise UserError("--knn needs images of two classes or more; these have no labels")
     with _new_folder(folder) as written:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sacl_fast.config import Config
+from sacl_fast.data.images.given import Given
 from sacl_fast.data.images.open import open_sources
 from sacl_fast.data.loading.evaluation import EvalLoader
 from sacl_fast.errors import UserError
@@ -24,9 +25,9 @@ _CPU = torch.device("cpu")
 class RunImages:
     """The training and validation images of a run, chosen as the run's own evaluation does."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, given: Given) -> None:
         self._config = config
-        splits = open_sources(config.data, config.seed, download=False)
+        splits = open_sources(config.data, config.seed, download=False, given=given)
         kept = config.eval
         chosen = choose_images(splits, config.seed, train=kept.bank, test=kept.queries)
         self.classes = len(splits.train.classes)
@@ -61,19 +62,22 @@ class _AsModule(nn.Module):
         return self._run(images)
 
 
-def open_images(config: Config, *, known: bool, needed_for: str | None) -> RunImages | None:
+def open_images(
+    config: Config, *, known: bool, needed_for: str | None, given: Given | None = None
+) -> RunImages | None:
     """The images of a run; None where they are not there and not needed.
 
     Args:
         known: whether ``config.data`` names them.
         needed_for: what cannot be done without.
+        given: images from Python in their place.
 
     Raises:
         UserError: they are needed and not there.
     """
     if known:
         try:
-            return RunImages(config)
+            return RunImages(config, given or Given())
         except UserError as error:
             if needed_for is not None:
                 raise UserError(f"{needed_for} needs the run's images, and {error}") from None

@@ -90,7 +90,7 @@ def make_network(trained: Trained, width: Width | float, batches: Batches | None
     Raises:
         UserError: it does not hold that width, or there are no images and it takes some.
     """
-    config, knn = trained.config, trained.knn
+    config, knn = trained.config, {**trained.knn, **trained.label_free}
     if isinstance(width, str):
         state = trained.state(width, batches)
     elif width == 1:

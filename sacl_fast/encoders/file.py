@@ -23,6 +23,9 @@ key             value
 ``images``      in the training set
 ``knn_dense``   last kNN accuracy of the dense encoder in percent; absent without labels
 ``knn_slim``    that of the slim encoder
+``rankme_*``    effective rank of the features, ``dense`` and ``slim``; ``lidar_*`` likewise
+``best_by``     in the file of the best evaluation: the figure that was highest then
+``pretrained``  what training started from, if not from random weights
 ``slim_ratio``  share of the filters that are kept; only in the slim encoder's file
 ``format``      ``pt``, for the libraries that ask for it
 ==============  ===============================================================================
@@ -56,8 +59,14 @@ def encoder_metadata(
     images: int,
     knn: Mapping[str, float],
     slim: bool = False,
+    best_by: str | None = None,
 ) -> dict[str, str]:
-    """The metadata of the dense or slim encoder that a run with ``config`` trained so far."""
+    """The metadata of the dense or slim encoder that a run with ``config`` trained so far.
+
+    Args:
+        knn: kNN accuracies and effective ranks, by name.
+        best_by: the figure that made it the best.
+    """
     encoder, views = config.encoder, config.views
     distilled = config.loss.distillation != "none"
     values = {
@@ -74,6 +83,8 @@ def encoder_metadata(
         "steps": steps,
         "images": images,
         **{name: round(accuracy, 4) for name, accuracy in knn.items()},
+        **({"best_by": best_by} if best_by else {}),
+        **({"pretrained": encoder.pretrained} if encoder.pretrained else {}),
         **({"slim_ratio": config.slim.ratio} if slim else {}),
     }
     texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in values.items()}

@@ -85,7 +85,8 @@ class RunConsole:
             metrics: any of ``loss``, ``on_diagonal``, ``off_diagonal``, ``distillation``, ``lr``,
                 ``images_per_second``, ``data_wait`` (0 to 1), ``peak_memory_bytes``,
                 ``embedding_std``, ``effective_rank``, ``knn_dense``, ``knn_slim``, ``accuracy``
-                (percent).
+                (percent),
+                ``rankme_dense``, ``lidar_dense``; others are not shown.
         """
         if self._quiet or self._closed:
             return
@@ -285,6 +286,8 @@ class _Status:
         yield from cell("rank", "effective_rank")
         yield from cell("kNN dense", "knn_dense", "bold magenta", " %")
         yield from cell("kNN slim", "knn_slim", "magenta", " %")
+        yield from cell("RankMe", "rankme_dense", "magenta")
+        yield from cell("LiDAR", "lidar_dense", "magenta")
         yield from cell("accuracy", "accuracy", "bold magenta", " %")
 
 
@@ -301,6 +304,8 @@ _PLAIN = {
     "effective_rank": ("rank", 6),
     "knn_dense": ("kNN dense %", 5),
     "knn_slim": ("kNN slim %", 5),
+    "rankme_dense": ("RankMe", 5),
+    "lidar_dense": ("LiDAR", 5),
     "accuracy": ("accuracy %", 5),
 }
 
@@ -315,7 +320,9 @@ def _value(key: str, value: float) -> str:
             return f"{value / 2**30:.2f}"
         case "embedding_std":
             return f"{value:.3f}"
-        case "effective_rank" | "knn_dense" | "knn_slim" | "accuracy":
+        case "effective_rank" | "rankme_dense" | "lidar_dense" | "knn_dense" | "knn_slim":
+            return f"{value:.1f}"
+        case "accuracy":
             return f"{value:.1f}"
         case _:
             return f"{value:#.4g}"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from sacl_fast.config import Config
-from sacl_fast.engine.distributed import Ranks
+from sacl_fast.engine.distributed import Ranks, device_name
 from sacl_fast.engine.step import TrainingStep
 from sacl_fast.ops.backend import SLIM_OPERATORS, Resolution
 from sacl_fast.precision import precision_reason
@@ -19,7 +19,7 @@ def describe(
     """Lines for a person; only of what this run uses."""
     method, device = step.method, ranks.device
     parameters = sum(p.numel() for p in method.encoder.parameters())
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    name = device_name(device)
     processes = f" x {ranks.world_size} processes" if ranks.world_size > 1 else ""
     dtype = str(step.amp_dtype or torch.float32).removeprefix("torch.")
     yield f"{steps_per_epoch} steps an epoch, batches of {config.batch_size} images"
@@ -48,7 +48,7 @@ def describe(
             "uses all of them"
         )
     slim = config.slim.ratio < 1
-    unused = {"augment"}  # the loader's, which has said so
+    unused = {"augment", "draw_views"}  # the loader's, which has said so
     unused.update(() if config.optim.name == "lars" else ("lars",))
     unused.update(() if slim or method.passes.dense == "recorded" else SLIM_OPERATORS)
     operators: dict[Resolution, list[str]] = {}

@@ -252,8 +252,23 @@ def _fail_together(error: UserError | None, sentence: str | None) -> None:
         raise SaidByAnother(sentence)
 
 
+def device_name(device: torch.device) -> str:
+    """What a person calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return "Apple GPU" if device.type == "mps" else "CPU"
+
+
 def pick_device(requested: str, local_rank: int | None = None) -> torch.device:
-    """``auto``, ``cpu`` or ``cuda`` (this rank's GPU) as a device."""
+    """``auto``, ``cpu``, ``cuda`` (this rank's GPU) or ``mps`` as a device."""
+    if requested == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError(
+                "device 'mps' was asked for, but torch sees no Apple GPU; --device cpu works"
+            )
+        if read_launch().world_size > 1:
+            raise UserError("device 'mps' is for one process; --device cpu, or WORLD_SIZE=1, works")
+        return torch.device("mps")
     has_gpu = torch.cuda.is_available()
     if requested == "cuda" and not has_gpu:
         raise UserError("device 'cuda' was asked for, but torch sees no GPU; --device cpu works")

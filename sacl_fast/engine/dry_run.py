@@ -1,7 +1,7 @@
 """``--dry-run``: what a configuration comes to, without training.
 
 FLOPs are counted by running the encoder once; memory is estimated from steps of a few images
-(``memory_use``).
+(``memory_use``); time is that of steps on random images, here, for some seconds.
 """
 
 from __future__ import annotations
@@ -17,20 +17,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sacl_fast.config import Config, to_dict
 from sacl_fast.data.images.open import open_sources
-from sacl_fast.engine.distributed import pick_device
+from sacl_fast.engine.distributed import device_name, pick_device
 from sacl_fast.engine.launch import read_launch
+from sacl_fast.engine.measure import time_step
 from sacl_fast.engine.memory_use import Forecast, forecast, memory_here
 from sacl_fast.engine.method import SaclXd, build_method
+from sacl_fast.engine.outlook import spoken
 from sacl_fast.engine.preflight import check_run, remarks
 from sacl_fast.errors import UserError
 from sacl_fast.passes import Passes
 
 _GIB = 2**30
+_TIMED = 10.0  # seconds in which steps are timed
 _RUNTIME = _GIB // 2  # of Python's libraries, or of CUDA
 
 
 def print_dry_run(config: Config) -> None:
-    """Print the resolved configuration, sizes, FLOPs and an estimate of memory."""
+    """Print the resolved configuration, sizes, FLOPs, and estimates of memory and time."""
     check_run(config)
     world_size = read_launch().world_size
     method = build_method(config, Passes())
@@ -52,6 +55,7 @@ def print_dry_run(config: Config) -> None:
     del method  # which the estimate makes once more
     for name, text in _memory(config, world_size):
         print(f"{name:<11} {text}")
+    seconds = _time_of_a_step(config, world_size)
     try:
         images = len(open_sources(config.data, config.seed, download=False).train)
     except UserError as error:
@@ -60,6 +64,11 @@ def print_dry_run(config: Config) -> None:
         steps = images // config.batch_size
         whole = steps * config.epochs
         print(f"data        {images:,} images, {steps:,} steps an epoch, {whole:,} in all")
+        if seconds is not None and whole:
+            print(
+                f"time        about {spoken(whole * seconds)} for {config.epochs} epochs, where "
+                "images are loaded as fast (doctor --measure says whether), and evaluations besides"
+            )
         for sentence in remarks(config, images):
             print(f"warning     {sentence}")
 
@@ -83,6 +92,23 @@ def _forward_flops(method: SaclXd, size: int) -> int:
     return counter.get_total_flops()
 
 
+def _time_of_a_step(config: Config, world_size: int) -> float | None:
+    """Time one on random images and say so; in seconds, None where it cannot be timed here."""
+    share = config.batch_size // world_size
+    try:
+        seconds, timed = time_step(config, share, seconds=_TIMED)
+    except UserError as error:
+        print(f"time        not measured: {error}")
+        return None
+    each = "" if world_size == 1 else f" in one of {world_size} processes, without what is sent"
+    how = f"timed on {timed} random images{each}" + (
+        "" if timed == share else ", the rest estimated"
+    )
+    rate = config.batch_size / seconds
+    print(f"time        {seconds:.3g} s a step, {rate:,.0f} images/s, {how}")
+    return seconds
+
+
 def _memory(config: Config, world_size: int) -> Iterator[tuple[str, str]]:
     """What a step will take in a process, what there is, and what would fit where that does not."""
     device = pick_device(config.device)
@@ -95,10 +121,10 @@ def _memory(config: Config, world_size: int) -> Iterator[tuple[str, str]]:
         f"gradients and optimiser, {(peak - expected.state) / _GIB:.2f} activations and batches, "
         f"plan {expected.plan}",
     )
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine"
+    name = "this machine" if device.type == "cpu" else device_name(device)
     yield "", f"of {total / _GIB:.1f} GiB of {name}, {free / _GIB:.1f} free now"
     # On one machine, processes share its memory; each GPU has its own.
-    sharing = 1 if device.type == "cuda" else world_size
+    sharing = world_size if device.type == "cpu" else 1
     room = free // sharing - _RUNTIME
     if peak > room:
         ways = ", or ".join(_ways_to_fit(config, expected, world_size, room))

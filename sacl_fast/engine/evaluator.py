@@ -1,28 +1,30 @@
-"""kNN evaluation within a run: which images, on which rank, what is kept for later."""
+"""Evaluation within a run: which images, on which rank, what is kept for later."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 
 from sacl_fast.config import Config
-from sacl_fast.data.images.source import Source, Splits
-from sacl_fast.data.loading.evaluation import EvalLoader
+from sacl_fast.data.images.source import Splits
+from sacl_fast.data.loading.evaluation import AugmentedLoader, EvalLoader
 from sacl_fast.encoders.batch_norm import local_batch_norm
 from sacl_fast.encoders.recalibrate import recalibrated
 from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.method import SaclXd
-from sacl_fast.evaluation.evaluate import evaluate_knn, first_images
+from sacl_fast.evaluation.evaluate import evaluate_encoders, first_images
 from sacl_fast.evaluation.images import choose_images
+
+_VIEW_EPOCHS = 2  # of two views each
+_IMAGES_OF_LIDAR = 4  # one of so many of RankMe's
 
 
 class _UntilStopped:
     """Batches of a loader; once a stop is asked for, ``Stopped``: an evaluation can take long."""
 
-    def __init__(self, loader: EvalLoader, ranks: Ranks) -> None:
+    def __init__(self, loader: EvalLoader | AugmentedLoader, ranks: Ranks) -> None:
         self.loader, self.ranks = loader, ranks
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -55,31 +57,39 @@ class Evaluator:
         self.device = ranks.device
         self.amp_dtype = amp_dtype
         self.classes = splits.train.classes
-        self.possible = len(self.classes) > 1
-        """Whether there are labels to evaluate with."""
+        self.possible = len(self.classes) > 1 or config.eval.rank_images > 0
+        """Whether there is something to evaluate."""
+        self._labelled = len(self.classes) > 1
         images = choose_images(
             splits, config.seed, train=config.eval.bank, test=config.eval.queries
         )
-        self.bank = self._loader(images.train, images.train_index)
-        self.queries = self._loader(images.test, images.test_index)
+        train, chosen, ranked = images.train, images.train_index, config.eval.rank_images
+        options = {"config": config, "device": ranks.device, "check": ranks.check}
+        self.bank = self._until(EvalLoader(train, chosen, **options))
+        self.queries = self._until(EvalLoader(images.test, images.test_index, **options))
+        self._few = self._until(EvalLoader(train, chosen[:ranked], **options))
+        of_lidar = chosen[: ranked // _IMAGES_OF_LIDAR]
+        of_lidar = of_lidar if len(of_lidar) > 1 else of_lidar[:0]
+        self._views = self._until(AugmentedLoader(train, of_lidar, epochs=_VIEW_EPOCHS, **options))
 
-    def _loader(self, source: Source, indices: np.ndarray) -> _UntilStopped:
-        loader = EvalLoader(source, indices, self.config, self.device, check=self.ranks.check)
+    def _until(self, loader: EvalLoader | AugmentedLoader) -> _UntilStopped:
         return _UntilStopped(loader, self.ranks)
 
-    def knn(self, method: SaclXd) -> dict[str, float]:
-        """Top-1 accuracies in percent, ``knn_dense`` and ``knn_slim``, by all ranks together; the
-        model is unchanged."""
+    def evaluate(self, method: SaclXd) -> dict[str, float]:
+        """``knn_dense`` and ``knn_slim``, top-1 accuracies in percent, where there are labels;
+        ``rankme_dense``, ``lidar_dense`` and so on, effective ranks, where ``eval.rank_images`` is
+        not 0. By all ranks together; the model is unchanged."""
         with local_batch_norm(method):
-            return evaluate_knn(
+            return evaluate_encoders(
                 method.encoder,
                 method.slicer,
-                self.bank.share(),
-                self.queries.share(),
+                (self.bank if self._labelled else self._few).share(),
+                self.queries.share() if self._labelled else (),
                 self.config.eval,
-                len(self.classes),
+                len(self.classes) if self._labelled else 0,
                 device=self.device,
                 amp_dtype=self.amp_dtype,
+                views=self._views.share(),
                 first=self.bank,
                 jointly=self.ranks.jointly,
             )

@@ -7,7 +7,6 @@ written. What the figures mean stands in ``verdict.py``.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -22,10 +21,11 @@ from sacl_fast.data.images.open import open_sources
 from sacl_fast.data.images.source import Source, as_packed
 from sacl_fast.data.loading.batch import Batch
 from sacl_fast.data.loading.open import dali_obstacle, open_view_loader, resolve_loader
+from sacl_fast.data.loading.workers import worker_count
 from sacl_fast.engine.ceilings import copy_bandwidth, launch_cost, percentiles, product_rate
 from sacl_fast.engine.clock import Clock
 from sacl_fast.engine.convolutions import tried_algorithms
-from sacl_fast.engine.distributed import Ranks, pick_device
+from sacl_fast.engine.distributed import Ranks, device_name, pick_device
 from sacl_fast.engine.memory import keep_freed_memory
 from sacl_fast.engine.method import build_method
 from sacl_fast.engine.plan import random_views, take_plan, why_not_tried
@@ -46,6 +46,7 @@ _STEP = 0.5
 _WARM_UP = 6  # steps, in which passes are recorded and the step is captured as a CUDA graph
 _FEW = 2  # images of a step that is all but empty
 _SOME = 16  # images, of which it is told how long more take
+_GROWTH = 4  # of the images that a step is timed on
 _PROFILED = 3  # steps
 _PER_EPOCH = 1000  # steps of an epoch that is never trained
 _LIMITS = 0.4  # seconds for each of the device's rates
@@ -162,6 +163,50 @@ def _measure(config: Config, ranks: Ranks, seconds: float) -> Measured:
     )
 
 
+def time_step(config: Config, images: int, *, seconds: float) -> tuple[float, int]:
+    """Seconds of a step of one process on so many random images, and on how many it was timed:
+    fewer where there is no time for more, at least two. It takes about ``seconds`` once it is
+    built.
+
+    Raises:
+        UserError: it cannot be built here, or does not fit into memory.
+    """
+    ranks = Ranks(0, 1, pick_device(config.device))
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
+
+    def timed(count: int) -> float:
+        """Seconds of the quickest of some steps, after which passes are recorded."""
+        views = random_views(config, ranks.device, count)
+        times: list[float] = []
+        while not times or (len(times) < _WARM_UP + 2 and time.perf_counter() < end):
+            begin = time.perf_counter()
+            step(*views, 0)
+            synchronize(ranks.device)
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    parts = config.engine.accumulate
+    with tried_algorithms(ranks.device):
+        step = _build(replace(config, batch_size=images), ranks)
+        end = time.perf_counter() + seconds
+        few = many = min(_FEW * parts, images)
+        try:
+            of_few = of_many = timed(few)
+            while many < images:
+                more = min(images, _GROWTH * many)
+                at_most = 3 * of_many * more / many  # an image less where there are more
+                if time.perf_counter() + at_most > end:
+                    break
+                many, of_many = more, timed(more)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"a step of {images} images does not fit into the GPU's memory"
+            ) from None
+    each = max(0.0, of_many - of_few) / (many - few) if many > few else of_many / many
+    return of_many + each * (images - many), many
+
+
 # --- the step -------------------------------------------------------------------------------------
 
 
@@ -262,9 +307,9 @@ def _flops(config: Config, step: TrainingStep) -> int:
 
 
 def _name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} of {len(os.sched_getaffinity(0))} cores"
+    if device.type != "cpu":
+        return device_name(device)
+    return f"CPU, {torch.get_num_threads()} of {worker_count(-1)} cores"
 
 
 # --- data -----------------------------------------------------------------------------------------

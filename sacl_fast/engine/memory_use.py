@@ -43,7 +43,10 @@ _CPU = torch.device("cpu")
 
 def peak_memory(device: torch.device) -> dict[str, float]:
     """Bytes at most until now, as metrics: of tensors, and what torch holds for them, on a GPU; of
-    the whole process on a CPU. Waits for nothing."""
+    the whole process on a CPU. On an Apple GPU, what the driver holds, which does not give back.
+    Waits for nothing."""
+    if device.type == "mps":
+        return {"peak_memory_bytes": torch.mps.driver_allocated_memory()}
     if device.type == "cuda":
         return {
             "peak_memory_bytes": torch.cuda.max_memory_allocated(device),
@@ -58,6 +61,9 @@ def memory_here(device: torch.device) -> tuple[int, int]:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total, free
+    if device.type == "mps":
+        total = torch.mps.recommended_max_memory()
+        return total, total - torch.mps.driver_allocated_memory()
     total = free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with suppress(OSError):
         text = Path("/proc/meminfo").read_text()

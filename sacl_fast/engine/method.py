@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from sacl_fast.config import Config
 from sacl_fast.encoders import Projector, build_encoder, output_dim
 from sacl_fast.encoders.batch_norm import local_batch_norm, synchronize_batch_norm
+from sacl_fast.encoders.pretrained import load_pretrained
 from sacl_fast.engine.regions import region
 from sacl_fast.ops.collectives import RowGather, world_size
 from sacl_fast.passes import Passes, share_gradients
@@ -136,8 +137,9 @@ def build_method(config: Config, passes: Passes, networks: Networks | None = Non
     ).train()
 
 
-def build_networks(config: Config) -> Networks:
-    """The configured encoder, projector and slicer, untrained, on the CPU."""
+def build_networks(config: Config, *, pretrained: bool = False) -> Networks:
+    """The configured encoder, projector and slicer, untrained, on the CPU; or, if ``pretrained``,
+    with the weights of ``encoder.pretrained`` where it names some."""
     encoder = build_encoder(
         config.encoder.name,
         width=config.encoder.width,
@@ -145,6 +147,8 @@ def build_networks(config: Config) -> Networks:
         image_size=config.views.size,
         drop_path=config.encoder.drop_path,
     )
+    if pretrained and config.encoder.pretrained is not None:
+        load_pretrained(encoder, config.encoder.name, config.encoder.pretrained)
     projector: nn.Module = Projector(
         output_dim(encoder, config.views.size),
         hidden=config.projector.hidden,

@@ -5,6 +5,7 @@ line being written::
 
     {"kind": "train", "step": 10, "epoch": 0.25, "time": 1763800000.123, "loss": 11.2, "lr": 0.01}
     {"kind": "knn", "step": 40, "epoch": 1.0, "time": 1763800009.456, "knn_dense": 31.5}
+    {"kind": "label_free", "step": 40, "epoch": 1.0, "time": 1763800009.456, "rankme_dense": 18.2}
     {"kind": "event", "step": 40, "epoch": 1.0, "time": 1763800010.789, "message": "..."}
 
 ``step`` counts optimiser steps done, ``epoch`` is ``step`` in epochs, ``time`` is Unix time in
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 _WANDB_ID = "wandb-id.txt"
 
-Kind = Literal["train", "knn", "accuracy", "event"]
+Kind = Literal["train", "knn", "label_free", "accuracy", "event"]
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,12 +13,14 @@ from sacl_fast.engine.clock import Clock
 from sacl_fast.engine.collapse import CollapseAlarm, effective_rank, embedding_std
 from sacl_fast.engine.console import RunConsole
 from sacl_fast.engine.diagnosis import NonFiniteLoss
-from sacl_fast.engine.memory_use import peak_memory
+from sacl_fast.engine.memory_use import memory_here, peak_memory
 from sacl_fast.engine.metrics import Kind, MetricWriter
+from sacl_fast.engine.outlook import outlook
 from sacl_fast.engine.regions import region
 from sacl_fast.engine.step import TrainingStep
 from sacl_fast.ops.xcorr_loss import LossParts
 
+_SETTLED = 2  # readings, of which the first has what only the first steps take
 _ROWS = 256  # of z1 whose spread and rank are read: the rank costs their cube
 
 
@@ -39,6 +42,7 @@ class Monitor:
         # The rank of a few rows is low whatever they hold: standardised, at most one less.
         rows = min(_ROWS, config.batch_size // world_size // config.engine.accumulate)
         min_rank = config.log.min_rank if rows - 1 > config.log.min_rank else 0
+        self._readings = 0
         self.alarm = CollapseAlarm(config.log.min_std, min_rank)
 
     @torch.no_grad()
@@ -63,15 +67,36 @@ class Monitor:
         metrics = dict(zip(names, readings, strict=True))
         metrics["lr"] = self.step.learning_rate(steps_done - 1)
         metrics |= clock.read() | peak_memory(self.step.device)
-        self._report("train", steps_done, self._epoch(steps_done), metrics)
+        self._readings += 1
+        if self._readings == _SETTLED:
+            self.console.message(self._outlook(steps_done, metrics))
+        self.console.update(steps_done, self._epoch(steps_done), metrics)
+        self._write("train", steps_done, self._epoch(steps_done), metrics)
         warning = self.alarm.check(metrics["embedding_std"], metrics["effective_rank"], steps_done)
         if warning:
             self._event(steps_done, warning)
             self.console.message(warning, warning=True)
 
-    def report_knn(self, steps_done: int, epochs_done: int, knn: dict[str, float]) -> None:
-        """Accuracies in percent, ``knn_dense`` and ``knn_slim``."""
-        self._report("knn", steps_done, epochs_done, knn)
+    def _outlook(self, steps_done: int, metrics: dict[str, float]) -> str:
+        return outlook(
+            self.config,
+            steps_per_epoch=self.step.steps_per_epoch,
+            steps_done=steps_done,
+            images_per_second=metrics["images_per_second"],
+            peak=metrics.get("peak_reserved_bytes", metrics["peak_memory_bytes"]),
+            memory=memory_here(self.step.device)[0],
+        )
+
+    def report_evaluation(
+        self, steps_done: int, epochs_done: int, knn: dict[str, float], label_free: dict[str, float]
+    ) -> None:
+        """Accuracies in percent, ``knn_dense`` and ``knn_slim``; effective ranks, ``rankme_dense``,
+        ``lidar_dense`` and so on. Each where it was measured."""
+        self.console.update(steps_done, epochs_done, {**knn, **label_free})
+        if knn:
+            self._write("knn", steps_done, epochs_done, knn)
+        if label_free:
+            self._write("label_free", steps_done, epochs_done, label_free)
 
     def check_finite(self, steps_done: int) -> None:
         """Whether the state after a step is worth keeping. Waits for the device.
@@ -89,15 +114,14 @@ class Monitor:
         if self.writer is not None:
             self.writer.close()
 
-    def _report(self, kind: Kind, steps_done: int, epoch: float, values: dict[str, float]) -> None:
-        self.console.update(steps_done, epoch, values)
+    def _write(
+        self, kind: Kind, steps_done: int, epoch: float, values: Mapping[str, float | str]
+    ) -> None:
         if self.writer is not None:
             self.writer.write(kind, step=steps_done, epoch=epoch, values=values)
 
     def _event(self, steps_done: int, text: str) -> None:
-        if self.writer is not None:
-            epoch = self._epoch(steps_done)
-            self.writer.write("event", step=steps_done, epoch=epoch, values={"message": text})
+        self._write("event", steps_done, self._epoch(steps_done), {"message": text})
 
     def _epoch(self, steps_done: int) -> float:
         return steps_done / self.step.steps_per_epoch

@@ -7,7 +7,7 @@ the process that trains.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,17 @@ _LOSSES = {
     "distillation": ("distillation", _GREEN),
 }
 _KNN = {"knn_dense": ("dense", _BLUE), "knn_slim": ("slim", _ORANGE)}
+_RANKS = {
+    "rankme_dense": ("RankMe dense", _BLUE),
+    "rankme_slim": ("slim", _ORANGE),
+    "lidar_dense": ("LiDAR dense", _GREEN),
+    "lidar_slim": ("slim", _SKY),
+}
 
 
 def plot_curves(metrics: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Draw loss, learning rate, kNN accuracy and the embeddings' health over epochs.
+    """Draw loss, learning rate, kNN accuracy, the effective ranks of features and the embeddings'
+    health over epochs.
 
     Args:
         metrics: lines as ``read_metrics`` gives them; any number, in any order.
@@ -45,16 +52,21 @@ def plot_curves(metrics: Sequence[dict[str, Any]], path: str | os.PathLike[str])
     Raises:
         OSError: it cannot be written; an older picture is left as it was.
     """
-    figure = Figure(figsize=(11, 7.5), dpi=110, layout="constrained")
+    figure = Figure(figsize=(16, 7.5), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    (loss, rate), (knn, health) = figure.subplots(2, 2)
-    train = [row for row in metrics if row.get("kind") == "train"]
-    scores = [row for row in metrics if row.get("kind") == "knn"]
+    (loss, knn, health), (rate, ranks, unused) = figure.subplots(2, 3)
+    unused.remove()
+    train, scores, label_free = (
+        [row for row in metrics if row.get("kind") == kind]
+        for kind in ("train", "knn", "label_free")
+    )
     _draw_loss(loss, train)
     _draw_rate(rate, train)
-    _draw_knn(knn, scores)
+    percent: Any = {"most": 100.5, "suffix": " %"}
+    _draw_evaluation(knn, scores, _KNN, "kNN accuracy", "top-1 (%)", "no labels", **percent)
+    _draw_evaluation(ranks, label_free, _RANKS, "Features", "effective rank", "not measured")
     _draw_health(health, train)
-    last = max((row["epoch"] for row in [*train, *scores]), default=0)
+    last = max((row["epoch"] for row in [*train, *scores, *label_free]), default=0)
     for axes in figure.axes:
         axes.set_xlim(-0.015 * max(1, last), 1.015 * max(1, last))
 
@@ -70,27 +82,27 @@ def plot_accuracy(metrics: Sequence[dict[str, Any]], path: str | os.PathLike[str
     train = [row for row in metrics if row.get("kind") == "train"]
     _draw_loss(loss, train)
     _draw_rate(rate, train)
-    _frame(accuracy, "Accuracy", "of validation images (%)")
-    epochs, values = _series([row for row in metrics if row.get("kind") == "accuracy"], "accuracy")
+    frame(accuracy, "Accuracy", "of validation images (%)")
+    epochs, values = series([row for row in metrics if row.get("kind") == "accuracy"], "accuracy")
     if len(values):
-        _line(accuracy, epochs, values, _BLUE, None, marker="o" if len(values) < 60 else None)
+        draw_line(accuracy, epochs, values, _BLUE, None, marker="o" if len(values) < 60 else None)
     else:
-        _say(accuracy, "no readings yet")
+        say(accuracy, "no readings yet")
     with whole_file(Path(path)) as file:
         canvas.print_png(file)
 
 
 def _draw_loss(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    _frame(axes, "Loss", "loss and its weighted parts")
+    frame(axes, "Loss", "loss and its weighted parts")
     lowest, highest = np.inf, -np.inf
     for key, (label, color) in _LOSSES.items():
-        epochs, values = _series(rows, key)
+        epochs, values = series(rows, key)
         if not len(values) or not values.any():
             continue  # a part that is switched off
         lowest, highest = min(lowest, values.min()), max(highest, values.max())
-        _line(axes, epochs, values, color, label, width=1.8 if key == "loss" else 1.3)
+        draw_line(axes, epochs, values, color, label, width=1.8 if key == "loss" else 1.3)
     if not np.isfinite(lowest):
-        _say(axes, "no readings yet")
+        say(axes, "no readings yet")
         return
     if lowest > 0 and highest > 30 * lowest:
         axes.set_yscale("log")
@@ -98,57 +110,69 @@ def _draw_loss(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _draw_rate(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    _frame(axes, "Learning rate", "learning rate")
-    epochs, values = _series(rows, "lr")
+    frame(axes, "Learning rate", "learning rate")
+    epochs, values = series(rows, "lr")
     if not len(values):
-        _say(axes, "no readings yet")
+        say(axes, "no readings yet")
         return
-    _line(axes, epochs, values, _BLUE, None)
+    draw_line(axes, epochs, values, _BLUE, None)
     axes.set_ylim(bottom=0)
 
 
-def _draw_knn(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    _frame(axes, "kNN accuracy", "top-1 (%)")
+def _draw_evaluation(
+    axes: Axes,
+    rows: Sequence[dict[str, Any]],
+    curves: Mapping[str, tuple[str, str]],
+    title: str,
+    unit: str,
+    without: str,
+    *,
+    most: float = np.inf,
+    suffix: str = "",
+) -> None:
+    """Figures of the evaluations, their last values in the legend; ``without``: said where there
+    are none."""
+    frame(axes, title, unit)
     drawn = []
-    for key, (label, color) in _KNN.items():
-        epochs, values = _series(rows, key)
+    for key, (label, color) in curves.items():
+        epochs, values = series(rows, key)
         if len(values):
             drawn += [values.min(), values.max()]
-            label = f"{label} {values[-1]:.1f} %"
-            _line(axes, epochs, values, color, label, marker="o" if len(values) < 60 else None)
+            label = f"{label} {values[-1]:.1f}{suffix}"
+            draw_line(axes, epochs, values, color, label, marker="o" if len(values) < 60 else None)
     if not drawn:
-        _say(axes, "no labels")
+        say(axes, without)
         return
-    axes.set_ylim(max(0, min(drawn) - 3), min(100.5, max(drawn) + 3))
+    axes.set_ylim(max(0, min(drawn) - 3), min(most, max(drawn) + 3))
     _legend(axes)
 
 
 def _draw_health(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    _frame(axes, "Embeddings", "std (1: healthy, 0: collapsed)")
-    std_epochs, std = _series(rows, "embedding_std")
-    rank_epochs, rank = _series(rows, "effective_rank")
+    frame(axes, "Embeddings", "std (1: healthy, 0: collapsed)")
+    std_epochs, std = series(rows, "embedding_std")
+    rank_epochs, rank = series(rows, "effective_rank")
     if not len(std) and not len(rank):
-        _say(axes, "no readings yet")
+        say(axes, "no readings yet")
         return
-    _line(axes, std_epochs, std, _BLUE, None)
+    draw_line(axes, std_epochs, std, _BLUE, None)
     axes.set_ylim(0, max(1.05, 1.05 * std.max(initial=0)))
     _paint(axes, "left", _BLUE)
     twin = axes.twinx()
     twin.spines[["top", "left"]].set_visible(False)
     twin.set_ylabel("effective rank (directions)")
-    _line(twin, rank_epochs, rank, _VERMILION, None)
+    draw_line(twin, rank_epochs, rank, _VERMILION, None)
     twin.set_ylim(bottom=0)
     _paint(twin, "right", _VERMILION)
 
 
-def _series(rows: Sequence[dict[str, Any]], key: str) -> tuple[NDArray[Any], NDArray[Any]]:
+def series(rows: Sequence[dict[str, Any]], key: str) -> tuple[NDArray[Any], NDArray[Any]]:
     """Epochs and values of a key, in order; readings that were not finite are left out."""
     pairs = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
     array = np.array(sorted(pairs), dtype=float).reshape(-1, 2)
     return array[:, 0], array[:, 1]
 
 
-def _line(
+def draw_line(
     axes: Axes,
     epochs: NDArray[Any],
     values: NDArray[Any],
@@ -157,6 +181,7 @@ def _line(
     *,
     width: float = 1.5,
     marker: str | None = None,
+    style: str = "-",
 ) -> None:
     """A curve; a long one as the means of neighbouring readings, in the band of their range."""
     if len(values) > _POINTS:
@@ -168,10 +193,12 @@ def _line(
         axes.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
     if len(values) == 1:
         marker = "o"
-    axes.plot(epochs, values, color=color, label=label, linewidth=width, marker=marker, ms=4)
+    axes.plot(epochs, values, color=color, label=label, linewidth=width, marker=marker, ms=4,
+              linestyle=style)  # fmt: skip
 
 
-def _frame(axes: Axes, title: str, unit: str) -> None:
+def frame(axes: Axes, title: str, unit: str) -> None:
+    """Title, axes and grid of a panel over epochs."""
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
     axes.set_xlabel("epoch")
     axes.set_ylabel(unit)
@@ -201,7 +228,8 @@ def _paint(axes: Axes, side: str, color: str) -> None:
     axes.spines[side].set_color(color)
 
 
-def _say(axes: Axes, text: str) -> None:
+def say(axes: Axes, text: str) -> None:
+    """Text in place of curves."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=_GREY)
     axes.set_xticks([])
     axes.set_yticks([])

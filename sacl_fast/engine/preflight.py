@@ -32,6 +32,9 @@ def check_run(config: Config) -> None:
         "out": config.out,
         "data.root": config.data.root,
         "data.cache_dir": config.data.cache_dir,
+        "encoder.pretrained": None
+        if config.encoder.pretrained == "timm"
+        else config.encoder.pretrained,
         "resume": None if config.resume in ("auto", "never") else config.resume,
     }
     for name, path in paths.items():

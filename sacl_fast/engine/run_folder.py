@@ -7,9 +7,10 @@
     metrics.jsonl        every reading of the metrics
     views.png            both views of some images, as the encoder sees them
     curves.png           the metrics as curves
-    checkpoints/         step_NNNNNNNN.pt (the last ones), best.pt (best kNN)
+    checkpoints/         step_NNNNNNNN.pt (the last ones), best.pt (by kNN, or by RankMe)
     encoder.safetensors  the dense encoder after training, under timm's names
     encoder_slim.safetensors  the slim one likewise, where it is another
+    encoder_best.safetensors, encoder_best_slim.safetensors  those of best.pt, where it is earlier
     trace.json.gz        some steps as the profiler saw them (--profile), one of each process
     superseded/          what a run left that went on from an earlier step (see resume.py)
     run.lock             whose folder it is, while a run writes there (see lock.py)
@@ -45,6 +46,7 @@ CONFIG, ENVIRONMENT, METRICS = "config.yaml", "environment.json", "metrics.jsonl
 VIEWS, CURVES, CHECKPOINTS = "views.png", "curves.png", "checkpoints"
 ENCODER, SUPERSEDED = "encoder.safetensors", "superseded"
 ENCODERS = {"dense": ENCODER, "slim": "encoder_slim.safetensors"}
+BEST_ENCODERS = {"dense": "encoder_best.safetensors", "slim": "encoder_best_slim.safetensors"}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import signal
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ import torch
 
 from sacl_fast import _version
 from sacl_fast.config import Config, to_dict
+from sacl_fast.data.images.given import Given, as_given
 from sacl_fast.data.images.open import open_sources
-from sacl_fast.data.loading.contact_sheet import contact_sheet
 from sacl_fast.data.loading.open import open_view_loader
 from sacl_fast.data.loading.waiting import NoBatch
-from sacl_fast.encoders.file import encode_encoder, encoder_metadata, is_encoder_of, save_encoder
+from sacl_fast.encoders.file import encode_encoder
 from sacl_fast.engine import run_folder as files
 from sacl_fast.engine.agreement import check_same_settings
+from sacl_fast.engine.best import Best
 from sacl_fast.engine.checkpoint import checkpoint_path, mark_best, random_state, save_checkpoint
 from sacl_fast.engine.clock import Clock
 from sacl_fast.engine.console import RunConsole
@@ -27,21 +28,29 @@ from sacl_fast.engine.convolutions import tried_algorithms
 from sacl_fast.engine.description import describe
 from sacl_fast.engine.determinism import deterministic
 from sacl_fast.engine.distributed import Ranks, process_group
+from sacl_fast.engine.encoder_files import EncoderFiles
 from sacl_fast.engine.environment import environment
 from sacl_fast.engine.evaluator import Evaluator
 from sacl_fast.engine.memory import keep_freed_memory
 from sacl_fast.engine.method import build_method, build_networks
-from sacl_fast.engine.metrics import MetricWriter, read_metrics
+from sacl_fast.engine.metrics import MetricWriter
 from sacl_fast.engine.monitor import Monitor
+from sacl_fast.engine.pictures import Pictures
 from sacl_fast.engine.plan import take_plan
-from sacl_fast.engine.plots import plot_curves
 from sacl_fast.engine.preflight import check_run, remarks
 from sacl_fast.engine.profiling import Profile
-from sacl_fast.engine.resume import Continuation, data_record, find_continuation, restore, set_aside
+from sacl_fast.engine.result import RunResult
+from sacl_fast.engine.resume import (
+    Continuation,
+    data_record,
+    find_continuation,
+    restore,
+    resume_candidates,
+    set_aside,
+)
 from sacl_fast.engine.signals import StopRequest
 from sacl_fast.engine.step import TrainingStep
 from sacl_fast.errors import Stopped, UserError
-from sacl_fast.files import whole_file
 from sacl_fast.passes import choose_passes
 
 logger = logging.getLogger(__name__)
@@ -50,26 +59,16 @@ _LOST = 255  # in place of a signal's number: the run folder vanished
 _AGREEING = 20.0  # seconds for several processes to come to a step that all can stop at
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """What a run leaves behind."""
-
-    folder: Path
-    steps: int
-    finished: bool
-    """False if a signal ended it; its last checkpoint goes on from there."""
-    knn: dict[str, float]
-    """The last kNN accuracies in percent, ``knn_dense`` and ``knn_slim``; empty without labels."""
-    knn_before: dict[str, float]
-    """Those of the untrained encoder; empty where they were not measured."""
-    stopped_by: int = 0
-    """The number of the signal that ended it, 0 for none."""
-
-
-def train(config: Config, *, profile: bool = False) -> RunResult:
+def train(
+    config: Config, *, source: Any = None, val: Any = None, profile: bool = False
+) -> RunResult:
     """Pre-train an encoder as configured; under ``torchrun``, with the other ranks.
 
-    ``profile``: write a trace of some steps into the run folder, and log what it says.
+    Args:
+        source: images in place of those that ``config.data`` names: any indexable of images, or of
+            tuples or mappings of an image and its label; see ``sacl_fast.data.images.given``.
+        val: images to validate with, likewise.
+        profile: write a trace of some steps into the run folder, and log what it says.
 
     Raises:
         UserError: what is asked for cannot be done; the sentence says what can.
@@ -77,10 +76,12 @@ def train(config: Config, *, profile: bool = False) -> RunResult:
         Stopped: by a signal, but not at a step that all processes could stop at.
     """
     check_run(config)
+    given = Given(source, val)
+    config = replace(config, data=as_given(config.data, given))
     with deterministic(config.deterministic), process_group(config.device) as ranks:
         check_same_settings(config, ranks)
         with tried_algorithms(ranks.device), files.claimed_run_folder(config, ranks) as claim:
-            run = Run(config, ranks, claim, profile)
+            run = Run(config, ranks, claim, profile, given)
             try:
                 return run.train()
             finally:
@@ -91,7 +92,12 @@ class Run:
     """The state of a run, and the loop over it."""
 
     def __init__(
-        self, config: Config, ranks: Ranks, claim: files.RunFolder, profile: bool = False
+        self,
+        config: Config,
+        ranks: Ranks,
+        claim: files.RunFolder,
+        profile: bool = False,
+        given: Given | None = None,
     ) -> None:
         self.config = config
         self.ranks = ranks
@@ -102,8 +108,10 @@ class Run:
         if ranks.device.type == "cpu":
             keep_freed_memory()
         torch.manual_seed(config.seed)  # the same initial weights on every rank
-        networks = build_networks(config)  # first: what cannot be built needs no data
-        self.splits = open_sources(config.data, config.seed)
+        starts = ranks.on_first(lambda: not resume_candidates(config, self.folder))
+        # First: what cannot be built needs no data.
+        networks = ranks.together(lambda: build_networks(config, pretrained=starts))
+        self.splits = open_sources(config.data, config.seed, given=given or Given())
         if ranks.first:
             for remark in remarks(config, len(self.splits.train)):
                 logger.warning(remark)
@@ -126,9 +134,13 @@ class Run:
         self.steps_done = 0
         self.knn: dict[str, float] = {}
         self.knn_before: dict[str, float] = {}
-        self.best_knn = -1.0
+        self.label_free: dict[str, float] = {}
+        self.label_free_before: dict[str, float] = {}
+        self.best = Best()
         self.knn_due = False  # the epoch is trained, its evaluation was not finished
         self.final_states: dict[str, dict[str, torch.Tensor]] = {}
+        self.pictures = Pictures(config, self.folder, self.splits.train, drawn=ranks.first)
+        self.encoders = EncoderFiles(config, claim, images=len(self.splits.train))
         self.lost = False
         """Whether the run folder vanished; known to the first rank."""
         self.data = ranks.on_first(lambda: data_record(self.splits.train))
@@ -210,8 +222,9 @@ class Run:
         for line in describe(self.config, self.ranks, self.step, self.loader.steps_per_epoch):
             self.console.message(line)
         if self.steps_done == 0:
-            self._write_picture(files.VIEWS)
-            self.knn_before = self._evaluate(0)
+            self.pictures.draw_views()
+            self._evaluate(0)
+            self.knn_before, self.label_free_before = self.knn, self.label_free
         elif self.knn_due:
             self._close_epoch(self.steps_done // self.loader.steps_per_epoch)
 
@@ -227,7 +240,7 @@ class Run:
         last = done == config.epochs
         best = False
         if last or (config.eval.every and done % config.eval.every == 0):
-            best = self._evaluate(done).get("knn_dense", -1.0) >= self.best_knn > -1.0
+            best = self._evaluate(done)
         if last:
             # Before the last checkpoint, which is to have the slim encoder's statistics.
             self.ranks.on_first(
@@ -238,7 +251,7 @@ class Run:
         due = done % config.checkpoint.every_epochs == 0 or (every and self.steps_done % every == 0)
         if last or best or due:
             self._save(best=best)
-        self._write_picture(files.CURVES)
+        self.pictures.draw_curves()
 
     def _end_stopped(self, stopped: Stopped) -> None:
         """Save, where all ranks stopped at the same step, and say how to go on."""
@@ -250,7 +263,7 @@ class Run:
             goes_on = "goes on from the last checkpoint"
         else:
             self._save()
-            self._write_picture(files.CURVES)
+            self.pictures.draw_curves()
         if stopped.number == _LOST:
             self.lost = True
             self._say_if_lost()
@@ -265,24 +278,11 @@ class Run:
         self._say_if_lost()
 
     def _save_encoders(self) -> None:
-        widths = ("dense", "slim") if self.method.slicer.active else ("dense",)
-        metadata = {width: self._encoder_metadata(slim=width == "slim") for width in widths}
-        paths = {width: self.folder / files.ENCODERS[width] for width in widths}
-        if all(is_encoder_of(paths[width], metadata[width]) for width in widths):
-            return
-        self.claim.check()
-        states = self.final_states or self.evaluator.final_states(self.method)
-        for width in reversed(widths):  # the dense one says that the run is finished
-            save_encoder(paths[width], states[width], metadata[width])
-
-    def _encoder_metadata(self, *, slim: bool = False) -> dict[str, str]:
-        return encoder_metadata(
-            self.config,
-            epochs=self.steps_done / self.loader.steps_per_epoch,
-            steps=self.steps_done,
-            images=len(self.splits.train),
-            knn=self.knn,
-            slim=slim,
+        """Those of the best evaluation first: the last one says that the run is finished."""
+        method, evaluator = self.method, self.evaluator
+        self.encoders.save_best(self.steps_done, method, evaluator)
+        self.encoders.save_last(
+            self._progress(), method, lambda: self.final_states or evaluator.final_states(method)
         )
 
     def _say_if_lost(self) -> None:
@@ -295,28 +295,16 @@ class Run:
 
     # What is measured
 
-    def _evaluate(self, epochs_done: int) -> dict[str, float]:
-        """kNN accuracies, the same on every rank; empty without labels."""
+    def _evaluate(self, epochs_done: int) -> bool:
+        """Measure the encoders; whether they are the best so far, the same on every rank."""
         if not self.evaluator.possible:
-            return {}
-        with self.console.doing("evaluating by kNN"):
-            self.knn = self.evaluator.knn(self.method)
-        self.best_knn = max(self.best_knn, self.knn.get("knn_dense", -1.0))
-        self.monitor.report_knn(self.steps_done, epochs_done, self.knn)
-        return self.knn
-
-    def _write_picture(self, name: str) -> None:
-        """Pictures are a courtesy: one that cannot be written is a warning."""
-        if not self.ranks.first:
-            return
-        try:
-            if name == files.VIEWS:
-                with whole_file(self.folder / name) as file:
-                    contact_sheet(self.splits.train, self.config).save(file, "PNG")
-            else:
-                plot_curves(read_metrics(self.folder / files.METRICS), self.folder / name)
-        except (OSError, UserError) as error:
-            logger.warning("cannot write %s: %s", self.folder / name, error)
+            return False
+        with self.console.doing("evaluating"):
+            figures = self.evaluator.evaluate(self.method)
+        self.knn = {name: value for name, value in figures.items() if name.startswith("knn")}
+        self.label_free = {k: v for k, v in figures.items() if k not in self.knn}
+        self.monitor.report_evaluation(self.steps_done, epochs_done, self.knn, self.label_free)
+        return self.best.is_met(figures, trained=self.steps_done > 0)
 
     # What is kept
 
@@ -336,20 +324,28 @@ class Run:
 
     def _state(self, random_states: list[Any]) -> dict[str, Any]:
         return {
+            **self._progress(),
             "version": _version.__version__,
             "config": to_dict(self.config),
-            "step": self.steps_done,
-            "steps_per_epoch": self.loader.steps_per_epoch,
             "data": self.data,
             "model": self.method.state_dict(),
             "optimizer": self.step.optimizer.state_dict(),
             "scaler": self.step.scaler.state_dict(),
             "random": random_states,
+            "plan": self.method.passes.plan,
+        }
+
+    def _progress(self) -> dict[str, Any]:
+        """How far the run is, and what was measured."""
+        return {
+            "step": self.steps_done,
+            "steps_per_epoch": self.loader.steps_per_epoch,
             "knn": self.knn,
             "knn_due": self.knn_due,
             "knn_before": self.knn_before,
-            "best_knn": self.best_knn,
-            "plan": self.method.passes.plan,
+            "label_free": self.label_free,
+            "label_free_before": self.label_free_before,
+            **self.best.state(),
         }
 
     def _resume(self) -> Continuation | None:
@@ -366,14 +362,16 @@ class Run:
             self.ranks.together(lambda: restore(found, self.method, self.step, self.ranks))
             self.steps_done = found.step
             self.knn, self.knn_before = found.state["knn"], found.state["knn_before"]
-            self.best_knn = found.state["best_knn"]
+            self.label_free = found.state.get("label_free", {})
+            self.label_free_before = found.state.get("label_free_before", {})
+            self.best.load(found.state)
             self.knn_due = found.state.get("knn_due", False)
             logger.info("resumed from %s after step %d", found.path, self.steps_done)
         return found
 
     def _open_records(self) -> None:
         """Try what the run will write, clear the folder of what it supersedes, and open it."""
-        encode_encoder(self.method.encoder.state_dict(), self._encoder_metadata())
+        encode_encoder(self.method.encoder.state_dict(), self.encoders.metadata(self._progress()))
         found, config = self.resumed, self.config
         if found is None or not found.is_in(self.folder):
             set_aside(self.folder, after=-1)
@@ -391,8 +389,9 @@ class Run:
 
     def _result(self, *, finished: bool, stopped_by: int = 0) -> RunResult:
         return RunResult(
-            self.folder, self.steps_done, finished, self.knn, self.knn_before, stopped_by
-        )
+            self.folder, self.steps_done, finished, self.knn, self.knn_before, stopped_by,
+            self.label_free, self.label_free_before,
+        )  # fmt: skip
 
     def close(self) -> None:
         for part in (self.loader, self.monitor, self.profile):

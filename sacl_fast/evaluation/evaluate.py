@@ -1,4 +1,5 @@
-"""kNN accuracy of the dense and of the slim encoder, while training and after it.
+"""Figures of the dense and of the slim encoder while training: kNN accuracy and, without labels,
+effective ranks (``label_free``).
 
 A guest in the training loop: parameters, buffers, training flags and random numbers are left as
 they were, so a run that is evaluated and one that is not stay equal bit for bit. The slicer learns
@@ -14,12 +15,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sacl_fast.checks import Count, checked
+from sacl_fast.checks import CountOrZero, checked
 from sacl_fast.config import EvalConfig
 from sacl_fast.encoders.recalibrate import recalibrated
 from sacl_fast.errors import UserError
 from sacl_fast.evaluation.features import extract_share
 from sacl_fast.evaluation.knn import knn_hits
+from sacl_fast.evaluation.label_free import lidar, rankme
 from sacl_fast.ops.collectives import gather_uneven
 from sacl_fast.precision import autocast
 from sacl_fast.slim.slicer import Mode, Slicer
@@ -36,38 +38,43 @@ def alone(function: Callable[[], T]) -> list[T]:
 
 @torch.no_grad()
 @checked
-def evaluate_knn(
+def evaluate_encoders(
     encoder: nn.Module,
     slicer: Slicer,
     bank_loader: Iterable[tuple[Tensor, Tensor]],
     query_loader: Iterable[tuple[Tensor, Tensor]],
     config: EvalConfig,
-    num_classes: Count,
+    num_classes: CountOrZero,
     *,
     device: torch.device,
     amp_dtype: torch.dtype | None,
+    views: Iterable[tuple[Tensor, Tensor]] = (),
     first: Iterable[tuple[Tensor, Tensor]] | None = None,
     jointly: Callable[[Callable[[], Any]], list[Any]] = alone,
 ) -> dict[str, float]:
-    """Top-1 in percent: ``knn_dense`` and ``knn_slim``, or the one ``config.encoders`` names.
+    """Of each encoder that ``config.encoders`` names: ``knn_dense``, top-1 in percent, where there
+    are classes; ``rankme_dense``, of the first ``config.rank_images`` images of the bank, where
+    that is not 0; ``lidar_dense``, where there are ``views``. ``knn_slim`` and so on likewise.
 
     Where the slim encoder is the dense one (``slicer.active`` is False) it is computed once, as
-    ``knn_dense``. Batch-norm statistics come from the first ``config.recalibrate_batches``
+    the dense one. Batch-norm statistics come from the first ``config.recalibrate_batches``
     batches of the bank loader, so the bank's order should mix the classes.
 
-    Several processes share the work: each is given its share of both loaders, and has the same
+    Several processes share the work: each is given its share of all loaders, and has the same
     figures in the end.
 
     Args:
         bank_loader, query_loader: yield images (B, C, H, W), not augmented, and labels (B,);
             read anew for every encoder.
+        num_classes: 0: without labels; then there are no queries.
         amp_dtype: autocast type of the encoder (None: no autocast).
+        views: yields augmented images, and which image each is of (B,); equally many of each.
         first: the whole bank, where the loaders are shares, for the batch-norm statistics; None:
             ``bank_loader``.
         jointly: what a function gives in each process, in all of them (``Ranks.jointly``).
 
     Raises:
-        UserError: there are no images, or features are not finite.
+        UserError: there are no images, or features are not finite where there are labels.
     """
     widths = ("dense", "slim") if config.encoders == "both" else (config.encoders,)
     if not slicer.active:
@@ -88,7 +95,7 @@ def evaluate_knn(
                 ):
                     if width == "slim":
                         slicer.note_statistics()
-                    for loader in (bank_loader, query_loader):
+                    for loader in (bank_loader, query_loader, views):
                         own.append(
                             extract_share(encoder, loader, device=device, amp_dtype=amp_dtype)
                         )
@@ -96,11 +103,20 @@ def evaluate_knn(
 
             sizes = jointly(extract)
             bank = _of_all(*own[0], [s[:2] for s in sizes])
-            count = sum(s[2] for s in sizes)
-            if not count:
-                raise UserError("kNN queries: no features; at least one image is needed")
-            hits = jointly(lambda bank=bank, own=own: knn_hits(*bank, *own[1], **options))
-            scores[f"knn_{width}"] = 100.0 * sum(hits) / count
+            if num_classes:
+                count = sum(s[2] for s in sizes)
+                if not count:
+                    raise UserError("kNN queries: no features; at least one image is needed")
+                hits = jointly(lambda bank=bank, own=own: knn_hits(*bank, *own[1], **options))
+                scores[f"knn_{width}"] = 100.0 * sum(hits) / count
+            augmented, image = _of_all(*own[2], [s[4:] for s in sizes])
+            if config.rank_images:
+                scores[f"rankme_{width}"] = rankme(bank[0][: config.rank_images])
+            if len(augmented):
+                classes = augmented[image.argsort(stable=True)].unflatten(
+                    0, (len(set(image.tolist())), -1)
+                )
+                scores[f"lidar_{width}"] = lidar(classes)
     return scores
 
 
@@ -109,6 +125,8 @@ def _of_all(
 ) -> tuple[Tensor, Tensor]:
     """Those of all processes; a process without any knows no dimensions."""
     counts, dims = [n for n, _ in shapes], max(dims for _, dims in shapes)
+    if not any(counts):
+        return features, labels
     features = features if len(features) else features.new_zeros(0, dims)
     return gather_uneven(features, counts), gather_uneven(labels, counts)
 

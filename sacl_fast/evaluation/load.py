@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sacl_fast.checks import check
 from sacl_fast.config.choices import Width
+from sacl_fast.data.images.given import Given
 from sacl_fast.data.images.open import open_sources
 from sacl_fast.data.loading.evaluation import EvalLoader
 from sacl_fast.engine.run_folder import ENCODERS
@@ -20,7 +22,9 @@ from sacl_fast.evaluation.trained import Trained, open_trained
 from sacl_fast.slim.export import compact, load_compact
 
 
-def load_encoder(path: str | os.PathLike[str], width: Width = "dense") -> nn.Module:
+def load_encoder(
+    path: str | os.PathLike[str], width: Width = "dense", *, source: Any = None
+) -> nn.Module:
     """The trained encoder as an ordinary module: (N, 3, S, S) -> (N, F), in eval mode, on the CPU,
     with batch-norm statistics of its own.
 
@@ -36,6 +40,7 @@ def load_encoder(path: str | os.PathLike[str], width: Width = "dense") -> nn.Mod
 
     Args:
         path: a run folder, a checkpoint, or the file of an encoder.
+        source: the images that it was trained on, where those were given from Python.
         width: ``dense``: timm's model (or ``resnet20``). ``slim``: the slim encoder as a smaller
             network, see ``slim.export.compact``.
 
@@ -49,7 +54,9 @@ def load_encoder(path: str | os.PathLike[str], width: Width = "dense") -> nn.Mod
     if trained.slicer is None and width == "slim":
         alone = trained.widths == ("slim",)
         return load_compact(trained.path if alone else trained.path.with_name(ENCODERS["slim"]))
-    state = trained.state(width, lambda: training_batches(trained, torch.device("cpu")))
+    state = trained.state(
+        width, lambda: training_batches(trained, torch.device("cpu"), Given(source))
+    )
     if width == "slim":
         assert trained.slicer is not None
         return compact(trained.encoder, trained.slicer.masks, trained.slicer.norms)
@@ -57,7 +64,9 @@ def load_encoder(path: str | os.PathLike[str], width: Width = "dense") -> nn.Mod
     return trained.encoder
 
 
-def training_batches(trained: Trained, device: torch.device) -> Iterator[Tensor]:
+def training_batches(
+    trained: Trained, device: torch.device, given: Given | None = None
+) -> Iterator[Tensor]:
     """The images (B, 3, S, S), normalised, from which the run estimated batch-norm statistics when
     it evaluated: ``eval.recalibrate_batches`` batches of the training images.
 
@@ -66,7 +75,7 @@ def training_batches(trained: Trained, device: torch.device) -> Iterator[Tensor]
     """
     config = trained.config
     try:
-        splits = open_sources(config.data, config.seed, download=False)
+        splits = open_sources(config.data, config.seed, download=False, given=given or Given())
     except UserError as error:
         raise UserError(
             f"{trained.path} is of the midst of a run, so that batch-norm statistics are to be "

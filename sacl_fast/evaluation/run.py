@@ -24,6 +24,7 @@ from sacl_fast.config.evaluation import (
     KnnEvaluation,
     LinearEvaluation,
 )
+from sacl_fast.data.images.given import Given
 from sacl_fast.data.images.open import open_sources
 from sacl_fast.data.loading.evaluation import EvalLoader
 from sacl_fast.engine.distributed import pick_device
@@ -49,19 +50,26 @@ _Features = tuple[Tensor, Tensor]  # (N, F), labels (N,)
 
 
 def evaluate_trained(
-    trained: Trained, settings: Evaluation, *, write: bool = True, quiet: bool = False
+    trained: Trained,
+    settings: Evaluation,
+    *,
+    write: bool = True,
+    quiet: bool = False,
+    given: Given | None = None,
 ) -> Result:
     """Evaluate what ``open_trained`` found.
 
     Args:
         write: the result into the run folder, where ``settings.out`` names no other.
         quiet: no progress.
+        given: images from Python in place of those that the settings name.
 
     Raises:
         UserError: before any work, where the images, their labels, the settings or the folder of
             the results do not allow it.
     """
-    require_images(trained, settings.data)
+    if given is None or given.source is None:
+        require_images(trained, settings.data)
     device = pick_device(settings.device)
     folder = (trained.folder or trained.path.parent) / "eval" if write else None
     if settings.out is not None:
@@ -70,11 +78,17 @@ def evaluate_trained(
     def networks(batches: Batches) -> list[Network]:
         return networks_of(trained, settings, device, batches)
 
-    return _evaluate(networks, trained.config, settings, device, folder, str(trained.path), quiet)
+    run, path = trained.config, str(trained.path)
+    return _evaluate(networks, run, settings, device, folder, path, quiet, given)
 
 
 def evaluate_module(
-    encoder: nn.Module, views: ViewsConfig, settings: Evaluation, *, quiet: bool = True
+    encoder: nn.Module,
+    views: ViewsConfig,
+    settings: Evaluation,
+    *,
+    quiet: bool = True,
+    given: Given | None = None,
 ) -> Result:
     """Evaluate a module (N, 3, S, S) -> (N, F) as it is, in eval mode, on the device that it is on;
     there is no control. The result is written where ``settings.out`` says."""
@@ -86,7 +100,7 @@ def evaluate_module(
     try:
         return _evaluate(
             lambda _: [Network("dense", lambda: encoder, views)],
-            *(config, settings, device, folder, type(encoder).__name__, quiet),
+            *(config, settings, device, folder, type(encoder).__name__, quiet, given),
         )
     finally:
         for module, training in flags:
@@ -101,6 +115,7 @@ def _evaluate(
     folder: Path | None,
     path: str,
     quiet: bool,
+    given: Given | None,
 ) -> Result:
     config = replace(
         run,
@@ -109,7 +124,7 @@ def _evaluate(
     )
     check_run(config)
     amp_dtype = autocast_dtype(config.precision, device)
-    splits = open_sources(config.data, config.seed)
+    splits = open_sources(config.data, config.seed, given=given or Given())
     own = isinstance(settings, KnnEvaluation)
     images = choose_images(
         splits,

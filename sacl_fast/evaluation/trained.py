@@ -80,6 +80,8 @@ class Trained:
     """The last kNN accuracies in percent that the run measured, ``knn_dense`` and ``knn_slim``."""
     knn_before: dict[str, float]
     """Those before training."""
+    label_free: dict[str, float] = field(default_factory=dict)
+    """The last effective ranks that the run measured, ``rankme_dense`` and so on."""
     own_source: str = ""
     """The ``data.source`` of a run whose images were given from Python, which no file names."""
     states: dict[Width, dict[str, Tensor]] = field(default_factory=dict, repr=False)
@@ -271,6 +273,7 @@ def _open_checkpoint(path: Path, state: dict[str, Any]) -> Trained:
         images=int(state.get("data", {}).get("images", 0)),
         knn=dict(state["knn"]),
         knn_before=dict(state["knn_before"]),
+        label_free=dict(state.get("label_free", {})),
         own_source=own_source,
     )
     trained.states.update(_known_states(trained))
@@ -332,6 +335,7 @@ def _open_encoder(path: Path) -> Trained:
             slim=replace(config.slim, ratio=float(said.get("slim_ratio", config.slim.ratio))),
         )
         knn = {k: float(said[k]) for k in ("knn_dense", "knn_slim") if k in said}
+        label_free = {k: float(v) for k, v in said.items() if k.startswith(("rankme_", "lidar_"))}
         numbers = {k: float(said.get(k, 0)) for k in ("steps", "epochs", "images")}
     except (ValueError, TypeError, LookupError) as error:
         raise UserError(
@@ -351,6 +355,7 @@ def _open_encoder(path: Path) -> Trained:
         images=int(numbers["images"]),
         knn=knn,
         knn_before={},
+        label_free=label_free,
         states={width: _copied(encoder.state_dict())},
     )
 

@@ -1,10 +1,14 @@
-"""The views of a batch of images on the CPU, each as it was drawn: random resized crop, flip,
-colour jitter, grayscale, Gaussian blur, solarise, normalise.
+"""The views of a batch of images, each as it was drawn: random resized crop, flip, colour jitter,
+grayscale, Gaussian blur, solarise, normalise.
 
-The compiled operator (``csrc/cpu/augment.cpp``) makes a view in one go, by one thread, in its
-cache, and works on 8-bit pixels as Pillow does: it gives the same bits, but for a blur that may be
-one of 255 off (two passes of floats, summed in another order, less taps of a millionth of the
-weight). Its reference is ``sacl_fast.data.views.draw.apply_view``. There is no gradient.
+The compiled operator of the CPU (``csrc/cpu/augment.cpp``) makes a view in one go, by one thread,
+in its cache, and works on 8-bit pixels as Pillow does: it gives the same bits, but for a blur that
+may be one of 255 off (two passes of floats, summed in another order, less taps of a millionth of
+the weight). Its reference is ``sacl_fast.data.views.draw.apply_view``. There is no gradient.
+
+On a CUDA device ``augment_packed`` makes the same views (``csrc/cuda/augment_kernels.cu``): the
+bits of the CPU before normalisation, but for a blur, of which at most one value in a thousand is
+one of 255 off (``exp`` and fused multiplications). It can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -74,9 +78,17 @@ def augment_packed(
         images: (n, 3) int64: where in ``pixels`` each begins, its height and its width.
         draws: (V, n, 16) float64, as ``augment`` takes them.
         mean, std: (3,) float32, of the channels, in 0..255.
-        out: (V * n, 3, size, size), channels last in memory.
+        out: (V * n, 3, size, size), channels last in memory; float32, on a CUDA device float16 or
+            bfloat16 too.
+        threads: of the CPU, that share the work.
+
+    An image outside ``pixels`` or a crop outside its image is a ``RuntimeError`` on the CPU. A CUDA
+    device reads both when the kernels run, so there it ends the process's use of the device, as an
+    index out of range does in PyTorch; so do two contrasts in one row of ``draws``, and an image of
+    2^24 pixels or more along a side.
     """
-    obstacle = compiled.obstacle()
+    on_gpu = out.device.type == "cuda"
+    obstacle = compiled.cuda_obstacle(out.device) if on_gpu else compiled.obstacle()
     if obstacle is not None:
         raise RuntimeError(f"augment has no other backend than the compiled one: {obstacle}")
     torch.ops.sacl_fast.augment_packed(pixels, images, draws, window, mean, std, out, threads)

@@ -69,12 +69,6 @@ def _compiled_for_cpu(device: torch.device) -> str | None:
     return compiled.obstacle()
 
 
-def _compiled_views(device: torch.device) -> str | None:
-    if device.type != "cpu":
-        return "on a GPU, DALI augments; without DALI, this operator does on the CPU"
-    return _compiled_for_cpu(device)
-
-
 def _compiled_draws(_: torch.device) -> str | None:
     from sacl_fast.ops import compiled
 
@@ -109,7 +103,7 @@ OPERATORS: dict[str, dict[Backend, Check]] = {
     "slim_gate": _COMPILED,
     "lars": {"triton": triton_obstacle, "apex": _apex},
     # ``torch``: torchvision, or DALI's own operators (see data/loading/open.py).
-    "augment": {"cpu": _compiled_views},
+    "augment": _COMPILED,
     # ``torch``: numpy. The CPU draws for a GPU, too.
     "draw_views": {"cpu": _compiled_draws},
 }

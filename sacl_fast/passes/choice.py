@@ -112,6 +112,8 @@ def passes_of(
 
 def plan_obstacle(plan: Plan, config: Config, device: torch.device) -> str | None:
     """Why a run on a device cannot have a plan; None if it can."""
+    if device.type == "mps" and plan not in ("eager", "compile"):
+        return "recorded passes add in float64, which an Apple GPU does not have"
     if plan in ("compile", "fused") and config.engine.activation_checkpointing:
         return "it would fuse what engine.activation-checkpointing computes again"
     if plan != "fused":

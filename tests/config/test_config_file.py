@@ -80,7 +80,7 @@ BAD = {
     "inf": ("optim: {lr: inf}", "optim.lr is inf; a finite number works"),
     "huge": ("epochs: " + "9" * 5000, "a whole number works"),
     "flag": ("channels_last: perhaps", "channels_last is 'perhaps'; True or False works"),
-    "choice": ("device: gpu", "device is 'gpu'; one of auto, cpu, cuda works"),
+    "choice": ("device: gpu", "device is 'gpu'; one of auto, cpu, cuda, mps works"),
     "view": ("views: {b: {crop_scale: [1, 0.5]}}", "views.b.crop_scale is (1.0, 0.5); the lower"),
     "length": ("optim: {betas: [0.9]}", "optim.betas is (0.9,); 2 values work"),
     "lengthy": ("optim: {betas: [0.9, 0.9, 0.9]}", "optim.betas is (0.9, 0.9, 0.9); 2 values"),

@@ -42,6 +42,13 @@ def knn_rows(n: int) -> list[dict[str, Any]]:
     ]
 
 
+def label_free_rows(n: int) -> list[dict[str, Any]]:
+    return [
+        dict(kind="label_free", step=i, epoch=float(i), rankme_dense=3.0 * i, lidar_slim=2.0 * i)
+        for i in range(n)
+    ]
+
+
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """Every figure that is drawn."""
@@ -66,7 +73,7 @@ def texts(figure: Figure) -> list[str]:
 @pytest.mark.parametrize("n", [0, 1, 2, 50, 100_000])
 def test_drawn_at_any_number_of_readings(tmp_path: Path, n: int, figures: list[Figure]):
     path = tmp_path / "curves.png"
-    plot_curves(train_rows(n) + knn_rows(min(n, 6)), path)
+    plot_curves(train_rows(n) + knn_rows(min(n, 6)) + label_free_rows(min(n, 6)), path)
     image = np.asarray(Image.open(path).convert("RGB"), dtype=int)
     assert image.shape[0] > 700
     assert image.shape[1] > 1000
@@ -75,14 +82,13 @@ def test_drawn_at_any_number_of_readings(tmp_path: Path, n: int, figures: list[F
     assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.png"]
     points = [np.size(line.get_xdata()) for axes in figures[0].axes for line in axes.lines]
     assert max(points, default=0) <= 600
-    assert texts(figures[0]) == (["no readings yet"] * 2 + ["no labels", "no readings yet"]) * (
-        n == 0
-    )
+    none = ["no readings yet", "no labels", *["no readings yet"] * 2, "not measured"]
+    assert texts(figures[0]) == (none if n == 0 else [])
 
 
 def test_the_values_are_the_ones_drawn(tmp_path: Path, figures: list[Figure]):
     rows = train_rows(20)
-    plot_curves(rows + knn_rows(4), tmp_path / "curves.png")
+    plot_curves(rows + knn_rows(4) + label_free_rows(3), tmp_path / "curves.png")
     (figure,) = figures
     loss = panel(figure, "Loss")
     assert [line.get_label() for line in loss.lines] == ["loss", "on-diagonal", "off-diagonal"]
@@ -91,12 +97,14 @@ def test_the_values_are_the_ones_drawn(tmp_path: Path, figures: list[Figure]):
     )
     knn = panel(figure, "kNN accuracy")
     assert [line.get_label() for line in knn.lines] == ["dense 30.0 %", "slim 27.0 %"]
-    assert all(axes.get_xlabel() == "epoch" for axes in figure.axes[:4])
+    ranks = panel(figure, "Features")
+    assert [line.get_label() for line in ranks.lines] == ["RankMe dense 6.0", "slim 4.0"]
+    assert all(axes.get_xlabel() == "epoch" for axes in figure.axes[:5])
 
 
 def test_without_labels_the_panel_says_so(tmp_path: Path, figures: list[Figure]):
     plot_curves(train_rows(5), tmp_path / "curves.png")
-    assert texts(figures[0]) == ["no labels"]
+    assert texts(figures[0]) == ["no labels", "not measured"]
 
 
 def test_a_long_curve_keeps_its_mean_and_range(tmp_path: Path, figures: list[Figure]):

@@ -11,12 +11,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sacl_fast.config import EvalConfig
 from sacl_fast.errors import UserError
-from sacl_fast.evaluation.evaluate import evaluate_knn, first_images
+from sacl_fast.evaluation.evaluate import evaluate_encoders, first_images
 from sacl_fast.evaluation.features import extract_features
 from sacl_fast.slim.slicer import Slicer
 
 CPU = torch.device("cpu")
-CONFIG = EvalConfig(k=5, recalibrate_batches=2, batch_size=16)
+CONFIG = EvalConfig(k=5, recalibrate_batches=2, batch_size=16, rank_images=0)
 
 
 def loader(n: int, shuffle: bool = False, seed: int = 0) -> DataLoader[tuple[Tensor, ...]]:
@@ -45,7 +45,7 @@ def network(ratio: float = 0.5) -> tuple[nn.Sequential, Slicer]:
 
 def evaluate(encoder: nn.Module, slicer: Slicer, config: EvalConfig = CONFIG, **more: Any):
     options = {"device": CPU, "amp_dtype": None} | more
-    return evaluate_knn(encoder, slicer, loader(90), loader(30, seed=1), config, 3, **options)
+    return evaluate_encoders(encoder, slicer, loader(90), loader(30, seed=1), config, 3, **options)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def evaluate(encoder: nn.Module, slicer: Slicer, config: EvalConfig = CONFIG, **
     ],
 )
 def test_the_encoders_asked_for_are_evaluated(encoders: Any, keys: list[str]):
-    config = EvalConfig(k=5, recalibrate_batches=2, encoders=encoders)
+    config = EvalConfig(k=5, recalibrate_batches=2, encoders=encoders, rank_images=0)
     scores = evaluate(*network(), config)
     assert list(scores) == keys
     assert all(45 < score <= 100 for score in scores.values())  # chance: 33
@@ -69,7 +69,9 @@ def test_one_network_is_evaluated_once(encoders: Any):
     assert not slicer.active
     passes = []
     encoder.register_forward_hook(lambda *_: passes.append(1))
-    scores = evaluate(encoder, slicer, EvalConfig(k=5, recalibrate_batches=2, encoders=encoders))
+    scores = evaluate(
+        encoder, slicer, EvalConfig(k=5, recalibrate_batches=2, encoders=encoders, rank_images=0)
+    )
     assert list(scores) == ["knn_dense"]
     assert len(passes) == 2 + 6 + 2
 
@@ -123,7 +125,9 @@ def test_random_numbers_are_given_back_after_an_error():
         raise OSError("unreadable")
 
     with pytest.raises(OSError, match="unreadable"):
-        evaluate_knn(encoder, slicer, loader(90), breaking(), CONFIG, 3, device=CPU, amp_dtype=None)
+        evaluate_encoders(
+            encoder, slicer, loader(90), breaking(), CONFIG, 3, device=CPU, amp_dtype=None
+        )
     assert torch.equal(state, torch.get_rng_state())
     assert encoder.training
     with slicer.mode("mask"):  # left in order

@@ -47,7 +47,7 @@ def run_once(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             epochs=1,
             batch_size=16,
             device="cpu",
-            data=DataConfig(root=str(labelled), workers=0, loader="pillow"),
+            data=DataConfig(root=str(labelled), workers=0),
             views=ViewsConfig(size=16),
             encoder=EncoderConfig(name="resnet20", width=0.25),
             projector=ProjectorConfig(hidden=16, out=24),

@@ -83,7 +83,7 @@ def decode_rgb(data: bytes) -> Image.Image:
     """The image in the encoded ``data``, mode RGB. BadImage where it cannot be read."""
     with _opened(data) as image:
         image.load()
-        return _rgb(image)
+        return to_rgb(image)
 
 
 def image_size(data: bytes) -> tuple[int, int, bool]:
@@ -127,7 +127,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         raise BadImage(reason_of(error)) from error
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I"):  # 16 bits, whatever holds them

@@ -11,6 +11,7 @@ from sacl_fast.config import DataConfig
 from sacl_fast.config.choices import SourceName
 from sacl_fast.data.images.cifar import open_cifar
 from sacl_fast.data.images.folder import open_folder
+from sacl_fast.data.images.given import Given, given_splits, open_given
 from sacl_fast.data.images.pixel_file import open_cache
 from sacl_fast.data.images.shapes import open_demo
 from sacl_fast.data.images.source import Source, Splits, Subset
@@ -20,6 +21,8 @@ from sacl_fast.data.images.webdataset import open_webdataset
 
 logger = logging.getLogger(__name__)
 
+_NOTHING = Given()
+
 # Name to what opens it: the training and validation images of a configuration. The second argument
 # says whether what is missing may be downloaded.
 SOURCES: dict[SourceName, Callable[[DataConfig, bool], Splits]] = {
@@ -28,18 +31,22 @@ SOURCES: dict[SourceName, Callable[[DataConfig, bool], Splits]] = {
     "webdataset": open_webdataset,
     "cifar10": open_cifar,
     "cifar100": open_cifar,
+    "python": open_given,
     "voc2007": open_voc,
     "cache": open_cache,
 }
 
 
-def open_sources(config: DataConfig, seed: int, *, download: bool = True) -> Splits:
+def open_sources(
+    config: DataConfig, seed: int, *, download: bool = True, given: Given = _NOTHING
+) -> Splits:
     """The training and validation images of ``config``; ``seed`` chooses those of ``limit``.
+    ``given``: images from Python in their place.
 
     Archives are unpacked and data sets downloaded where they are not at hand. What the user can
     mend (no such folder, no images in it, no network, ``download`` ruled out) is a UserError.
     """
-    splits = SOURCES[config.source](config, download)
+    splits = given_splits(config, given) or SOURCES[config.source](config, download)
     train = _limited(splits.train, config.limit, seed)
     val = "no" if splits.val is None else len(splits.val)
     logger.info("%d training images, %s validation images", len(train), val)
@@ -53,6 +60,7 @@ def _described_labels(classes: Sequence[str], config: DataConfig) -> str:
     origin = {
         "folder": "the names of folders, or of classes in the list",
         "webdataset": "the .cls files in the shards",
+        "python": "those of the images given",
         "cache": "those of the images that it was made of",
     }.get(config.source, f"those of {config.source}")
     return (

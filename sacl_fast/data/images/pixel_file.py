@@ -12,13 +12,13 @@ import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import Image
 
 from sacl_fast._version import __version__
 from sacl_fast.config import DataConfig
+from sacl_fast.config.choices import Split
 from sacl_fast.data.images.damage import DAMAGED
 from sacl_fast.data.images.decode import BadImage
 from sacl_fast.data.images.manifest import ends_of, unpacked
@@ -75,12 +75,12 @@ class PixelFile:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        split: Literal["train", "val"] = "train",
+        split: Split = "train",
         labelled: bool = True,
     ) -> None:
         self._set(_opened(Path(path)), split, labelled)
 
-    def _set(self, opened: _Opened, split: Literal["train", "val"], labelled: bool) -> None:
+    def _set(self, opened: _Opened, split: Split, labelled: bool) -> None:
         self._opened, self._split, self._labelled = opened, split, labelled
         self.path, self.about = opened.path, opened.about
         train, val = self.about.train, self.about.val
@@ -196,13 +196,13 @@ def _described(opened: _Opened) -> str:
     return f"{opened.path}: {origin}, {size} (by {about.made_by})"
 
 
-def _split(opened: _Opened, split: Literal["train", "val"], labelled: bool) -> PixelFile:
+def _split(opened: _Opened, split: Split, labelled: bool) -> PixelFile:
     source = PixelFile.__new__(PixelFile)
     source._set(opened, split, labelled)
     return source
 
 
-def _reopened(path: str, split: Literal["train", "val"], labelled: bool, seal: bytes) -> PixelFile:
+def _reopened(path: str, split: Split, labelled: bool, seal: bytes) -> PixelFile:
     """A pickled ``PixelFile``, in another process."""
     opened = _opened(Path(path))
     if opened.seal != seal:

@@ -1,7 +1,7 @@
 """What DALI is fed: encoded images, and everything random about their views.
 
-The draws are those of ``data/views/draw.py``, packed for what makes the views: DALI
-(``data/views/dali_parameters.py``) or the compiled operator (``data/views/compiled.py``).
+The draws are those of ``data/views/draw.py``, in the form that the maker of the views takes: DALI
+(``data/views/dali_parameters.py``) or the compiled operator (``data/views/draws.py``).
 
 Images that DALI and Pillow decode alike are handed on as they are. All others (CMYK, 16 bits,
 transparency, GIF, WebP, ...) are decoded by Pillow and handed on as PPM, so that no image works
@@ -13,23 +13,23 @@ minutes on a network disk.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sacl_fast.config import Config, ViewConfig, ViewsConfig
+from sacl_fast.config import Config, ViewsConfig
 from sacl_fast.data.images.decode import decode_rgb, plain_size, to_ppm
 from sacl_fast.data.images.source import Source
 from sacl_fast.data.loading.readers import first_readable
-from sacl_fast.data.views.draw import ViewDraw, draw_view, sample_rng
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 
-# Draws, how many there are, and the configuration of the view.
-Pack = Callable[[Iterable[ViewDraw], int, ViewsConfig, ViewConfig], Any]
+# Of the views, a seed, an epoch, images (n,) and their heights and widths (n, 2): the draws of both
+# views.
+Draw = Callable[[ViewsConfig, int, int, np.ndarray, np.ndarray], Any]
 
 
 class Feed(NamedTuple):
@@ -41,9 +41,8 @@ class Feed(NamedTuple):
     """(n,) int64: where each of them ends"""
     sizes: Tensor
     """(n, 2) int64: height and width of images that are pixels; empty where they are encoded"""
-    a: Any
-    """the draws of view a, packed"""
-    b: Any
+    draws: Any
+    """of both views"""
     index: Tensor
     """(n,) int64"""
     bad: list[tuple[int, str]]
@@ -63,13 +62,13 @@ class Feed(NamedTuple):
 class FeedReader:
     """(epoch, indices) to what DALI makes the views of those images from.
 
-    For an unreadable image the next readable one is taken, cyclically. ``pack`` turns the draws of
-    a view into what its maker takes. ``by_pillow`` holds the images that DALI failed to decode.
+    For an unreadable image the next readable one is taken, cyclically. ``by_pillow`` holds the
+    images that DALI failed to decode.
     """
 
-    def __init__(self, source: Source, config: Config, pack: Pack) -> None:
+    def __init__(self, source: Source, config: Config, draw: Draw) -> None:
         self.source, self.views, self.seed = source, config.views, config.seed
-        self.pack = pack
+        self.draw = draw
         self.patience = int(config.data.max_bad_share * len(source))
         self.by_pillow: set[int] = set()
 
@@ -80,39 +79,29 @@ class FeedReader:
             found, index[slot] = first_readable(self._load, i, len(self.source), self.patience, bad)
             if found is None:  # more are bad than may be: the loader will say so
                 nothing = torch.empty(0)
-                return Feed(nothing, nothing, nothing, None, None, nothing, list(bad.items()))
+                return Feed(nothing, nothing, nothing, None, nothing, list(bad.items()))
             images.append(found[0])
             sizes.append(found[1])
-        a, b = (
-            self.pack(
-                (
-                    draw_view(view, sample_rng(self.seed, epoch, i, which), *size)
-                    for i, size in zip(wanted.tolist(), sizes, strict=True)
-                ),
-                len(wanted),
-                self.views,
-                view,
-            )
-            for which, view in enumerate((self.views.a, self.views.b))
-        )
+        draws = self.draw(self.views, self.seed, epoch, wanted, np.array(sizes))
         blob = np.concatenate([image.reshape(-1) for image in images])
         ends = np.cumsum([image.size for image in images])
         pixels = np.array([image.shape[:2] for image in images if image.ndim == 3], np.int64)
         missed = int((index != wanted).sum())
         blob, ends, pixels, index = map(torch.from_numpy, (blob, ends, pixels, index))
-        return Feed(blob, ends, pixels, a, b, index, list(bad.items()), missed)
+        return Feed(blob, ends, pixels, draws, index, list(bad.items()), missed)
 
     def _load(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
-        """An image for DALI, and its width and height. BadImage where it cannot be read."""
+        """An image for DALI, its height and its width. BadImage where it cannot be read."""
         data = self.source.read(index)
         if isinstance(data, np.ndarray):
             height, width, _ = data.shape
-            return data, (width, height)
+            return data, (height, width)
         size = None if index in self.by_pillow else plain_size(data)
         if size is None or not intact(data):
             image = decode_rgb(data)
             data, size = to_ppm(image), image.size
-        return np.frombuffer(data, np.uint8), size
+        width, height = size
+        return np.frombuffer(data, np.uint8), (height, width)
 
 
 def intact(data: bytes) -> bool:

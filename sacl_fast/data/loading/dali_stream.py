@@ -31,9 +31,10 @@ from sacl_fast.data.loading.waiting import Patience, no_stop
 from sacl_fast.data.loading.workers import Prefetcher, open_prefetcher, worker_count
 from sacl_fast.data.views.compiled import CompiledViews
 from sacl_fast.data.views.dali import ViewPipeline
-from sacl_fast.data.views.dali_parameters import pack
+from sacl_fast.data.views.dali_parameters import draw_parameters
 from sacl_fast.data.views.dali_pipeline import DaliError, undecodable
-from sacl_fast.data.views.operator import are_compiled, pack_rows
+from sacl_fast.data.views.draws import draw_rows
+from sacl_fast.data.views.operator import are_compiled
 
 logger = logging.getLogger(__name__)
 
@@ -111,17 +112,19 @@ class DaliStream:
             remedy="fewer data.dali.readers take less",
         )
 
-    def _feed(self) -> tuple[list[np.ndarray], Any, Any]:
+    def _feed(self) -> tuple[list[np.ndarray], Any]:
         assert self._feeds is not None
         feed: Feed = next(self._feeds)
         self._bad.add(feed.bad)
         self._fed.append(feed)
-        return feed.arrays(), feed.a, feed.b
+        return feed.arrays(), feed.draws
 
 
 def feed_reader(source: Source, config: Config, device: torch.device) -> FeedReader:
     """What reads for the ``view_pipeline`` of the same ``config`` and ``device``."""
-    return FeedReader(source, config, pack_rows if are_compiled(config, device) else pack)
+    return FeedReader(
+        source, config, draw_rows if are_compiled(config, device) else draw_parameters
+    )
 
 
 def view_pipeline(
@@ -183,8 +186,8 @@ def dali_views(source: Source, config: Config, epoch: int, indices: np.ndarray) 
         return Views(a, b, feed.index, feed.bad, feed.missed)
 
 
-def _once(feed: Feed) -> tuple[list[np.ndarray], Any, Any]:
-    return feed.arrays(), feed.a, feed.b
+def _once(feed: Feed) -> tuple[list[np.ndarray], Any]:
+    return feed.arrays(), feed.draws
 
 
 def leave_to_pillow(

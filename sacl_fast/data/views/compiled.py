@@ -20,8 +20,8 @@ from sacl_fast.data.views.dali_pipeline import ImagePipeline
 from sacl_fast.data.views.packed import PackedViews, packed
 
 # A batch of images, encoded, (bytes,) uint8 each, or as pixels (H, W, 3), and the draws of both
-# views as ``pack_rows`` (``operator.py``) gives them.
-Fed = tuple[np.ndarray | Sequence[np.ndarray], np.ndarray, np.ndarray]
+# views (2, n, 16) as ``draw_rows`` (``draws.py``) gives them.
+Fed = tuple[np.ndarray | Sequence[np.ndarray], Tensor]
 
 
 class CompiledViews:
@@ -46,7 +46,7 @@ class CompiledViews:
         hw_decoder_load: float = 0.65,
     ) -> None:
         self._feed = feed
-        self._draws: deque[np.ndarray] = deque()  # of the images under way
+        self._draws: deque[Tensor] = deque()  # of the images under way
         self._augment = PackedViews(views, device, dtype, threads)
         self._decoder = None
         if encoded:
@@ -78,9 +78,9 @@ class CompiledViews:
             pixels, images = self._decoder.run()
         else:
             pixels, images = packed(self._images())
-        return self._augment(pixels, images, torch.from_numpy(self._draws.popleft()))
+        return self._augment(pixels, images, self._draws.popleft())
 
     def _images(self) -> np.ndarray | Sequence[np.ndarray]:
-        images, *draws = self._feed()
-        self._draws.append(np.stack(draws))
+        images, draws = self._feed()
+        self._draws.append(draws)
         return images

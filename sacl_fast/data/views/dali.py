@@ -42,7 +42,7 @@ from sacl_fast.data.views.dali_pipeline import (
 
 # A batch of images, encoded, (bytes,) uint8 each, or as pixels (H, W, 3), and the parameters of
 # both views.
-Fed = tuple[np.ndarray | Sequence[np.ndarray], Parameters, Parameters]
+Fed = tuple[np.ndarray | Sequence[np.ndarray], tuple[Parameters, Parameters]]
 
 _LUMA = (0.299, 0.587, 0.114)  # Pillow's grayscale
 _ZERO, _ONE, _WHITE = np.float32(0), np.float32(1), np.float32(255)
@@ -94,7 +94,7 @@ class ViewPipeline(FedPipeline):
 
     def _flat(self) -> list[Any]:
         """What ``feed`` gives as one list, as the graph takes it apart."""
-        images, *parameters = self._call_feed()
+        images, parameters = self._call_feed()
         named = zip(parameters, self._names, strict=True)
         return [images, *(given[name] for given, names in named for name in names)]
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from sacl_fast.config import ViewConfig, ViewsConfig
-from sacl_fast.data.views.draw import ViewDraw
+from sacl_fast.data.views.draw import ViewDraw, draw_view, sample_rng
 
 # Name to an array over the batch.
 Parameters = dict[str, np.ndarray]
@@ -139,6 +139,27 @@ def _pack_jitter(
             tones[side] += 1
             found[f"{slot}_contrast"][i] = name == "contrast"
         found[slot][i], found[f"{slot}_on"][i] = factor, True
+
+
+def draw_parameters(
+    views: ViewsConfig, seed: int, epoch: int, indices: np.ndarray, sizes: np.ndarray
+) -> tuple[Parameters, Parameters]:
+    """The draws of both views of the images ``indices`` (n,), whose heights and widths are
+    ``sizes`` (n, 2), packed."""
+    images = list(zip(indices.tolist(), sizes.tolist(), strict=True))
+    a, b = (
+        pack(
+            (
+                draw_view(view, sample_rng(seed, epoch, index, which), width, height)
+                for index, (height, width) in images
+            ),
+            len(images),
+            views,
+            view,
+        )
+        for which, view in enumerate((views.a, views.b))
+    )
+    return a, b
 
 
 def blur_taps(sigma: float, views: ViewsConfig) -> int:

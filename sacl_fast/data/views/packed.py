@@ -40,7 +40,7 @@ class PackedViews:
         Args:
             pixels: (bytes,) uint8, on the device or on the CPU.
             images: (n, 3) int64 on the CPU: where in ``pixels`` each begins, its height and width.
-            draws: (2, n, 16) float64 on the CPU, as ``pack_rows`` (``operator.py``) gives them.
+            draws: (2, n, 16) float64 on the CPU, as ``draw_rows`` (``draws.py``) gives them.
         """
         from sacl_fast.ops.augment import augment_packed
 

@@ -119,7 +119,9 @@ def test_a_backend_of_another_device_decides_nothing() -> None:
 
 def test_the_operator_alone_makes_views_of_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     built = {"cpu": True, "cuda": True}
+    reasons = {True: None, False: "not built"}
     monkeypatch.setattr(module, "are_compiled", lambda _, device: built[device.type])
+    monkeypatch.setattr(module, "why_not_compiled", lambda _, device: reasons[built[device.type]])
     monkeypatch.setattr(module, "dali_obstacle", lambda: None)
 
     def auto(device: torch.device, backend: Backend = "auto") -> str:

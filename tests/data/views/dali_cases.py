@@ -36,7 +36,7 @@ def by_dali(images: np.ndarray, views: ViewsConfig, *draws: list[ViewDraw]) -> n
         for drawn, view in zip((draws * 2)[:2], (views.a, views.b), strict=True)
     )
     pipeline = ViewPipeline(
-        views, lambda: (images, a, b), encoded=False, batch=len(images), device=CPU
+        views, lambda: (images, (a, b)), encoded=False, batch=len(images), device=CPU
     )
     mean, std = (255 * torch.tensor(v).view(3, 1, 1) for v in (views.mean, views.std))
     found = torch.stack(pipeline.run()) * std + mean

@@ -140,7 +140,7 @@ def test_jpeg_pixels_are_pillows(tmp_path: Path):
     views = one_view(61, PLAIN)
     given = pack([replace(WHOLE, crop=(0, 0, 61, 61))] * len(blobs), len(blobs), views, views.a)
     pipeline = ViewPipeline(
-        views, lambda: (blobs, given, given), encoded=True, batch=len(blobs), device=CPU
+        views, lambda: (blobs, (given, given)), encoded=True, batch=len(blobs), device=CPU
     )
     mean, std = (255 * torch.tensor(v).view(3, 1, 1) for v in (views.mean, views.std))
     found = (pipeline.run()[0] * std + mean).permute(0, 2, 3, 1).numpy()
@@ -154,7 +154,7 @@ def test_output_is_normalised_and_channels_last(dtype: torch.dtype):
     images = photos(3)
     given = pack([WHOLE] * 3, 3, views, views.a)
     pipeline = ViewPipeline(
-        views, lambda: (images, given, given), encoded=False, batch=3, device=CPU, dtype=dtype
+        views, lambda: (images, (given, given)), encoded=False, batch=3, device=CPU, dtype=dtype
     )
     view, _ = pipeline.run()
     assert view.dtype == dtype
@@ -171,8 +171,8 @@ def test_batches_stay_what_they_were():
     given = pack(drawn(views, views.a, images, 0), 4, views, views.a)
     turn = iter(range(100))
 
-    def feed() -> tuple[np.ndarray, Parameters, Parameters]:
-        return np.roll(images, next(turn), axis=0), given, given
+    def feed() -> tuple[np.ndarray, tuple[Parameters, Parameters]]:
+        return np.roll(images, next(turn), axis=0), (given, given)
 
     pipeline = ViewPipeline(views, feed, encoded=False, batch=4, ahead=2, device=CPU)
     kept = [pipeline.run()[0] for _ in range(3)]

@@ -1,0 +1,130 @@
+"""Weights to start from (``encoder.pretrained``): timm's own, or those of a file.
+
+A file holds a ``state_dict`` under timm's names (.safetensors, .pt, .pth; also below ``model`` or
+``state_dict``), is an ``encoder.safetensors`` of a run, or a run's checkpoint. The classifier is
+left out. What timm adapts to another image or patch size (position embeddings, the weights of
+patches) is adapted by timm's function for the model; all else must fit.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from sacl_fast.encoders.file import read_encoder_metadata
+from sacl_fast.errors import UserError, reason_of
+from sacl_fast.files import kind_of, user_path
+
+logger = logging.getLogger(__name__)
+
+State = dict[str, Tensor]
+_WORKS = "'timm', or a file of weights under timm's names (.safetensors, .pt, .pth), works"
+_IN_A_CHECKPOINT = "encoder."  # before the names of a checkpoint's encoder
+
+
+def load_pretrained(encoder: nn.Module, name: str, source: str) -> None:
+    """Give an encoder, built by ``name`` with any width and stem, its weights.
+
+    Raises:
+        UserError: there are none, they cannot be read, or they do not fit; the encoder is then as
+            it was.
+    """
+    state = _timms(name) if source == "timm" else _of_file(name, source)
+    state, wrong = _fitting(encoder, state)
+    if wrong:
+        raise UserError(
+            f"encoder.pretrained {source} does not fit encoder {name} as it is configured: {wrong}"
+        )
+    encoder.load_state_dict(state, strict=False)  # but for what ``_fitting`` lets be missing
+    logger.info("the encoder starts from the weights of %s", source)
+
+
+def _timms(name: str) -> State:
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
+    if config is None or not config.has_weights:
+        raise UserError(
+            f"encoder.pretrained is timm, which has no weights of {name}; the path of a file works"
+        )
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+    except Exception as error:  # of whichever library timm downloads with
+        raise UserError(
+            f"encoder.pretrained is timm, and its weights of {name} cannot be had: "
+            f"{reason_of(error)}; the path of a file works"
+        ) from error
+
+
+def _of_file(name: str, source: str) -> State:
+    path = user_path(source, "encoder.pretrained")
+    if kind_of(path) != "file":
+        raise UserError(f"encoder.pretrained is {path}, where there is no file; {_WORKS}")
+    if path.suffix == ".safetensors":
+        held = read_encoder_metadata(path).get("encoder", name)
+        if held.partition(".")[0] != name.partition(".")[0]:
+            raise UserError(
+                f"encoder.pretrained is {path}, which holds {held}, but encoder.name is {name}; "
+                f"--encoder.name {held} works"
+            )
+    try:
+        state = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
+        tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    except Exception as error:  # torch's, pickle's or safetensors's
+        raise UserError(
+            f"no weights can be read from encoder.pretrained {path}: {reason_of(error)}; {_WORKS}"
+        ) from error
+    if any(key.startswith("slicer.") for key in tensors):  # a checkpoint of ours
+        return {
+            key.removeprefix(_IN_A_CHECKPOINT): value
+            for key, value in tensors.items()
+            if key.startswith(_IN_A_CHECKPOINT)
+        }
+    return tensors
+
+
+def _fitting(encoder: nn.Module, state: State) -> tuple[State, str]:
+    """The weights as the encoder takes them, and "", or what is wrong with them."""
+    state = _without_classifier(encoder, state)
+    wrong = _misfit(encoder, state)
+    adapt: Any = getattr(sys.modules[type(encoder).__module__], "checkpoint_filter_fn", None)
+    if not wrong or adapt is None:
+        return state, wrong
+    try:
+        adapted = _without_classifier(encoder, adapt(dict(state), encoder))
+    except Exception as error:  # of one of timm's functions, for what is no state of the model
+        logger.debug("timm does not adapt the weights: %s", reason_of(error))
+        return state, wrong
+    return (state, wrong) if _misfit(encoder, adapted) else (adapted, "")
+
+
+def _without_classifier(encoder: nn.Module, state: Mapping[str, Tensor]) -> State:
+    layers = (getattr(encoder, "pretrained_cfg", None) or {}).get("classifier") or ()
+    layers = (layers,) if isinstance(layers, str) else layers
+    heads = tuple(f"{layer}." for layer in layers)
+    own = encoder.state_dict().keys()
+    return {k: v for k, v in state.items() if k in own or not (heads and k.startswith(heads))}
+
+
+def _misfit(encoder: nn.Module, state: Mapping[str, Tensor]) -> str:
+    own = encoder.state_dict()
+    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    unknown = [k for k in state if k not in own]
+    other = [k for k in own if k in state and own[k].shape != state[k].shape]
+    said = [
+        f"{len(keys)} tensors are {what} ({', '.join(keys[:3])}{', ...' if keys[3:] else ''})"
+        for keys, what in ((missing, "missing"), (unknown, "not the encoder's"))
+        if keys
+    ]
+    if other:
+        key = other[0]
+        said.append(
+            f"{len(other)} are of another shape ({key} is {tuple(state[key].shape)}, not "
+            f"{tuple(own[key].shape)}); encoder.width and encoder.stem of the weights work"
+        )
+    return ", ".join(said)

@@ -1,0 +1,46 @@
+"""The pictures in a run folder: a courtesy, so that one that cannot be drawn is a warning."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from sacl_fast.config import Config
+from sacl_fast.data.images.source import Source
+from sacl_fast.data.loading.contact_sheet import contact_sheet
+from sacl_fast.engine.metrics import read_metrics
+from sacl_fast.engine.plots import plot_curves
+from sacl_fast.engine.run_folder import CURVES, METRICS, VIEWS
+from sacl_fast.errors import UserError
+from sacl_fast.files import whole_file
+
+logger = logging.getLogger(__name__)
+
+
+class Pictures:
+    """Those of one run; ``drawn`` by the first rank."""
+
+    def __init__(self, config: Config, folder: Path, source: Source, *, drawn: bool) -> None:
+        self._config, self._folder, self._source, self._drawn = config, folder, source, drawn
+
+    def draw_views(self) -> None:
+        """Both views of some images."""
+
+        def draw(path: Path) -> None:
+            with whole_file(path) as file:
+                contact_sheet(self._source, self._config).save(file, "PNG")
+
+        self._draw(VIEWS, draw)
+
+    def draw_curves(self) -> None:
+        """The metrics so far."""
+        self._draw(CURVES, lambda path: plot_curves(read_metrics(self._folder / METRICS), path))
+
+    def _draw(self, name: str, draw: Callable[[Path], None]) -> None:
+        if not self._drawn:
+            return
+        try:
+            draw(self._folder / name)
+        except (OSError, UserError) as error:
+            logger.warning("cannot write %s: %s", self._folder / name, error)
