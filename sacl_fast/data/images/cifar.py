@@ -11,7 +11,7 @@ from sacl_fast.data.images import archives
 from sacl_fast.data.images.cache import cache_folder, exclusive
 from sacl_fast.data.images.damage import DAMAGED
 from sacl_fast.data.images.folder import folder_splits
-from sacl_fast.data.images.root import existing_root
+from sacl_fast.data.images.root import check_downloadable, existing_root
 from sacl_fast.data.images.source import ArraySource, Splits
 from sacl_fast.data.images.splits import enter, find_splits
 from sacl_fast.errors import UserError, reason_of
@@ -48,6 +48,8 @@ def _torchvision_cifar(config: DataConfig, name: str, root: Path, download: bool
     try:
         splits = read(download=False)
     except (OSError, RuntimeError):  # RuntimeError: torchvision's "not found or corrupted"
+        own = [name for of in (CIFAR10, CIFAR100) for name in (of.base_folder, of.filename)]
+        check_downloadable(config, root, data_set.__name__, own)
         if not download:
             raise UserError(
                 f"{data_set.__name__} is not in {root.absolute()} yet; training downloads it"

@@ -216,12 +216,14 @@ def _reopened(path: str, split: Split, labelled: bool, seal: bytes) -> PixelFile
 def _opened(path: Path) -> _Opened:
     kind = kind_of(path)
     if kind is None:
-        raise UserError(f"{path} does not exist (from {Path.cwd()}); {_MAKES}")
+        raise UserError(
+            f"{path} does not exist (from {Path.cwd()}); --data.root names the cache, and {_MAKES}"
+        )
     if kind != "file":
         what = "a folder" if kind == "folder" else "a pipe, a socket or a device"
         raise UserError(
-            f"{path} is {what}, and data.source cache takes a file; {_MAKES}, and data.source "
-            "folder takes folders"
+            f"{path} is {what}, and data.source cache takes a file, which --data.root names; "
+            f"{_MAKES}, and data.source folder takes folders"
         )
     try:
         with open(path, "rb") as file:

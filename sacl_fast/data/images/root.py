@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Collection
 from pathlib import Path
 
 from sacl_fast.config import DataConfig
 from sacl_fast.data.images import archives
 from sacl_fast.data.images.pixel_file import is_cache
-from sacl_fast.errors import UserError
+from sacl_fast.data.images.splits import few
+from sacl_fast.errors import UserError, reason_of
 from sacl_fast.files import kind_of, user_path
 
 LIST_SUFFIX = ".txt"
@@ -33,6 +36,28 @@ def existing_root(config: DataConfig) -> Path:
             f"({', '.join(archives.SUFFIXES)}) or a list of paths ({LIST_SUFFIX}) works"
         )
     return root
+
+
+def check_downloadable(config: DataConfig, root: Path, title: str, own: Collection[str]) -> None:
+    """Raise UserError where ``root``, which ``data.root`` names, holds other things than a download
+    does: nothing is to be put among the images of a user, or trained on in their place.
+
+    Args:
+        title: of the data set.
+        own: names of what its download leaves in ``root``, whole or begun.
+    """
+    if kind_of(root) != "folder":
+        return
+    try:
+        names = sorted(name for name in os.listdir(root) if not name.startswith("."))
+    except OSError as error:
+        raise UserError(f"cannot read the folder {root}: {reason_of(error)}") from None
+    if names and not {*names} & {*own}:
+        raise UserError(
+            f"data.source is {config.source}, but {config.root or root} holds {few(names, 3)}, "
+            f"which is no copy of {title}; --data.source folder opens images of one's own, and a "
+            f"--data.root that is empty or missing gets {title} by download"
+        )
 
 
 def is_list(root: Path) -> bool:

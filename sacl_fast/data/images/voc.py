@@ -19,7 +19,7 @@ from sacl_fast.data.images import archives
 from sacl_fast.data.images.cache import cache_folder, exclusive
 from sacl_fast.data.images.damage import DAMAGED
 from sacl_fast.data.images.decode import BadImage, file_identity, read_bytes
-from sacl_fast.data.images.root import existing_root
+from sacl_fast.data.images.root import check_downloadable, existing_root
 from sacl_fast.data.images.source import FileSource, Source, Splits, Subset
 from sacl_fast.data.images.splits import few
 from sacl_fast.data.images.text import read_text
@@ -32,6 +32,8 @@ VOC_CLASSES = (
     *("train", "tvmonitor"),
 )
 _PARTS = ("JPEGImages", "Annotations", "ImageSets/Main")
+# What torchvision leaves of a download, whole or begun.
+_DOWNLOADS = ("VOCdevkit", "VOCtrainval_06-Nov-2007.tar", "VOCtest_06-Nov-2007.tar")
 _MOST = 2**20  # bytes of an annotation, which has 1,000
 
 
@@ -74,6 +76,7 @@ def open_voc(config: DataConfig, download: bool) -> Splits:
         root = archives.unpack(existing_root(config), cache_folder(config.cache_dir))
     found = find_voc(root)
     if found is None:
+        check_downloadable(config, root, "VOC 2007", _DOWNLOADS)
         _download(root, download)
         found = find_voc(root)
         assert found is not None

@@ -74,22 +74,21 @@ def choose(
     copies = size * processes
     fits_host = copies <= _SHARE * free.host
     each = f" in each of {processes} processes" if processes > 1 else ""
-    here: Residence = "disk" if mapped else "ram"
+    works = ("auto, disk" if mapped else "auto") + " and ram work"
     if asked == "device":
         if device.type != "cuda":
             raise UserError(
-                f"data.residence is device, but the run is on the {device.type.upper()}; auto and "
-                f"{here} work"
+                f"data.residence is device, but the run is on the {device.type.upper()}; {works}"
             )
         if not on_device:
             raise UserError(
                 "data.residence is device, but the views are not made on the GPU, since the "
-                f"compiled operator augment is not built for it; auto and {here} work"
+                f"compiled operator augment is not built for it; {works}"
             )
         if size > free.device:
             raise UserError(
                 f"data.residence is device, but the images take {_gib(size)} and the GPU has "
-                f"{_gib(free.device)} free; auto and {here} work"
+                f"{_gib(free.device)} free; {works}"
             )
         return Choice("device", "as requested")
     if asked == "disk":

@@ -11,6 +11,10 @@ import numpy as np
 import pytest
 import torchvision.datasets
 
+from sacl_fast.config import DataConfig
+from sacl_fast.config.choices import SourceName
+from sacl_fast.data.images.open import open_sources
+from sacl_fast.errors import UserError
 from tests.data.images.cases import error, opened, pack, paint
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -70,6 +74,33 @@ def test_cifar_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         message = error(given, source="cifar100")
         assert str(tmp_path / looked) in message and "no route to host" in message
         assert "train/ and test/" in message and ".tar.gz" in message
+
+
+@pytest.mark.parametrize("source", ["cifar10", "voc2007"])
+@pytest.mark.parametrize("download", [False, True])
+def test_nothing_is_downloaded_into_images_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: SourceName, download: bool
+) -> None:
+    def fetch(*_: object, **__: object) -> None:
+        raise urllib.error.URLError("it asked for it")
+
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", fetch)
+    monkeypatch.setattr("torchvision.datasets.voc.download_and_extract_archive", fetch)
+    own = paint(tmp_path / "own", "cat/1.png", "dog/2.png")
+    packed = pack(own, tmp_path / "own.zip")
+    for root in (own, packed):
+        with pytest.raises(UserError, match=f"{root} holds .*no copy of .*--data.source folder"):
+            open_sources(DataConfig(source=source, root=str(root)), 0, download=download)
+    assert sorted(path.name for path in own.iterdir()) == ["cat", "dog"]
+    begun = {"cifar10": "cifar-10-python.tar.gz", "voc2007": "VOCtest_06-Nov-2007.tar"}[source]
+    for name in (begun, ".a.lock", None):
+        root = tmp_path / f"begun {name}"
+        root.mkdir()
+        if name:
+            (root / name).write_bytes(b"1")
+        said = "it asked for it" if download else "is not in .* yet; training downloads it"
+        with pytest.raises(UserError, match=said):
+            open_sources(DataConfig(source=source, root=str(root)), 0, download=download)
 
 
 def test_real_cifar(data_folder: Path) -> None:

@@ -90,10 +90,10 @@ def test_what_is_chosen(given: dict, residence: Residence, said: str) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"asked": "device", "device": CPU}, "run is on the CPU; auto and disk work"),
+        ({"asked": "device", "device": CPU}, "run is on the CPU; auto, disk and ram work"),
         ({"asked": "device", "device": CPU, "mapped": False}, "on the CPU; auto and ram work"),
-        ({"asked": "device", "size": 81}, r"take 81.0 GiB and the GPU has 80.0 GiB free; auto and"),
-        ({"asked": "device", "on_device": False}, "not built for it; auto and disk work"),
+        ({"asked": "device", "size": 81}, r"take 81.0 GiB and the GPU has 80.0 GiB free; auto"),
+        ({"asked": "device", "on_device": False}, "not built for it; auto, disk and ram work"),
         ({"asked": "disk", "mapped": False}, "are in memory and not in a file.*auto and ram work"),
         ({"asked": "ram", "size": 201}, "take 201.0 GiB and 200.0 GiB of memory are free; auto"),
         (
