@@ -141,9 +141,14 @@ def load_encoder(path: str | os.PathLike[str]) -> nn.Module:
 
     Raises:
         UserError: there is no such file, it does not say which encoder it holds, or it holds
-            another.
+            another, or a fine-tuned classifier.
     """
     metadata = read_encoder_metadata(path)
+    if "finetuned_steps" in metadata:
+        raise UserError(
+            f"{path} holds a fine-tuned classifier, which sacl_fast.load_classifier opens; "
+            "the encoder.safetensors of a run works here"
+        )
     if missing := [
         key for key in ("encoder", "width", "stem", "image_size") if key not in metadata
     ]:

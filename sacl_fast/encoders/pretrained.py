@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 State = dict[str, Tensor]
 _WORKS = "'timm', or a file of weights under timm's names (.safetensors, .pt, .pth), works"
+_NO_WEIGHTS = "no file of weights (a state_dict of tensors, no pickled model)"
 _IN_A_CHECKPOINT = "encoder."  # before the names of a checkpoint's encoder
 
 
@@ -41,6 +42,8 @@ def load_pretrained(encoder: nn.Module, name: str, source: str) -> None:
         raise UserError(
             f"encoder.pretrained {source} does not fit encoder {name} as it is configured: {wrong}"
         )
+    if unusable := _unusable(encoder, state):
+        raise UserError(f"encoder.pretrained {source} holds no weights to start from: {unusable}")
     encoder.load_state_dict(state, strict=False)  # but for what ``_fitting`` lets be missing
     logger.info("the encoder starts from the weights of %s", source)
 
@@ -66,19 +69,29 @@ def _of_file(name: str, source: str) -> State:
     if kind_of(path) != "file":
         raise UserError(f"encoder.pretrained is {path}, where there is no file; {_WORKS}")
     if path.suffix == ".safetensors":
-        held = read_encoder_metadata(path).get("encoder", name)
+        said = read_encoder_metadata(path)
+        held = said.get("encoder", name)
         if held.partition(".")[0] != name.partition(".")[0]:
             raise UserError(
                 f"encoder.pretrained is {path}, which holds {held}, but encoder.name is {name}; "
                 f"--encoder.name {held} works"
             )
+        if "slim_ratio" in said:
+            dense = path.name.replace("_slim", "")
+            dense = dense if dense != path.name else "the file of a dense encoder"
+            raise UserError(
+                f"encoder.pretrained is {path}, a slim network, in which filters are zeros that "
+                f"would stay dead; {dense} works"
+            )
     try:
         state = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
         tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
-    except Exception as error:  # torch's, pickle's or safetensors's
-        raise UserError(
-            f"no weights can be read from encoder.pretrained {path}: {reason_of(error)}; {_WORKS}"
-        ) from error
+    except OSError as error:
+        raise UserError(f"cannot read encoder.pretrained {path}: {reason_of(error)}") from error
+    except Exception as error:  # torch's, pickle's or safetensors's, who speak to programmers
+        raise UserError(f"encoder.pretrained {path} is {_NO_WEIGHTS}; {_WORKS}") from error
+    if not tensors:
+        raise UserError(f"encoder.pretrained {path} is {_NO_WEIGHTS}; {_WORKS}")
     if any(key.startswith("slicer.") for key in tensors):  # a checkpoint of ours
         return {
             key.removeprefix(_IN_A_CHECKPOINT): value
@@ -128,3 +141,18 @@ def _misfit(encoder: nn.Module, state: Mapping[str, Tensor]) -> str:
             f"{tuple(own[key].shape)}); encoder.width and encoder.stem of the weights work"
         )
     return ", ".join(said)
+
+
+def _unusable(encoder: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """What no training starts from, among the tensors of a state that fits; "" if nothing."""
+    own = [k for k, v in encoder.state_dict().items() if k in state and v.is_floating_point()]
+    whole = [k for k in own if not state[k].is_floating_point()]
+    if whole:
+        return f"{_several(whole)} no floating-point numbers"
+    infinite = [k for k in own if not state[k].float().isfinite().all()]
+    return f"{_several(infinite)} NaN or infinite numbers" if infinite else ""
+
+
+def _several(keys: Sequence[str]) -> str:
+    more = ", ..." if keys[3:] else ""
+    return f"{len(keys)} of its tensors ({', '.join(keys[:3])}{more}) hold"

@@ -63,12 +63,31 @@ def test_what_does_not_fit_is_one_sentence(weights, tmp_path):
     save_file(few, tmp_path / "few.safetensors")
     save_file(state, tmp_path / "named.safetensors", {"encoder": "resnet18"})
     (tmp_path / "text.pt").write_text("no weights")
+    torch.save(timm.create_model(NAME, num_classes=3), tmp_path / "pickled.pt")
+    torch.save({"epoch": 3}, tmp_path / "none.pt")
+    key = "conv_stem.weight"
+    for name, value in (("nan", state[key] * torch.nan), ("inf", state[key] / 0)):
+        save_file(state | {key: value}, tmp_path / f"{name}.safetensors")
+    save_file({k: v.long() for k, v in state.items()}, tmp_path / "whole.safetensors")
+    save_file(state, tmp_path / "encoder_slim.safetensors", {"slim_ratio": "0.5"})
+    save_file(state, tmp_path / "last.safetensors", {"slim_ratio": "0.5"})
     cases = {
         str(
             tmp_path / "few.safetensors"
         ): r"are missing \(blocks.1.*1 tensors are not the enc.*ext",
         str(tmp_path / "named.safetensors"): "holds resnet18, but encoder.name is",
-        str(tmp_path / "text.pt"): "no weights can be read",
+        str(tmp_path / "text.pt"): r"text.pt is no file of weights \([^:]*work",
+        str(tmp_path / "pickled.pt"): r"pickled.pt is no file of weights \([^:]*work",
+        str(tmp_path / "none.pt"): r"none.pt is no file of weights",
+        str(
+            tmp_path / "nan.safetensors"
+        ): r"start from: 1 of its tensors .conv_stem.weight\) hold NaN",
+        str(
+            tmp_path / "inf.safetensors"
+        ): r"start from: 1 of its tensors .conv_stem.weight\) hold NaN",
+        str(tmp_path / "whole.safetensors"): r"\.\.\.\) hold no floating-point numbers",
+        str(tmp_path / "encoder_slim.safetensors"): "slim network.*; encoder.safetensors works",
+        str(tmp_path / "last.safetensors"): "slim network.*; the file of a dense encoder works",
         str(tmp_path / "no.pt"): "where there is no file",
         str(tmp_path): "where there is no file",
     }

@@ -87,6 +87,8 @@ def test_what_is_written_is_what_is_printed(run_folder, labelled, tiny, capsys):
     said_of = read_encoder_metadata(folder / "last.safetensors")
     assert json.loads(said_of["classes"]) == ["one", "three", "two"]
     assert (said_of["image_size"], said_of["finetuned_steps"]) == ("16", "6")
+    with pytest.raises(UserError, match=r"classifier, which sacl_fast.load_classifier opens; .*"):
+        sacl_fast.load_encoder(folder / "last.safetensors")
     module = load_classifier(folder / "last.safetensors")
     data = replace(tiny.data, root=str(labelled))
     right = predicted(module, replace(tiny, data=data), labelled)
