@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Picture
 
 from sacl_fast import _version
+from sacl_fast.engine.glyphs import drawable
 from sacl_fast.errors import UserError, reason_of
 from sacl_fast.evaluation.scores import Figure, Result
 from sacl_fast.files import whole_file
@@ -190,11 +191,12 @@ def _escaped(name: str) -> str:
 
 
 def _confusion_png(result: Result) -> bytes:
-    """A panel for each trained encoder: rows are classes, columns what they were taken for."""
+    """A panel for each trained encoder: rows are classes, columns what they were taken for, in
+    percent of the images of a class."""
     shown = [scores for scores in result.scores if scores.control] or [result.scores[0]]
     classes, count = result.classes, len(result.classes)
     side = min(14.0, 3.2 + 0.32 * count)
-    picture = Picture(figsize=(side * len(shown), side + 1.0), dpi=110, layout="constrained")
+    picture = Picture(figsize=(side * len(shown), side + 1.0), dpi=110, layout="compressed")
     canvas = FigureCanvasAgg(picture)
     panels = np.atleast_1d(picture.subplots(1, len(shown)))
     for axes, scores in zip(panels, shown, strict=True):
@@ -204,10 +206,11 @@ def _confusion_png(result: Result) -> bytes:
         axes.imshow(share, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
         top1 = scores.figures["top-1"].mean
         axes.set_title(f"{scores.name}: {top1:.1f} %", loc="left", fontsize=11)
-        axes.set_xlabel("taken for")
+        axes.set_xlabel("taken for (% of the images of a class)")
         axes.set_ylabel("class")
         if count <= _NAMED:
-            names = [name[:20].replace("$", r"\$") for name in classes]
+            names = [drawable(name, f"class {nth}")[:20] for nth, name in enumerate(classes)]
+            names = [name.replace("$", r"\$") for name in names]
             axes.set_xticks(range(count), names, rotation=90, fontsize=8)
             axes.set_yticks(range(count), names, fontsize=8)
         if count <= _NUMBERED:
@@ -217,5 +220,6 @@ def _confusion_png(result: Result) -> bytes:
                     axes.text(j, i, f"{share[i, j]:.0f}", ha="center", va="center", color=color,
                               fontsize=7)  # fmt: skip
     buffer = io.BytesIO()
-    canvas.print_png(buffer)
+    # The matrices are squares: "tight" cuts off what the sheet has beyond them.
+    canvas.print_figure(buffer, format="png", bbox_inches="tight", facecolor="white")
     return buffer.getvalue()

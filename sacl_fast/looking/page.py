@@ -25,7 +25,7 @@ from sacl_fast.looking.neighbours import (
     purity_of,
     spread_choice,
 )
-from sacl_fast.looking.pictures import COLOURS, LEGEND, grid_png, scatter_png
+from sacl_fast.looking.pictures import COLOURS, LEGEND, drawn_names, grid_png, scatter_png
 from sacl_fast.looking.projection import Plane, clusters_of, plane_of
 
 _PLOTTED = 20_000  # points of the picture, at most
@@ -162,11 +162,13 @@ def picture_of(found: Features, look: Look) -> bytes:
 def grid_of(found: Features, look: Look) -> bytes:
     """The PNG of the queries and their neighbours."""
     rows = []
+    names = [*drawn_names(look.names), "no label"]  # the last is that of group -1
     for query, others, cosines in zip(look.queries, *look.nearest, strict=True):
-        row = [(look.thumbnails[int(query)], look.group(query), False)]
+        row = [(look.thumbnails[int(query)], names[look.groups[query]], False)]
         for other, cosine in zip(others, cosines, strict=True):
             same = not look.clustered and _same(look, query, other)
-            row.append((look.thumbnails[int(other)], f"{cosine:.3f} {look.group(other)}", same))
+            said = f"{cosine:.3f} {names[look.groups[other]]}"
+            row.append((look.thumbnails[int(other)], said, same))
         rows.append(row)
     return grid_png(rows)
 

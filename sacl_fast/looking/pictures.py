@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from sacl_fast.engine.glyphs import drawable, font_path
 from sacl_fast.looking.files import plain_text
 from sacl_fast.looking.projection import Plane
 
@@ -31,6 +31,7 @@ def scatter_png(plane: Plane, groups: np.ndarray, names: Sequence[str], title: s
     Args:
         groups: (n,) positions in ``names``, -1 for none.
     """
+    names = drawn_names(names)
     there = [g for g in range(len(names)) if (groups == g).any()]
     figure = Figure(figsize=(9.5, 6.8), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
@@ -67,9 +68,7 @@ def scatter_png(plane: Plane, groups: np.ndarray, names: Sequence[str], title: s
             if handle is not None:
                 handle.set(sizes=[40], alpha=1)
     buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # of scripts that the font lacks
-        canvas.print_png(buffer)
+    canvas.print_png(buffer)
     return buffer.getvalue()
 
 
@@ -81,18 +80,23 @@ def _name_largest(axes: Axes, points: np.ndarray, groups: np.ndarray, names: Seq
         axes.text(x, y, _short(names[int(group)]), fontsize=8, ha="center", va="center", bbox=box)
 
 
+def drawn_names(names: Sequence[str]) -> list[str]:
+    """The names of classes as a picture has them: the number of a class where the font cannot draw
+    its name."""
+    return [drawable(plain_text(name), f"class {number}") for number, name in enumerate(names)]
+
+
 def _short(name: str) -> str:
-    text = plain_text(name)
-    text = text if len(text) <= 24 else f"{text[:23]}…"
+    text = name if len(name) <= 24 else f"{name[:23]}…"
     # A leading underscore would hide it from the legend.
     return ("\u200b" if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def grid_png(rows: Sequence[Sequence[tuple[Image.Image, str, bool]]], side: int = 72) -> bytes:
-    """A row for each query: itself, a gap, its neighbours. Each image comes with a line of text and
-    whether it is framed, as one of the query's class is."""
+    """A row for each query: itself, a gap, its neighbours. Each image comes with a line of text
+    that the font can draw, and whether it is framed, as one of the query's class is."""
     columns = max(len(row) for row in rows)
-    font = ImageFont.load_default(11)
+    font = ImageFont.truetype(font_path(), 11)
     step = side + 2 * _GAP
     width = 2 * _GAP + columns * step + _LEFT
     sheet = Image.new("RGB", (width, _GAP + len(rows) * (step + _TEXT)), "white")
@@ -106,10 +110,9 @@ def grid_png(rows: Sequence[Sequence[tuple[Image.Image, str, bool]]], side: int 
                 draw.rectangle(outer, outline=COLOURS[2], width=_GAP // 2)
             tile = image.resize((side, side), Image.Resampling.BICUBIC)
             sheet.paste(tile, (left + _GAP // 2, top + _GAP // 2))
-            said = plain_text(text).encode("ascii", "replace").decode()
-            while said and font.getlength(said) > side + _GAP:
-                said = said[:-1]
-            draw.text((left + 1, top + side + _GAP + 1), said, "#333333", font)
+            while text and font.getlength(text) > side + _GAP:
+                text = text[:-1]
+            draw.text((left + 1, top + side + _GAP + 1), text, "#333333", font)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return buffer.getvalue()

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,10 @@ _PANELS = {
     "loss": ("Loss", "loss"),
     "knn_dense": ("kNN accuracy, dense encoder", "top-1 (%)"),
     "knn_slim": ("kNN accuracy, slim encoder", "top-1 (%)"),
+    "rankme_dense": ("RankMe, dense encoder", "effective rank"),
+    "rankme_slim": ("RankMe, slim encoder", "effective rank"),
+    "lidar_dense": ("LiDAR, dense encoder", "effective rank"),
+    "lidar_slim": ("LiDAR, slim encoder", "effective rank"),
     "embedding_std": ("Embeddings' spread", "std (1: healthy, 0: collapsed)"),
     "effective_rank": ("Embeddings' rank", "effective rank"),
 }
@@ -215,12 +220,13 @@ def _figures(
     losses = series(rows, "loss")[1]
     if len(losses):
         figures["loss, last"] = f"{losses[-1]:.4g}"
-    for width in ("dense", "slim"):
-        at, values = series(rows, f"knn_{width}")
+    quality = (("knn", "kNN", " %"), ("rankme", "RankMe", ""), ("lidar", "LiDAR", ""))
+    for (key, title, unit), width in product(quality, ("dense", "slim")):
+        at, values = series(rows, f"{key}_{width}")
         if len(values):
-            best = int(values.argmax())
-            figures[f"kNN {width} %, best"] = f"{values[best]:.1f} (epoch {at[best]:.4g})"
-            figures[f"kNN {width} %, last"] = f"{values[-1]:.1f}"
+            best, title = int(values.argmax()), f"{title} {width}{unit}"
+            figures[f"{title}, best"] = f"{values[best]:.1f} (epoch {at[best]:.4g})"
+            figures[f"{title}, last"] = f"{values[-1]:.1f}"
     for key, title in (("embedding_std", "std"), ("effective_rank", "effective rank")):
         values = series(rows, key)[1]
         if len(values):

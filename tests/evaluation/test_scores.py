@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from sacl_fast.evaluation.report import markdown, plain
+from sacl_fast.evaluation.report import _confusion_png, markdown, plain
 from sacl_fast.evaluation.scores import Result, Scores, classified, mean_of, t_quantile
 
 
@@ -36,6 +38,19 @@ def test_scores_of_predictions():
     assert np.isnan(scores.per_class[3:]).all()
     assert scores.confusion is not None and scores.confusion[2, :3].tolist() == [1, 1, 1]
     assert "top-5" not in classified("dense", top, truth, 3).figures
+
+
+def test_the_picture_of_a_confusion_matrix(recwarn):
+    """Names that the font lacks make no noise, and no blank band is left above the title."""
+    truth = torch.arange(3).repeat(9)
+    scores = classified("dense", truth[:, None], truth, 3)
+    told = Result(
+        "knn", "top-1", (scores,), ("Äpfel", "猫", "a class of a very long name"), 9, 27, False, {}
+    )
+    gray = np.asarray(Image.open(io.BytesIO(_confusion_png(told))).convert("L"))
+    assert np.flatnonzero((gray < 200).any(1))[0] < 20
+    assert np.flatnonzero((gray < 200).any(0))[0] < 20
+    assert not [w for w in recwarn if "Glyph" in str(w.message)]
 
 
 def result(before: np.ndarray, after: np.ndarray | None, name: str = "dense") -> Result:

@@ -20,6 +20,7 @@ from sacl_fast.data.images.open import open_sources
 from sacl_fast.looking import html
 from sacl_fast.looking.features import Features
 from sacl_fast.looking.page import grid_of, look_at, page_of, picture_of
+from sacl_fast.looking.pictures import drawn_names, grid_png
 
 SETTINGS = FeaturesConfig(queries=5, neighbours=3, shown=9, clusters=3)
 
@@ -138,6 +139,15 @@ def test_pictures_of_few_and_many_classes(made, count, recwarn):
     page = Page(page_of(found, look, SETTINGS))
     assert len(page.data["groups"]) == len({*labels[look.shown]} - {-1})
     assert not [w for w in recwarn if "Glyph" in str(w.message)]
+
+
+def test_names_are_drawn_as_they_are_or_as_a_number():
+    assert drawn_names(["Äpfel", "плющ", "猫", "a\udcff"]) == [
+        "Äpfel", "плющ", "class 2", "a\\udcff",
+    ]  # fmt: skip
+    tile = Image.new("RGB", (9, 9))
+    grids = {name: grid_png([[(tile, name, False)]]) for name in ("Äpfel", "Apfel", "?pfel")}
+    assert len({*grids.values()}) == 3
 
 
 def test_a_browser_shows_it_without_errors(found, browser, tmp_path):

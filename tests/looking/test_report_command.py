@@ -15,6 +15,7 @@ from PIL import Image
 from sacl_fast.cli import main
 from sacl_fast.config import Config, to_dict
 from sacl_fast.looking.report import (
+    _PANELS,
     curves_png,
     figures_table,
     html_of,
@@ -48,6 +49,21 @@ def curve(steps: int, knn: tuple[float, ...] = (), **values: float) -> list[str]
 
 def table(rows: list[list[str]]) -> dict[str, list[str]]:
     return {title: cells for title, *cells in rows}
+
+
+def test_a_run_without_labels_has_its_ranks(tmp_path):
+    ranks = [
+        row("label_free", 4 * i, rankme_dense=v, lidar_dense=v / 2) for i, v in enumerate((3, 8, 7))
+    ]
+    (run,) = open_runs([str(make_run(tmp_path / "a", *curve(8), *ranks))])
+    figures = table(figures_table([run]))
+    assert figures["RankMe dense, best"] == ["8.0 (epoch 1)"]
+    assert figures["RankMe dense, last"] == ["7.0"]
+    assert figures["LiDAR dense, last"] == ["3.5"]
+    assert "kNN dense %, best" not in figures
+    assert {f"{key}_{width}" for key in ("rankme", "lidar") for width in ("dense", "slim")} <= {
+        *_PANELS
+    }
 
 
 def test_figures_and_settings_that_differ(tmp_path, capsys):
