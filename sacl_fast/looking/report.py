@@ -26,7 +26,7 @@ from sacl_fast.files import kind_of, user_path
 from sacl_fast.looking import html
 from sacl_fast.looking.files import plain_text
 from sacl_fast.looking.pictures import COLOURS
-from sacl_fast.looking.run import made_folder, write_whole
+from sacl_fast.looking.run import check_new, made_folder, write_whole
 
 _PANELS = {
     "loss": ("Loss", "loss"),
@@ -64,18 +64,21 @@ def compare_runs(paths: Sequence[str], settings: ReportConfig) -> None:
     """Print the comparison, and write it where ``settings.out`` says.
 
     Raises:
-        UserError: a path is no run folder, or the report cannot be written.
+        UserError: a path is no run folder, or the report is there already or cannot be written.
     """
-    runs = open_runs(paths)
-    _print(runs)
     if settings.out is None:
+        _print(open_runs(paths))
         return
     path = user_path(settings.out, "out")
+    png = path.with_name(f"{path.stem}_curves.png")
+    page = path.suffix == ".html"
+    check_new([path] if page else [path, png])
+    runs = open_runs(paths)
+    _print(runs)
     with made_folder(path.parent):
-        if path.suffix == ".html":
+        if page:
             files = {path: html_of(runs)}
         else:
-            png = path.with_suffix(".png")
             files = {png: curves_png(runs), path: markdown_of(runs, png.name).encode()}
         for file, content in files.items():
             write_whole(file, content)
@@ -356,7 +359,7 @@ def html_of(runs: Sequence[Run]) -> bytes:
         body.append(f"<h2>Notes</h2><ul>{''.join(notes)}</ul>")
     body += ["<h2>Curves</h2>", html.picture(curves_png(runs), "curves of all runs over epochs")]
     body.append(f'<p class="soft">sacl-fast {_version.__version__}</p></main>')
-    return html.document(f"sacl-fast: {title}", "\n".join(body))
+    return html.document(f"sacl-fast: {title}", "\n".join(body), command="report")
 
 
 def _markdown(rows: list[list[str]]) -> list[str]:
