@@ -165,8 +165,8 @@ def _measure(config: Config, ranks: Ranks, seconds: float) -> Measured:
 
 def time_step(config: Config, images: int, *, seconds: float) -> tuple[float, int]:
     """Seconds of a step of one process on so many random images, and on how many it was timed:
-    fewer where there is no time for more, at least two. It takes about ``seconds`` once it is
-    built.
+    fewer where there is no time for more, but always on two numbers of images, since what a step
+    takes for none does not grow. It takes about ``seconds`` once it is built.
 
     Raises:
         UserError: it cannot be built here, or does not fit into memory.
@@ -196,7 +196,7 @@ def time_step(config: Config, images: int, *, seconds: float) -> tuple[float, in
             while many < images:
                 more = min(images, _GROWTH * many)
                 at_most = 3 * of_many * more / many  # an image less where there are more
-                if time.perf_counter() + at_most > end:
+                if many > few and time.perf_counter() + at_most > end:
                     break
                 many, of_many = more, timed(more)
         except torch.OutOfMemoryError:

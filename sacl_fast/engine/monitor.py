@@ -68,7 +68,8 @@ class Monitor:
         metrics["lr"] = self.step.learning_rate(steps_done - 1)
         metrics |= clock.read() | peak_memory(self.step.device)
         self._readings += 1
-        if self._readings == _SETTLED:
+        left = self.config.epochs * self.step.steps_per_epoch - steps_done
+        if self._readings == _SETTLED and left > 0:
             self.console.message(self._outlook(steps_done, metrics))
         self.console.update(steps_done, self._epoch(steps_done), metrics)
         self._write("train", steps_done, self._epoch(steps_done), metrics)

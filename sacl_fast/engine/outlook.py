@@ -41,7 +41,8 @@ def outlook(
         f"{config.epochs} epochs" if steps_done < steps_per_epoch else f"{epochs:.3g} more epochs"
     )
     time = spoken(left * config.batch_size / images_per_second)
+    about = "" if time.startswith("less") else "about "
     return (
-        f"about {time} for {what} ({images_per_second:,.0f} images/s), peak memory "
+        f"{about}{time} for {what} ({images_per_second:,.0f} images/s), peak memory "
         f"{peak / 1e9:.1f} of {memory / 1e9:.0f} GB"
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sacl_fast.config.looking import FeaturesConfig, ReportConfig
@@ -42,12 +43,14 @@ def run_features(args: list[str], parse: Callable[..., Any]) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("sacl_fast").setLevel(logging.INFO)
 
+    from sacl_fast.evaluation.given import as_given
     from sacl_fast.evaluation.trained import open_trained
     from sacl_fast.looking.run import look_at_trained
 
     trained = open_trained(path)
-    default = features_defaults(trained)
-    written = look_at_trained(trained, parse("features", default, rest, description=_FEATURES))
+    settings = parse("features", features_defaults(trained), rest, description=_FEATURES)
+    settings = replace(settings, data=as_given(settings.data, rest))
+    written = look_at_trained(trained, settings)
     for line in written.lines:
         print(line)
     print(f"written: {', '.join(str(file) for file in written.files)}")

@@ -268,3 +268,16 @@ def test_features_that_are_not_finite_are_refused(run, tmp_path):
             encoder, data=config.data, views=config.views, out=tmp_path / "f.npz"
         )
     assert not (tmp_path / "f.npz").exists()
+
+
+def test_a_named_root_is_opened_as_what_it_is(
+    run: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache for a run on a folder, whose source would not open it."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["cache", str(image_folder), "images.pixels", "--data.workers", "0"]) == 0
+    names = ["--data.root", "images.pixels", "--data.workers", "0", "--out", "of_cache.npz"]
+    assert main(["features", str(run), *names, "--no-pages"]) == 0
+    assert main(["features", str(run), "--out", "of_run.npz", "--no-pages"]) == 0
+    with np.load("of_cache.npz") as cache, np.load("of_run.npz") as folder:
+        assert np.array_equal(cache["features"], folder["features"])

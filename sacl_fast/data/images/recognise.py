@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from sacl_fast.config.choices import SourceName
+from sacl_fast.data.images.pixel_file import is_cache
 from sacl_fast.data.images.voc import find_voc
 from sacl_fast.errors import UserError, reason_of
 from sacl_fast.files import kind_of
@@ -17,15 +18,16 @@ _CIFAR: dict[str, SourceName] = {
 
 
 def source_of(root: Path) -> SourceName:
-    """``cifar10`` and ``cifar100`` for torchvision's copies, ``voc2007`` for its official layout,
-    ``webdataset`` for a folder of .tar shards and nothing else; ``folder`` for what else there is,
-    which says what is wrong with it.
+    """``cache`` for a file of decoded images; ``cifar10`` and ``cifar100`` for torchvision's
+    copies, ``voc2007`` for its official layout, ``webdataset`` for a folder of .tar shards and
+    nothing else; ``folder`` for what else there is, which says what is wrong with it.
 
     Raises:
         UserError: it cannot be read.
     """
-    if kind_of(root) != "folder":
-        return "folder"
+    kind = kind_of(root)
+    if kind != "folder":
+        return "cache" if kind == "file" and is_cache(root) else "folder"
     for name, source in _CIFAR.items():
         if root.name == name or kind_of(root / name) == "folder":
             return source
