@@ -46,7 +46,7 @@ from sacl_fast.files import user_path
 from sacl_fast.looking.command import features_defaults
 from sacl_fast.looking.features import Features, features_of_module, features_of_trained
 from sacl_fast.looking.files import check_writable, write_features
-from sacl_fast.looking.run import made_folder
+from sacl_fast.looking.run import check_new, made_folder
 from sacl_fast.transfer import command as transfer
 from sacl_fast.transfer.finetune import Finetuned
 from sacl_fast.transfer.finetune import finetune as _finetune
@@ -93,7 +93,8 @@ def linear(
     val: Any = None,
     **settings: Any,
 ) -> Result:
-    """A linear classifier on the frozen features of all training images (``weight_decays``)."""
+    """A linear classifier on the frozen encoder, by the usual protocol (``epochs``, ``lr``);
+    with ``fast``, on the features of all training images (``weight_decays``)."""
     return _evaluate(LinearEvaluation, encoder, data, eval, views, Given(source, val), settings)
 
 
@@ -148,6 +149,7 @@ def features(
     path = user_path(settings["out"], "out") if settings.get("out") is not None else None
     if path is not None:
         check_writable(path)
+        check_new([path])
     if isinstance(encoder, nn.Module):
         images = _views_of_module(data, views)
         wanted = FeaturesConfig(**given, **settings)

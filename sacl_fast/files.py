@@ -62,6 +62,20 @@ def kind_of(path: Path) -> Kind | None:
     return "file" if stat.S_ISREG(mode) else "other"
 
 
+def shown_names(folder: Path) -> set[str]:
+    """What is in a folder, hidden files left out; nothing where there is no folder.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return {name for name in os.listdir(folder) if not name.startswith(".")}
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return set()
+        raise UserError(f"cannot read folder {_shown(folder)}: {reason_of(error)}") from None
+
+
 def _shown(path: Path) -> str:
     text = str(path)
     return text if len(text) <= 300 else f"{text[:150]}...{text[-100:]}"

@@ -66,7 +66,7 @@ def result(out: Path, name: str) -> dict[str, dict]:
     return {encoder["name"]: encoder for encoder in written["encoders"]}
 
 
-@pytest.mark.parametrize("method", ["knn", "linear", "few-shot"])
+@pytest.mark.parametrize("method", ["knn", "linear-fast", "few-shot"])
 def test_trained_above_untrained(out: Path, method: str):
     of = result(out, f"eval/{method}.json")
     for width in ("dense", "slim"):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated
 
 from sacl_fast.checks import A_PATH, Count, NotNegative, Positive, Range, Rule, Settings
 from sacl_fast.config.choices import Device, Precision, RateSchedule
 from sacl_fast.config.data import DataConfig
 from sacl_fast.config.training import EvalConfig
+from sacl_fast.errors import UserError
 
 _SOME = Rule(lambda values: len(values) > 0, "one value or more works")
+_OF_PROTOCOL = ("epochs", "batch_size", "lr", "schedule", "weight_decay")
 _Percent = Annotated[float, Range(0, 100, above=True)]
 
 
@@ -60,6 +62,17 @@ class LinearEvaluation(Evaluation):
     weight_decays: Annotated[tuple[Positive, ...], _SOME] = (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
     """Of 'fast', to choose from by the accuracy on a tenth of the training images that is held out
     for it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        others = ("weight_decays",) if not self.fast else _OF_PROTOCOL
+        default = {setting.name: setting.default for setting in fields(self)}
+        for name in others:
+            if getattr(self, name) == default[name]:
+                continue
+            if self.fast:
+                raise UserError(f"{name} is of the protocol; without --fast it works")
+            raise UserError(f"{name} is of --fast; with --fast it works")
 
 
 @dataclass(frozen=True, kw_only=True)

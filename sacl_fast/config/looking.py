@@ -20,7 +20,8 @@ class FeaturesConfig(Settings):
 
     out: Annotated[str, A_PATH, _ends(".npz", ".parquet")] | None = None
     """File of the features, .npz or .parquet (default: 'features.npz' in the run folder, or beside
-    the encoder's file). The pictures and the page are written beside it, under its name."""
+    the encoder's file). The pictures and the page are written beside it, under its name. A file
+    that is there already is refused, but at the default place where this command wrote it."""
     width: Width = "dense"
     """The encoder."""
     split: SplitName = "all"
@@ -55,5 +56,5 @@ class ReportConfig(Settings):
     """Where the comparison of runs is written."""
 
     out: Annotated[str, A_PATH, _ends(".html", ".md")] | None = None
-    """'.html': one page with everything in it; '.md': Markdown, with the curves beside it as a .png
-    (default: only the tables, in the terminal)."""
+    """'.html': one page with everything in it; '.md': Markdown, with the curves beside it as
+    NAME_curves.png (default: only the tables, in the terminal). No file is replaced."""

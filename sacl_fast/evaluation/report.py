@@ -157,12 +157,12 @@ def _how(result: Result) -> str:
             f"All weights trained on {images}: {settings['steps']:,} steps of "
             f"{settings['batch_size']}, learning rate {settings['lr']:g}, {settings['size']} px."
         )
-    if result.method == "linear" and not settings["fast"]:
+    if result.method == "linear":
         return (
             f"A linear layer trained on {images} (random resized crop and flip) by "
             f"{settings['epochs']} epochs of SGD."
         )
-    if result.method == "linear":
+    if result.method == "linear-fast":
         return (
             f"Logistic regression by L-BFGS on the standardised features of {images} (not "
             "augmented), weight decay chosen on a tenth of them."

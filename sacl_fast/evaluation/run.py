@@ -29,6 +29,7 @@ from sacl_fast.data.images.open import open_sources
 from sacl_fast.data.loading.evaluation import EvalLoader
 from sacl_fast.engine.distributed import pick_device
 from sacl_fast.engine.preflight import check_run
+from sacl_fast.engine.run_folder import CONFIG, ENCODER, METRICS
 from sacl_fast.errors import UserError, reason_of
 from sacl_fast.evaluation.evaluate import first_images
 from sacl_fast.evaluation.features import extract_features
@@ -39,11 +40,11 @@ from sacl_fast.evaluation.knn import knn_predictions
 from sacl_fast.evaluation.linear import fit_linear
 from sacl_fast.evaluation.networks import Batches, Network, networks_of
 from sacl_fast.evaluation.progress import EvaluationProgress
-from sacl_fast.evaluation.protocol import remove_state, top_of, train_layers
+from sacl_fast.evaluation.protocol import STATE, remove_state, top_of, train_layers
 from sacl_fast.evaluation.report import write_result
-from sacl_fast.evaluation.scores import Result, Scores, classified, mean_of
+from sacl_fast.evaluation.scores import METHODS, Result, Scores, classified, mean_of
 from sacl_fast.evaluation.trained import Trained
-from sacl_fast.files import user_path
+from sacl_fast.files import shown_names, user_path
 from sacl_fast.precision import autocast_dtype
 
 _Features = tuple[Tensor, Tensor]  # (N, F), labels (N,)
@@ -123,6 +124,8 @@ def _evaluate(
         **dict(data=settings.data, eval=settings.eval, precision=settings.precision),
     )
     check_run(config)
+    if folder is not None:
+        _check_folder(folder)
     amp_dtype = autocast_dtype(config.precision, device)
     splits = open_sources(config.data, config.seed, given=given or Given())
     own = isinstance(settings, KnnEvaluation)
@@ -157,7 +160,7 @@ def _evaluate(
             counts = len(train[1]), len(test[1])
             scores.append(_scores(network, train, test, images, settings, progress))
         result = Result(
-            method=_METHODS[type(settings)],
+            method=method_of(settings),
             main=_main(settings),
             scores=tuple(scores),
             classes=tuple(images.train.classes),
@@ -170,15 +173,16 @@ def _evaluate(
         )
         if folder is not None:
             write_result(result, folder)
-            remove_state(folder)
+            if result.method == "linear":
+                remove_state(folder)
     return result
 
 
-_METHODS: dict[type[Evaluation], str] = {
-    KnnEvaluation: "knn",
-    LinearEvaluation: "linear",
-    FewShotEvaluation: "few-shot",
-}
+def method_of(settings: Evaluation) -> str:
+    """What the result is called, and its files."""
+    if isinstance(settings, LinearEvaluation):
+        return "linear-fast" if settings.fast else "linear"
+    return "few-shot" if isinstance(settings, FewShotEvaluation) else "knn"
 
 
 def _main(settings: Evaluation) -> str:
@@ -201,6 +205,16 @@ def _check_images(images: ChosenImages, settings: Evaluation) -> None:
         raise UserError(
             f"per_class is {max(settings.per_class)}, but class {classes[fewest]} has only "
             f"{there[fewest]} training images; at most {there[fewest]} works"
+        )
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder of something else, such as of images, which results would spoil."""
+    ours = {f"{method}.json" for method in METHODS} | {STATE, CONFIG, METRICS, ENCODER}
+    there = shown_names(folder)
+    if there and not there & ours:
+        raise UserError(
+            f"{folder} is not empty and holds neither results nor a run; --out names another folder"
         )
 
 

@@ -10,6 +10,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+METHODS = {
+    "knn": "kNN",
+    "linear": "linear",
+    "linear-fast": "linear-fast",
+    "few-shot": "few-shot",
+    "finetune": "fine-tuned",
+}
+"""What a verdict calls them."""
+
 _Z = 1.959964  # of the normal distribution: 95 % lie within
 
 
@@ -61,7 +70,7 @@ class Result:
     """Of an evaluation."""
 
     method: str
-    """``knn``, ``linear``, ``few-shot`` or ``finetune``."""
+    """One of ``METHODS``."""
     main: str
     """The column that the verdict is about."""
     scores: tuple[Scores, ...]
@@ -91,9 +100,9 @@ class Result:
     def verdict(self) -> str:
         """Whether pre-training helped, in one line, of the first encoder."""
         first = self.scores[0]
-        titles = {"knn": "kNN", "linear": "linear", "few-shot": "few-shot"}
-        title = titles.get(self.method, "fine-tuned")
-        what = [title] if self.method != "few-shot" else [f"few-shot, {self.main}"]
+        what = [METHODS[self.method]]
+        if self.method == "few-shot":
+            what.append(self.main)
         if first.name != "dense":
             what.append(f"{first.name} encoder")
         what.append(f"{self.test_images:,} images")

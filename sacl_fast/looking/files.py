@@ -32,6 +32,7 @@ from sacl_fast.files import whole_file
 from sacl_fast.looking.features import SPLITS, Features
 
 _ROWS = 4096  # of a Parquet row group
+_SETTINGS = 2**24  # bytes at most
 
 
 def check_writable(path: Path) -> None:
@@ -54,6 +55,25 @@ def write_features(found: Features, path: Path) -> None:
         raise UserError(
             f"cannot write {path}: {reason_of(error)}; --out names another file"
         ) from error
+
+
+def said_of(path: Path) -> dict[str, Any] | None:
+    """The settings in an ``.npz`` file of ours; None of any other file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as packed:
+            if packed.getinfo("metadata.npy").file_size > _SETTINGS:
+                return None
+            with packed.open("metadata.npy") as member:
+                said = json.loads(str(np.lib.format.read_array(member)))
+    except OSError:
+        raise
+    except Exception:  # whatever zipfile, zlib and numpy raise on files of others
+        return None
+    return said if isinstance(said, dict) and "sacl_fast" in said else None
 
 
 def plain_text(name: str) -> str:

@@ -25,11 +25,12 @@ _BYTES = 3 * 1024  # of a thumbnail, 4 KiB as text
 _NAME = 200  # characters
 
 
-def document(title: str, body: str, *, script: str = "", data: Any = None) -> bytes:
+def document(title: str, body: str, *, command: str, script: str = "", data: Any = None) -> bytes:
     """The page.
 
     Args:
         body: HTML.
+        command: of sacl-fast, that makes the page.
         script: name of a script in ``page/``, for which ``data`` is.
     """
     style = _asset("page.css")
@@ -41,6 +42,7 @@ def document(title: str, body: str, *, script: str = "", data: Any = None) -> by
     parts = [
         "<!DOCTYPE html>",
         '<html lang="en"><head><meta charset="utf-8">',
+        generator(command),
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         '<link rel="icon" href="data:,">',
@@ -53,6 +55,11 @@ def document(title: str, body: str, *, script: str = "", data: Any = None) -> by
         parts.append(f"<script>{code}</script>")
     parts.append("</body></html>\n")
     return "\n".join(parts).encode("ascii", "xmlcharrefreplace")
+
+
+def generator(command: str) -> str:
+    """What says in a page which command made it."""
+    return f'<meta name="generator" content="sacl-fast {command}">'
 
 
 def text(name: str) -> str:

@@ -191,7 +191,12 @@ def page_of(found: Features, look: Look, settings: FeaturesConfig) -> bytes:
         html.table(_settings(found, settings)),
         "</main>",
     ]
-    return html.document(title, "\n".join(body), script="features.js", data=_data(found, look))
+    return html.document(
+        *(title, "\n".join(body)),
+        command="features",
+        script="features.js",
+        data=_data(found, look),
+    )
 
 
 def purity_line(look: Look) -> str:

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from sacl_fast.engine.glyphs import drawable, font_path
 from sacl_fast.looking.files import plain_text
@@ -21,6 +22,7 @@ from sacl_fast.looking.projection import Plane
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#B5A900", "#7F7F7F")
 SHAPES = ("o", "^", "s")
 LEGEND = len(COLOURS) * len(SHAPES)  # groups that can be told apart
+SOFTWARE = "sacl-fast features"  # by which a picture says what made it
 _NAMED = 12  # of more, the largest, at their middle
 _GAP, _TEXT, _LEFT = 4, 15, 8
 
@@ -68,7 +70,7 @@ def scatter_png(plane: Plane, groups: np.ndarray, names: Sequence[str], title: s
             if handle is not None:
                 handle.set(sizes=[40], alpha=1)
     buffer = io.BytesIO()
-    canvas.print_png(buffer)
+    canvas.print_png(buffer, metadata={"Software": SOFTWARE})
     return buffer.getvalue()
 
 
@@ -114,5 +116,7 @@ def grid_png(rows: Sequence[Sequence[tuple[Image.Image, str, bool]]], side: int 
                 text = text[:-1]
             draw.text((left + 1, top + side + _GAP + 1), text, "#333333", font)
     buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
+    made_by = PngInfo()
+    made_by.add_text("Software", SOFTWARE)
+    sheet.save(buffer, "PNG", pnginfo=made_by)
     return buffer.getvalue()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,10 +12,14 @@ from sacl_fast.config.looking import FeaturesConfig
 from sacl_fast.errors import UserError, reason_of
 from sacl_fast.evaluation.trained import Trained
 from sacl_fast.files import kind_of, user_path, whole_file
+from sacl_fast.looking import html
 from sacl_fast.looking.features import features_of_trained
-from sacl_fast.looking.files import check_writable, write_features
+from sacl_fast.looking.files import check_writable, said_of, write_features
 from sacl_fast.looking.page import grid_of, look_at, page_of, picture_of, purity_line
+from sacl_fast.looking.pictures import SOFTWARE
 from sacl_fast.looking.projection import check_projection
+
+_HEAD = 4096  # bytes that say what made a page or a picture
 
 
 class Written(NamedTuple):
@@ -27,14 +32,15 @@ def look_at_trained(trained: Trained, settings: FeaturesConfig, *, quiet: bool =
     """Write the features of what ``open_trained`` found, and what they look like.
 
     Raises:
-        UserError: as ``features_of_trained``; a file cannot be written or read.
+        UserError: as ``features_of_trained``; a file is there already (but for those of an earlier
+            call at the default place), or cannot be written or read.
     """
-    path = (trained.folder or trained.path.parent) / "features.npz"
-    if settings.out is not None:
-        path = user_path(settings.out, "out")
-    if kind_of(path) == "folder":
-        raise UserError(f"{path} is a folder; --out names a file")
+    default = (trained.folder or trained.path.parent) / "features.npz"
+    path = default if settings.out is None else user_path(settings.out, "out")
     check_writable(path)
+    ends = (f"_{settings.project}.png", "_neighbours.png", ".html") if settings.pages else ()
+    pages = [path.with_name(path.stem + end) for end in ends]
+    check_new([path, *pages], again=path.absolute() == default.absolute())
     if settings.pages:
         check_projection(settings.project)
     with made_folder(path.parent):
@@ -52,16 +58,38 @@ def look_at_trained(trained: Trained, settings: FeaturesConfig, *, quiet: bool =
         lines.append(said)
     if look.alike:
         lines.append(f"{len(look.alike):,} pairs of the images shown look alike: duplicates?")
-    pages = {
-        f"_{settings.project}.png": picture_of(found, look),
-        "_neighbours.png": grid_of(found, look),
-        ".html": page_of(found, look, settings),
-    }
-    files = [path]
-    for end, content in pages.items():
-        files.append(path.with_name(path.stem + end))
-        write_whole(files[-1], content)
-    return Written(files, lines)
+    contents = (picture_of(found, look), grid_of(found, look), page_of(found, look, settings))
+    for page, content in zip(pages, contents, strict=True):
+        write_whole(page, content)
+    return Written([path, *pages], lines)
+
+
+def check_new(paths: Iterable[Path], *, again: bool = False) -> None:
+    """Refuse files that are there already; with ``again``, unless 'sacl-fast features' wrote them.
+
+    Raises:
+        UserError: there is one, or it cannot be told.
+    """
+    for path in paths:
+        kind = kind_of(path)
+        if kind == "folder":
+            raise UserError(f"{path} is a folder; --out names a file")
+        if os.path.lexists(path) and not (again and kind == "file" and _of_features(path)):
+            whose = ", and not from 'sacl-fast features'" if again else ""
+            raise UserError(f"{path} is there already{whose}; another --out works")
+
+
+def _of_features(path: Path) -> bool:
+    """Whether the command wrote this file."""
+    try:
+        if path.suffix == ".npz":
+            return said_of(path) is not None
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+    except OSError:
+        return False
+    mark = html.generator("features") if path.suffix == ".html" else f"Software\0{SOFTWARE}"
+    return mark.encode() in head
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -25,11 +25,13 @@ from sacl_fast.config import Config, to_dict
 from sacl_fast.config.finetune import FinetuneConfig
 from sacl_fast.data.images.open import open_sources
 from sacl_fast.data.loading.evaluation import EvalLoader
+from sacl_fast.engine.checkpoint import list_checkpoints
 from sacl_fast.engine.convolutions import tried_algorithms
 from sacl_fast.engine.distributed import pick_device
 from sacl_fast.engine.launch import read_launch
-from sacl_fast.engine.lock import RunLock
+from sacl_fast.engine.lock import LOCK, RunLock
 from sacl_fast.engine.preflight import check_run
+from sacl_fast.engine.run_folder import CONFIG, CURVES, METRICS
 from sacl_fast.engine.signals import StopRequest
 from sacl_fast.errors import Stopped, UserError
 from sacl_fast.evaluation.evaluate import first_images
@@ -39,12 +41,15 @@ from sacl_fast.evaluation.report import write_result
 from sacl_fast.evaluation.run import written_to
 from sacl_fast.evaluation.scores import Result, Scores
 from sacl_fast.evaluation.trained import Trained, fresh_encoder, fresh_slicer
-from sacl_fast.files import user_path
+from sacl_fast.files import shown_names, user_path
 from sacl_fast.transfer.classifier import make_classifier
 from sacl_fast.transfer.task import task_of
-from sacl_fast.transfer.training import CHECKPOINTS, LAST, Labelled, Training
+from sacl_fast.transfer.training import BEST, CHECKPOINTS, LAST, Labelled, Training
 
 logger = logging.getLogger(__name__)
+
+# What one leaves that was killed before its first checkpoint.
+_BEGUN = {CHECKPOINTS, BEST, METRICS, CURVES, LOCK}
 
 
 class Finetuned(NamedTuple):
@@ -186,7 +191,12 @@ def _classifier(trained: Trained, settings: FinetuneConfig, encoder: nn.Module, 
 
 
 def _check_resume(folder: Path, settings: FinetuneConfig) -> None:
-    holds = (folder / LAST).exists() or (folder / CHECKPOINTS).exists()
+    there = shown_names(folder)
+    holds = LAST in there or bool(list_checkpoints(folder / CHECKPOINTS))
+    if CONFIG in there or (not holds and not there <= _BEGUN):
+        raise UserError(
+            f"{folder} is not empty and holds no fine-tuning; --out names another folder"
+        )
     if holds and settings.resume == "never":
         raise UserError(
             f"{folder} already holds a fine-tuning; --resume auto goes on with it, another --out "

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 import sacl_fast
 from sacl_fast.cli import main
 from sacl_fast.config import Config, DataConfig, EncoderConfig, EvalConfig
+from sacl_fast.config.evaluation import LinearEvaluation
 from sacl_fast.encoders import build_encoder, load_encoder
 from sacl_fast.engine.trainer import train
 from sacl_fast.errors import UserError
@@ -102,20 +103,50 @@ def test_linear_and_few_shot_write_what_they_print(config, tmp_path, capsys):
     out = tmp_path / "results"
     options = ("--fast", "--weight-decays", "1", "0.01")
     told = said(capsys, "eval", "linear", folder, "--out", out, *options)
-    assert "weight decay" in told and "(linear, 30 images;" in told
+    assert "weight decay" in told and "(linear-fast, 30 images;" in told
     assert sorted(p.name for p in out.iterdir()) == [
-        "linear.json", "linear.md", "linear_confusion.png",
+        "linear-fast.json", "linear-fast.md", "linear-fast_confusion.png",
     ]  # fmt: skip
-    written = json.loads((out / "linear.json").read_text())
+    written = json.loads((out / "linear-fast.json").read_text())
+    assert written["method"] == "linear-fast"
     assert np.sum(written["encoders"][0]["confusion"]) == written["test_images"] == 30
     assert written["train_images"] == 60 and not written["held_out"]
-    assert written["verdict"] in told and written["verdict"] in (out / "linear.md").read_text()
-    assert "| three | 10 |" in (out / "linear.md").read_text()
-    assert Image.open(out / "linear_confusion.png").size[0] > 400
+    page = (out / "linear-fast.md").read_text()
+    assert page.startswith("# linear-fast: ") and "Logistic regression" in page
+    assert written["verdict"] in told and written["verdict"] in page and "| three | 10 |" in page
+    assert Image.open(out / "linear-fast_confusion.png").size[0] > 400
     told = said(capsys, "eval", "few-shot", folder, "--out", out, *SMALL.split())
     assert "(few-shot, 3 per class, 30 images;" in told
     figures = json.loads((out / "few-shot.json").read_text())["encoders"][0]["figures"]
     assert list(figures) == ["1 per class", "3 per class", "20 %"]
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        ("--fast --lr 0.2", "lr is of the protocol; without --fast it works"),
+        ("--fast --epochs 2", "epochs is of the protocol; without --fast it works"),
+        ("--batch-size 8 --fast", "batch_size is of the protocol"),
+        ("--fast --schedule cosine", "schedule is of the protocol"),
+        ("--fast --weight-decay 0", "weight_decay is of the protocol"),
+        ("--weight-decays 0.1", "weight_decays is of --fast; with --fast it works"),
+    ],
+)
+def test_options_of_the_other_linear_evaluation_are_refused(capsys, options, hint):
+    assert hint in refused(capsys, "eval", "linear", "nowhere", *options.split())
+    with pytest.raises(UserError, match=r"epochs is of the protocol"):
+        LinearEvaluation(fast=True, epochs=2)
+
+
+def test_a_folder_of_something_else_is_not_written_into(config, noisy, tmp_path, capsys):
+    folder = train(config).folder
+    shutil.copytree(noisy, tmp_path / "photos")
+    before = sorted((tmp_path / "photos").rglob("*"))
+    told = refused(capsys, "eval", "knn", folder, "--out", tmp_path / "photos")
+    assert "holds neither results nor a run; --out names another folder" in told
+    assert sorted((tmp_path / "photos").rglob("*")) == before
+    for out in (tmp_path / "results", tmp_path / "results", folder):
+        said(capsys, "eval", "knn", folder, "--no-control", "--out", out)
 
 
 def test_the_slim_encoder_alone_without_a_control(config, capsys):

@@ -112,6 +112,7 @@ def test_a_killed_evaluation_loses_an_epoch_at_most(folder, capsys, caplog):
     killed(folder, step=3)
     state = folder / "eval/linear_state"
     assert [path.stem for path in list_checkpoints(state)] == ["step_00000002"]
+    assert main(["eval", "linear", str(folder), "--fast"]) == 0  # which leaves it alone
     capsys.readouterr()
     with caplog.at_level(logging.INFO, "sacl_fast"):
         assert main(["eval", "linear", str(folder), "--epochs", "3", "--batch-size", "16"]) == 0

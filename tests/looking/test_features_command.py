@@ -119,6 +119,34 @@ def test_options(run, capsys, tmp_path):
         assert len(sacl_fast.evaluate.features(run, split=split)) == count
 
 
+def test_only_its_own_files_at_the_default_place_are_replaced(run, tmp_path, capsys):
+    few = ("--images", 20, "--queries", 2, "--shown", 5)
+    assert command(run, *few) == 0 and command(run, *few, "--out", run / "features.npz") == 0
+    names = ("features.npz", "features_pca.png", "features_neighbours.png", "features.html")
+    made = {name: (run / name).read_bytes() for name in names}
+    np.savez(tmp_path / "other.npz", metadata=np.array("{}"))
+    Image.new("RGB", (4, 4)).save(tmp_path / "other.png")
+    others = {"npz": (tmp_path / "other.npz").read_bytes(), "html": b"<html>sacl-fast</html>"}
+    others["png"] = (tmp_path / "other.png").read_bytes()
+    for name in names:
+        for content in (others[name.partition(".")[2]], b"", made[name][:40]):
+            (run / name).write_bytes(content)
+            capsys.readouterr()
+            assert command(run, *few) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert f"{name} is there already, and not from 'sacl-fast features'" in line
+            assert (run / name).read_bytes() == content
+        (run / name).write_bytes(made[name])
+    for there in ("mine.npz", "mine.html", "mine_pca.png"):
+        (tmp_path / there).write_bytes(made["features.npz"])
+        assert command(run, *few, "--out", tmp_path / "mine.npz") == 2
+        assert f"{there} is there already; another --out works" in capsys.readouterr().err
+        (tmp_path / there).unlink()
+    (tmp_path / "mine.npz").symlink_to("nowhere")
+    with pytest.raises(UserError, match="is there already; another --out works"):
+        sacl_fast.evaluate.features(run, out=tmp_path / "mine.npz")
+
+
 def test_parquet_holds_the_same(run, tmp_path, monkeypatch):
     parquet = pytest.importorskip("pyarrow.parquet")
     monkeypatch.setattr("sacl_fast.looking.files._ROWS", 13)

@@ -20,9 +20,9 @@ from sacl_fast.looking.report import (
     figures_table,
     html_of,
     markdown_of,
-    open_runs,
     settings_table,
 )
+from sacl_fast.looking.runs import open_runs
 
 
 def row(kind: str, step: float, **values: Any) -> str:
@@ -87,16 +87,33 @@ def test_figures_and_settings_that_differ(tmp_path, capsys):
 
 def test_one_run_as_markdown_and_as_a_page(tmp_path, capsys):
     run = make_run(tmp_path / "a|b", *curve(5, (20.0,)))
-    for name, files in (("new/r.md", {"r.md", "r.png"}), ("page/r.html", {"r.html"})):
+    for name, files in (("new/r.md", {"r.md", "r_curves.png"}), ("page/r.html", {"r.html"})):
         out = tmp_path / name
         assert main(["report", str(run), "--out", str(out)]) == 0
         assert {file.name for file in out.parent.iterdir()} == files
     text = (tmp_path / "new/r.md").read_text()
     assert "|  | a\\|b |" in text and "| kNN dense %, last | 20.0 |" in text
-    assert "Settings that differ" not in text and "![Curves](r.png)" in text
-    assert Image.open(tmp_path / "new/r.png").size[0] == 1210
+    assert "Settings that differ" not in text and "![Curves](r_curves.png)" in text
+    assert Image.open(tmp_path / "new/r_curves.png").size[0] == 1210
     assert main(["report", str(run), "--out", str(tmp_path / "new/r.txt")]) == 2
     assert "a name in .html or .md works" in capsys.readouterr().err
+
+
+def test_no_file_is_replaced(tmp_path, capsys):
+    run = make_run(tmp_path / "a", *curve(5))
+    (run / "curves.png").write_text("the run's own")
+    assert main(["report", str(run), "--out", str(run / "curves.md")]) == 0
+    assert (run / "curves.png").read_text() == "the run's own"
+    capsys.readouterr()
+    for there, out in (("n.md", "n.md"), ("m_curves.png", "m.md"), ("p.html", "p.html")):
+        (tmp_path / there).write_text("mine")
+        assert main(["report", str(run), "--out", str(tmp_path / out)]) == 2
+        told = capsys.readouterr()
+        assert f"{there} is there already; another --out works" in told.err and not told.out
+        assert (tmp_path / there).read_text() == "mine"
+    assert not (tmp_path / "m.md").exists() and not (tmp_path / "n_curves.png").exists()
+    (tmp_path / "p_curves.png").write_text("")  # which a page does not need
+    assert main(["report", str(run), "--out", str(tmp_path / "q.html")]) == 0
 
 
 def test_a_resumed_run_of_damaged_lines_and_other_metrics(tmp_path):

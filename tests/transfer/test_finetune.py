@@ -257,6 +257,22 @@ def test_an_evaluation_that_a_signal_ended_is_made_up_for(run_folder, monkeypatc
     assert first.verdict == second.verdict and first.scores[0].note == second.scores[0].note
 
 
+def test_a_folder_of_something_else_is_not_written_into(run_folder, labelled, tmp_path, capsys):
+    photos = shutil.copytree(labelled, tmp_path / "photos")
+    (photos / "checkpoints").mkdir()
+    for folder in (photos, photos / "train/one", run_folder):
+        before = sorted(folder.rglob("*"))
+        for resume in ("never", "auto"):
+            args = ("--out", folder, "--resume", resume, *FEW_ARGS)
+            told = refused(capsys, "finetune", run_folder, *args)
+            assert "holds no fine-tuning; --out names another folder" in told
+        assert sorted(folder.rglob("*")) == before
+    begun = tmp_path / "begun"  # and killed before its first checkpoint
+    (begun / "checkpoints").mkdir(parents=True)
+    (begun / "metrics.jsonl").write_text("")
+    said(capsys, "finetune", run_folder, "--out", begun, "--resume", "auto", *FEW_ARGS)
+
+
 def test_mistakes_are_one_sentence_and_leave_nothing(run_folder, labelled, tmp_path, capsys):
     unlabelled, one, lacking = (tmp_path / name for name in ("unlabelled", "one", "lacking"))
     shutil.copytree(labelled / "train/one", unlabelled)
