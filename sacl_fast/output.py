@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import logging
 import os
 import select
 import sys
@@ -115,3 +116,9 @@ def is_courtesy(stream: TextIO) -> bool:
     """Whether a stream drops what it cannot write."""
     buffer = getattr(stream, "buffer", None)
     return isinstance(getattr(buffer, "raw", None), _Courtesy)
+
+
+def show_log(level: int = logging.INFO) -> None:
+    """Have lines of the log from ``level`` on appear on standard error, as plain text."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("sacl_fast").setLevel(level)

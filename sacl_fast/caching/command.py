@@ -9,6 +9,7 @@ from dataclasses import replace
 from sacl_fast.config.cache import CacheConfig
 from sacl_fast.errors import UserError
 from sacl_fast.files import user_path
+from sacl_fast.output import show_log
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +40,7 @@ def run_cache(args: list[str], parse: Callable[..., CacheConfig]) -> None:
         )
     config = replace(config, data=replace(config.data, root=paths[0]))
     out = user_path(paths[1], "OUT")
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("sacl_fast").setLevel(logging.INFO)
+    show_log()
 
     from sacl_fast.caching.make import make_cache
     from sacl_fast.caching.partial import refuse_existing

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sacl_fast.config.export import ExportConfig
 from sacl_fast.errors import UserError
+from sacl_fast.output import show_log
 
 if TYPE_CHECKING:
     from sacl_fast.deploy.result import ExportResult
@@ -36,17 +36,15 @@ def run_export(args: list[str], parse: Callable[..., ExportConfig]) -> None:
             "export needs first what to export (a run folder, a checkpoint or an encoder's file), "
             "then a new folder"
         )
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("sacl_fast").setLevel(logging.INFO)
+    show_log()
 
     from sacl_fast.deploy.export import NotKept, export
-    from sacl_fast.evaluation.given import as_given
+    from sacl_fast.evaluation.named_images import settings_of
     from sacl_fast.evaluation.trained import open_trained
 
     trained = open_trained(paths[0])
     default = replace(ExportConfig(), data=trained.config.data)
-    config = parse("export", default, options, description=_HELP)
-    config = replace(config, data=as_given(config.data, options))
+    config = settings_of(parse, "export", default, options, description=_HELP)
     try:
         result = export(
             trained,

@@ -5,9 +5,7 @@ Nothing here imports torch until the options are understood.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from sacl_fast.config.evaluation import (
@@ -17,6 +15,7 @@ from sacl_fast.config.evaluation import (
     LinearEvaluation,
 )
 from sacl_fast.errors import UserError, nearest
+from sacl_fast.output import show_log
 
 if TYPE_CHECKING:
     from sacl_fast.evaluation.trained import Trained
@@ -68,17 +67,15 @@ def run_eval(args: list[str], parse: Callable[..., Evaluation]) -> None:
             f"eval {method} needs what to evaluate, first: a run folder, a checkpoint or an "
             "encoder's file"
         )
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("sacl_fast").setLevel(logging.INFO)
+    show_log()
 
-    from sacl_fast.evaluation.given import as_given
+    from sacl_fast.evaluation.named_images import settings_of
     from sacl_fast.evaluation.report import plain, result_files
     from sacl_fast.evaluation.run import evaluate_trained
     from sacl_fast.evaluation.trained import open_trained
 
     trained = open_trained(path)
-    settings = parse(command, defaults(kind, trained), rest, description=description)
-    settings = replace(settings, data=as_given(settings.data, rest))
+    settings = settings_of(parse, command, defaults(kind, trained), rest, description=description)
     result = evaluate_trained(trained, settings)
     print(plain(result))
     assert result.folder is not None

@@ -34,10 +34,10 @@ from sacl_fast.errors import UserError, reason_of
 from sacl_fast.evaluation.evaluate import first_images
 from sacl_fast.evaluation.features import extract_features
 from sacl_fast.evaluation.few_shot import few_shot_accuracies
-from sacl_fast.evaluation.given import require_images
 from sacl_fast.evaluation.images import ChosenImages, choose_images, require_classes
 from sacl_fast.evaluation.knn import knn_predictions
 from sacl_fast.evaluation.linear import fit_linear
+from sacl_fast.evaluation.named_images import require_images
 from sacl_fast.evaluation.networks import Batches, Network, networks_of
 from sacl_fast.evaluation.progress import EvaluationProgress
 from sacl_fast.evaluation.protocol import STATE, remove_state, top_of, train_layers

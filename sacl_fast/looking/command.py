@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sacl_fast.config.looking import FeaturesConfig, ReportConfig
 from sacl_fast.errors import UserError
+from sacl_fast.output import show_log
 
 if TYPE_CHECKING:
     from sacl_fast.evaluation.trained import Trained
@@ -40,16 +40,15 @@ def run_features(args: list[str], parse: Callable[..., Any]) -> None:
         raise UserError(
             "features needs the encoder, first: a run folder, a checkpoint or an encoder's file"
         )
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("sacl_fast").setLevel(logging.INFO)
+    show_log()
 
-    from sacl_fast.evaluation.given import as_given
+    from sacl_fast.evaluation.named_images import settings_of
     from sacl_fast.evaluation.trained import open_trained
     from sacl_fast.looking.run import look_at_trained
 
     trained = open_trained(path)
-    settings = parse("features", features_defaults(trained), rest, description=_FEATURES)
-    settings = replace(settings, data=as_given(settings.data, rest))
+    default = features_defaults(trained)
+    settings = settings_of(parse, "features", default, rest, description=_FEATURES)
     written = look_at_trained(trained, settings)
     for line in written.lines:
         print(line)
@@ -71,7 +70,7 @@ def run_report(args: list[str], parse: Callable[..., Any]) -> None:
     settings = parse("report", ReportConfig(), options, description=_REPORT)
     if not paths:
         raise UserError("report needs run folders, first: one or several")
-    logging.basicConfig(format="%(message)s")
+    show_log(logging.WARNING)
 
     from sacl_fast.looking.report import compare_runs
 

@@ -28,8 +28,8 @@ from sacl_fast.engine.distributed import pick_device
 from sacl_fast.engine.preflight import check_run
 from sacl_fast.errors import UserError, reason_of
 from sacl_fast.evaluation.evaluate import first_images
-from sacl_fast.evaluation.given import require_images
 from sacl_fast.evaluation.images import choose_images
+from sacl_fast.evaluation.named_images import require_images
 from sacl_fast.evaluation.networks import networks_of
 from sacl_fast.evaluation.progress import EvaluationProgress
 from sacl_fast.evaluation.trained import Trained

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sacl_fast.config.finetune import FinetuneConfig
 from sacl_fast.errors import UserError
+from sacl_fast.output import show_log
 
 if TYPE_CHECKING:
     from sacl_fast.evaluation.trained import Trained
@@ -35,17 +34,15 @@ def run_finetune(args: list[str], parse: Callable[..., FinetuneConfig]) -> int:
             "finetune needs what to fine-tune, first: a run folder, a checkpoint or an encoder's "
             "file"
         )
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("sacl_fast").setLevel(logging.INFO)
+    show_log()
 
-    from sacl_fast.evaluation.given import as_given
+    from sacl_fast.evaluation.named_images import settings_of
     from sacl_fast.evaluation.report import plain, result_files
     from sacl_fast.evaluation.trained import open_trained
     from sacl_fast.transfer.finetune import finetune
 
     trained = open_trained(path)
-    settings = parse("finetune", defaults(trained), rest, description=_HELP)
-    settings = replace(settings, data=as_given(settings.data, rest))
+    settings = settings_of(parse, "finetune", defaults(trained), rest, description=_HELP)
     done = finetune(trained, settings)
     if done.result is None:
         return 128 + done.stopped_by

@@ -35,8 +35,8 @@ from sacl_fast.engine.run_folder import CONFIG, CURVES, METRICS
 from sacl_fast.engine.signals import StopRequest
 from sacl_fast.errors import Stopped, UserError
 from sacl_fast.evaluation.evaluate import first_images
-from sacl_fast.evaluation.given import require_images
 from sacl_fast.evaluation.images import choose_images
+from sacl_fast.evaluation.named_images import require_images
 from sacl_fast.evaluation.report import write_result
 from sacl_fast.evaluation.run import written_to
 from sacl_fast.evaluation.scores import Result, Scores
