@@ -69,7 +69,7 @@ def make_cache(
                 "going on after %d of %d images in %s", partial.done, images.count, partial.folder
             )
         bad = [BadImages(source, config.data.max_bad_share) for source in images.splits]
-        _add(bad, images, partial.bad)
+        _add(bad, images, partial, partial.bad)
         work = _Work(config, check)
         room = _room(images, partial, work, progress)
         done = progress.steps(f"decoding images into {out}", images.count)
@@ -78,7 +78,7 @@ def make_cache(
         for decoded in work.over(reader, _runs(partial.done, room)):
             first = partial.done
             partial.append(decoded)
-            _add(bad, images, {first + slot: why for slot, why in decoded.bad})
+            _add(bad, images, partial, {first + slot: why for slot, why in decoded.bad})
             done(len(decoded.sizes))
         partial.seal(_index(images, splits, partial, config))
 
@@ -111,12 +111,21 @@ class _Work:
             batches.close()
 
 
-def _add(bad: list[BadImages], images: Images, found: dict[int, str]) -> None:
+def _add(bad: list[BadImages], images: Images, partial: Partial, found: dict[int, str]) -> None:
     """Count the unreadable images ``found``, each with those of its split."""
     for split, (counted, source) in enumerate(zip(bad, images.splits, strict=True)):
         first = images.train if split else 0
         last = first + len(source)
-        counted.add([(i - first, why) for i, why in found.items() if first <= i < last])
+        try:
+            counted.add([(i - first, why) for i, why in found.items() if first <= i < last])
+        except UserError as error:
+            if not partial.written:
+                raise
+            raise UserError(
+                f"{error}; what is done is kept in {partial.folder}: with a larger "
+                "--data.max-bad-share the same command goes on from there, and once images are "
+                "mended it works after that folder is removed"
+            ) from None
 
 
 def _room(
