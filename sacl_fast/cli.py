@@ -228,9 +228,11 @@ def _export(args: list[str]) -> None:
 def _views(args: list[str]) -> None:
     config = parse_config("views", args, extra="Writes views.png (or --out FILE.png).")
     from sacl_fast.data.images.open import open_sources
+    from sacl_fast.data.images.root import refuse_among_images
     from sacl_fast.data.loading.contact_sheet import contact_sheet
 
     path = user_path(config.out or "views.png", "out")
+    refuse_among_images(path.parent, config.data, "--out names a picture elsewhere")
     sheet = contact_sheet(open_sources(config.data, config.seed).train, config)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from sacl_fast.checks import check
 from sacl_fast.config import Config, DataConfig
 from sacl_fast.config.choices import ExportFormat
 from sacl_fast.data.images.given import Given
+from sacl_fast.data.images.root import refuse_among_images
 from sacl_fast.deploy.card import model_card
 from sacl_fast.deploy.check import latency, parity
 from sacl_fast.deploy.formats import FORMATS, Content, check_packages
@@ -114,6 +115,8 @@ def export(
         else None
     )  # fmt: skip
     given = Given(source, val)
+    if source is None:
+        refuse_among_images(folder, config.data, "a folder elsewhere works")
     known = trained.has_data or data is not None or source is not None
     images = open_images(config, known=known, needed_for=needed_for, given=given)
     if knn and (images is None or images.classes < 2):

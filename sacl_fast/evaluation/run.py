@@ -26,6 +26,7 @@ from sacl_fast.config.evaluation import (
 )
 from sacl_fast.data.images.given import Given
 from sacl_fast.data.images.open import open_sources
+from sacl_fast.data.images.root import refuse_among_images
 from sacl_fast.data.loading.evaluation import EvalLoader
 from sacl_fast.engine.distributed import pick_device
 from sacl_fast.engine.preflight import check_run
@@ -124,10 +125,13 @@ def _evaluate(
         **dict(data=settings.data, eval=settings.eval, precision=settings.precision),
     )
     check_run(config)
+    given = given or Given()
     if folder is not None:
+        if given.source is None:
+            refuse_among_images(folder, config.data)
         _check_folder(folder)
     amp_dtype = autocast_dtype(config.precision, device)
-    splits = open_sources(config.data, config.seed, given=given or Given())
+    splits = open_sources(config.data, config.seed, given=given)
     own = isinstance(settings, KnnEvaluation)
     images = choose_images(
         splits,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sacl_fast.config.looking import FeaturesConfig
+from sacl_fast.data.images.root import refuse_among_images
 from sacl_fast.errors import UserError, reason_of
 from sacl_fast.evaluation.trained import Trained
 from sacl_fast.files import kind_of, user_path, whole_file
@@ -38,6 +39,7 @@ def look_at_trained(trained: Trained, settings: FeaturesConfig, *, quiet: bool =
     default = (trained.folder or trained.path.parent) / "features.npz"
     path = default if settings.out is None else user_path(settings.out, "out")
     check_writable(path)
+    refuse_among_images(path.parent, settings.data)
     ends = (f"_{settings.project}.png", "_neighbours.png", ".html") if settings.pages else ()
     pages = [path.with_name(path.stem + end) for end in ends]
     check_new([path, *pages], again=path.absolute() == default.absolute())

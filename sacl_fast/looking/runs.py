@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -43,15 +44,22 @@ def open_runs(paths: Sequence[str]) -> list[Run]:
     Raises:
         UserError: one of them is no run folder.
     """
-    folders = list(dict.fromkeys(user_path(path, "the run folder").absolute() for path in paths))
-    for folder in folders:
+    given: dict[str, list[str]] = {}  # links followed, to the paths that lead there
+    for path in paths:
+        folder = user_path(path, "the run folder").absolute()
         if kind_of(folder) != "folder":
             raise UserError(f"{folder} is no folder; the folder of a run works")
         if not any(kind_of(folder / name) == "file" for name in (CONFIG, METRICS)):
             raise UserError(
                 f"{folder} holds no run: neither {CONFIG} nor {METRICS}; the folder of a run works"
             )
-    return [_open(f, name) for f, name in zip(folders, _names(folders), strict=True)]
+        given.setdefault(os.path.realpath(folder), []).append(str(path))
+    folders = [user_path(same[0], "the run folder").absolute() for same in given.values()]
+    runs = [_open(f, name) for f, name in zip(folders, _names(folders), strict=True)]
+    for run, (_, *again) in zip(runs, given.values(), strict=True):
+        if again:
+            run.notes.append(f"given more than once ({', '.join(again)}), and shown once")
+    return runs
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
