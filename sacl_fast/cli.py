@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sacl_fast._version import __version__
+from sacl_fast.checks import counted
 from sacl_fast.config import Config
 from sacl_fast.config.file import layered, read_config_file
 from sacl_fast.errors import (
@@ -312,7 +313,8 @@ def _check_warmup(config: Config, args: list[str]) -> None:
     given = {arg.partition("=")[0].replace("_", "-") for arg in args}
     if "--optim.warmup-epochs" in given and warmup and warmup >= config.epochs:
         raise UserError(
-            f"optim.warmup_epochs is {warmup} in a run of {config.epochs} epochs, so that the "
+            f"optim.warmup_epochs is {warmup} in a run of {counted(config.epochs, 'epoch')}, "
+            f"so that the "
             f"learning rate would only rise; less than epochs works, such as {config.epochs // 10}"
         )
 

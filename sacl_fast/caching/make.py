@@ -19,6 +19,7 @@ from sacl_fast._version import __version__
 from sacl_fast.caching.decoding import DecodingReader
 from sacl_fast.caching.dimensions import DimensionReader, Images
 from sacl_fast.caching.partial import Partial, refuse_existing
+from sacl_fast.checks import counted
 from sacl_fast.config.cache import CacheConfig
 from sacl_fast.data.images.fingerprint import fingerprint
 from sacl_fast.data.images.pixel_format import VERSION, About, Index, one_line
@@ -66,7 +67,10 @@ def make_cache(
     with Partial(out, images.count, plan) as partial, EvaluationProgress(quiet=quiet) as progress:
         if partial.done:
             logger.info(
-                "going on after %d of %d images in %s", partial.done, images.count, partial.folder
+                "going on after %d of %s in %s",
+                partial.done,
+                counted(images.count, "image"),
+                partial.folder,
             )
         bad = [BadImages(source, config.data.max_bad_share) for source in images.splits]
         _add(bad, images, partial, partial.bad)
@@ -113,11 +117,11 @@ class _Work:
 
 def _add(bad: list[BadImages], images: Images, partial: Partial, found: dict[int, str]) -> None:
     """Count the unreadable images ``found``, each with those of its split."""
-    for split, (counted, source) in enumerate(zip(bad, images.splits, strict=True)):
+    for split, (split_bad, source) in enumerate(zip(bad, images.splits, strict=True)):
         first = images.train if split else 0
         last = first + len(source)
         try:
-            counted.add([(i - first, why) for i, why in found.items() if first <= i < last])
+            split_bad.add([(i - first, why) for i, why in found.items() if first <= i < last])
         except UserError as error:
             if not partial.written:
                 raise

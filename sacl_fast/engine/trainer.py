@@ -273,7 +273,7 @@ class Run:
 
     def _finish(self) -> None:
         if self.resumed is not None and self.resumed.finished:
-            self.console.message(f"all {self.config.epochs} epochs were done before")
+            self.console.message(f"all epochs ({self.config.epochs}) were done before")
         self.ranks.on_first(self._save_encoders)
         self._say_if_lost()
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from sacl_fast.checks import counted
 from sacl_fast.config.file import read_config_file
 from sacl_fast.engine.metrics import read_metrics
 from sacl_fast.engine.plots import series
@@ -90,13 +91,13 @@ def _open(folder: Path, name: str) -> Run:
             lines = read_metrics(folder / METRICS)
             damaged = (folder / METRICS).read_bytes().count(b"\n") - len(lines)
             if damaged > 0:
-                notes.append(f"{damaged} lines of {METRICS} are damaged and left out")
+                notes.append(f"{counted(damaged, 'damaged line')} of {METRICS} left out")
         except UserError as error:
             notes.append(str(error))
             lines = []
         rows, unusable = _numbers(lines)
         if unusable:
-            notes.append(f"{unusable} of {len(lines)} readings cannot be used")
+            notes.append(f"{unusable} of {counted(len(lines), 'reading')} cannot be used")
         elif not rows:
             notes.append("no readings yet")
     figures = _figures(folder, settings, rows, notes)

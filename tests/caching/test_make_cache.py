@@ -235,7 +235,7 @@ def test_what_is_kept_is_named_whatever_ended_it(tmp_path: Path) -> None:
         if pixels.exists() and pixels.stat().st_size > START:
             raise UserError("a worker was killed")
 
-    with pytest.raises(UserError, match="killed; what is done is kept in .*/y.partial"):
+    with pytest.raises(UserError, match=r"killed; what is done is kept in .*/y.partial"):
         make_cache(open_sources(config.data, 0), tmp_path / "y", config, check=check, quiet=True)
 
 

@@ -136,7 +136,7 @@ def test_a_resumed_run_of_damaged_lines_and_other_metrics(tmp_path):
     assert losses[8] == 5.0 and losses[3] is None and losses[9] is None and losses[12] is None
     assert found.figures["loss, last"] == "5" and found.figures["time"] == "0:00:08"
     notes = " ".join(found.notes)
-    assert "2 lines of metrics.jsonl are damaged" in notes
+    assert "2 damaged lines of metrics.jsonl left out" in notes
     assert "2 of 15 readings cannot be used" in notes
     assert "1:59:51 without readings" in notes
     assert curves_png([found])

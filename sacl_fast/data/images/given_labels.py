@@ -55,9 +55,8 @@ def labels_of(source: GivenSource) -> Labels | None:
         return None
     if values is None or any(plain_label(values[i]) != plain_label(v) for i, v in beside.items()):
         logger.info(
-            "reading the %d items of %s once, for their labels; an attribute targets (N) saves "
-            "that",
-            *(len(source), source.title),
+            "reading all of %s (%d) once, for their labels; an attribute targets (N) saves that",
+            *(source.title, len(source)),
         )
         values = [source.read_label(index) for index in range(len(source))]
         names = _names(source.items)

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from sacl_fast.checks import counted
 from sacl_fast.config import DataConfig
 from sacl_fast.data.images import archives
 from sacl_fast.data.images.cache import cache_folder, exclusive
@@ -123,7 +124,8 @@ def _split(root: Path, split: str, most: int) -> VocSource:
     missing = [name for name in names if kind_of(pictures / f"{name}.jpg") != "file"]
     if missing:
         raise UserError(
-            f"{len(missing)} of the {len(names):,} images that {path} names are not in {pictures} "
+            f"{pictures} lacks {len(missing)} of the {counted(len(names), 'image')} that "
+            f"{path} names "
             f"({few([f'{name}.jpg' for name in missing], 3)})"
         )
     rows = [_classes_in(root / "Annotations" / f"{name}.xml") for name in names]

@@ -14,6 +14,7 @@ import logging
 import math
 from weakref import WeakKeyDictionary
 
+from sacl_fast.checks import counted
 from sacl_fast.data.images.source import Source, Subset
 from sacl_fast.errors import UserError
 
@@ -54,7 +55,7 @@ class BadImages:
         most = self.max_share * self.count
         too_many = bad > most if self.sample is None else _is_rare(bad, self.count, self.max_share)
         if too_many or bad == self.count:
-            raise UserError(self._sentence(f"at least {bad} of {self.count} images"))
+            raise UserError(self._sentence(f"at least {bad} of {counted(self.count, 'image')}"))
 
     def drew(self, count: int, missed: int) -> None:
         """Count a batch: of ``count`` images drawn at random, ``missed`` were unreadable. UserError
