@@ -123,8 +123,8 @@ def _require_files(listed: Path, folder: str, paths: list[str], most: float) -> 
         return
     looked_at = "" if len(some) == len(paths) else " that were looked at"
     said = (
-        f"the list {listed} names what is not there, or is no file: {len(missing)} of "
-        f"{counted(len(some), 'path')}{looked_at}, such as {os.path.join(folder, missing[0])}"
+        f"{len(missing)} of {len(some)} files of the list {listed}{looked_at} are not there, or "
+        f"are no files, such as {os.path.join(folder, missing[0])}"
     )
     if len(missing) > most * len(some):
         raise UserError(f"{said}; data.max_bad_share is {most:g}")
