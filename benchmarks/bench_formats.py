@@ -6,7 +6,8 @@ Images of random pixels (no row compresses, so what they show does not matter) a
 format. One thread reads all of them once in random order, as an array (height, width, 3), and
 touches every cache line (64 bytes) of it: from memory, where the file was read before, and from the
 disk, which was asked to forget it. A round opens the file anew; rounds of all rows take turns, so
-that a machine that slows down slows all of them, and of each the best counts. A format whose package is missing is left out, which the table says.
+that a machine that slows down slows all of them, and of each the best counts. A format whose
+package is missing is left out, which the table says.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from sacl_fast.errors import (
     SaidByAnother,
     Stopped,
     UserError,
+    in_one_line,
     nearest,
 )
 from sacl_fast.files import kind_of, user_path
@@ -105,7 +106,7 @@ def _run(args: list[str]) -> int:
     except SaidByAnother:
         return 2
     except UserError as error:
-        print(f"sacl-fast: {error}", file=sys.stderr)
+        print(f"sacl-fast: {in_one_line(error)}", file=sys.stderr)
         return 2
     except OtherRankFailed as error:
         if not error.said:

@@ -33,7 +33,7 @@ from sacl_fast.deploy.network import (
     read_widths,
 )
 from sacl_fast.deploy.result import Exported, ExportResult
-from sacl_fast.errors import UserError, reason_of
+from sacl_fast.errors import UserError, reason_and_remedy
 from sacl_fast.evaluation.trained import Trained, Width, open_trained
 from sacl_fast.files import kind_of, user_path, whole_file
 from sacl_fast.slim.export import cost
@@ -268,7 +268,9 @@ class _Export:
                 with whole_file(path) as file:
                     file.write(data)
         except OSError as error:
-            raise UserError(f"cannot write {self.folder / name}: {reason_of(error)}") from error
+            raise UserError(
+                f"cannot write {self.folder / name}: {reason_and_remedy(error)}"
+            ) from error
 
 
 def _read_formats(formats: Iterable[str]) -> tuple[ExportFormat, ...]:
@@ -307,7 +309,7 @@ def _free_folder(out: str | os.PathLike[str]) -> Path:
         if kind is not None and (kind != "folder" or any(folder.iterdir())):
             raise UserError(f"{folder} exists; the name of a new folder works")
     except OSError as error:
-        raise UserError(f"cannot look into {folder}: {reason_of(error)}") from None
+        raise UserError(f"cannot look into {folder}: {reason_and_remedy(error)}") from None
     return folder
 
 
@@ -318,12 +320,12 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"cannot make folder {folder}: {reason_of(error)}") from None
+        raise UserError(f"cannot make folder {folder}: {reason_and_remedy(error)}") from None
     try:
         yield temporary
         try:
             os.rename(temporary, folder)
         except OSError as error:
-            raise UserError(f"cannot make folder {folder}: {reason_of(error)}") from None
+            raise UserError(f"cannot make folder {folder}: {reason_and_remedy(error)}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -40,7 +40,7 @@ from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.metrics import rewind_metrics
 from sacl_fast.engine.run_folder import CHECKPOINTS, METRICS, SUPERSEDED
 from sacl_fast.engine.step import TrainingStep
-from sacl_fast.errors import UserError, reason_of
+from sacl_fast.errors import UserError, reason_and_remedy, reason_of
 from sacl_fast.files import kind_of, user_path
 from sacl_fast.optim import learning_rate
 
@@ -195,7 +195,7 @@ def set_aside(folder: Path, *, after: int, spare: Path | None = None) -> None:
             aside.mkdir(parents=True, exist_ok=True)
             shutil.move(path, aside / path.name)  # checkpoints/ may be a link to another disk
         except OSError as error:
-            raise UserError(f"cannot move {path} to {aside}: {reason_of(error)}") from error
+            raise UserError(f"cannot move {path} to {aside}: {reason_and_remedy(error)}") from error
         moved.append(path.name)
     if lines := rewind_metrics(folder / METRICS, after, aside / METRICS):
         moved.append(f"{lines} line{'s' if lines > 1 else ''} of {METRICS}")

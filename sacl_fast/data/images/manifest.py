@@ -26,7 +26,7 @@ import numpy as np
 from sacl_fast.checks import counted
 from sacl_fast.data.images.cache import cache_key, make_part
 from sacl_fast.data.images.damage import DAMAGED
-from sacl_fast.errors import UserError, reason_of
+from sacl_fast.errors import UserError, reason_and_remedy, reason_of
 from sacl_fast.files import whole_file
 
 logger = logging.getLogger(__name__)
@@ -196,7 +196,9 @@ def _walk(root: str) -> Iterator[_Folder]:
             with os.scandir(absolute) as entries:
                 visible = [entry for entry in entries if not entry.name.startswith(".")]
         except OSError as error:
-            raise UserError(f"cannot read the folder {absolute}: {reason_of(error)}") from None
+            raise UserError(
+                f"cannot read the folder {absolute}: {reason_and_remedy(error)}"
+            ) from None
         identity = (status.st_dev, status.st_ino)
         if identity in above:
             continue

@@ -10,7 +10,7 @@ from sacl_fast.config import DataConfig
 from sacl_fast.data.images import archives
 from sacl_fast.data.images.pixel_file import is_cache
 from sacl_fast.data.images.splits import are_beside, few
-from sacl_fast.errors import UserError, reason_of
+from sacl_fast.errors import UserError, reason_and_remedy
 from sacl_fast.files import kind_of, user_path
 
 LIST_SUFFIX = ".txt"
@@ -77,7 +77,7 @@ def check_downloadable(config: DataConfig, root: Path, title: str, own: Collecti
     try:
         names = sorted(name for name in os.listdir(root) if not name.startswith("."))
     except OSError as error:
-        raise UserError(f"cannot read the folder {root}: {reason_of(error)}") from None
+        raise UserError(f"cannot read the folder {root}: {reason_and_remedy(error)}") from None
     if names and not {*names} & {*own}:
         raise UserError(
             f"data.source is {config.source}, but {config.root or root} holds {few(names, 3)}, "

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sacl_fast.data.images.manifest import is_folder, is_image
-from sacl_fast.errors import UserError, reason_of
+from sacl_fast.errors import UserError, reason_and_remedy
 
 logger = logging.getLogger(__name__)
 
@@ -147,5 +147,5 @@ def _look(root: Path) -> tuple[list[str], bool]:
                 else:
                     images = images or is_image(entry.name) or entry.name.endswith(".tar")
     except OSError as error:
-        raise UserError(f"cannot read the folder {root}: {reason_of(error)}") from None
+        raise UserError(f"cannot read the folder {root}: {reason_and_remedy(error)}") from None
     return sorted(names), images

@@ -24,7 +24,7 @@ from sacl_fast.data.images.root import check_downloadable, existing_root
 from sacl_fast.data.images.source import FileSource, Source, Splits, Subset
 from sacl_fast.data.images.splits import few
 from sacl_fast.data.images.text import read_text
-from sacl_fast.errors import UserError, reason_of
+from sacl_fast.errors import UserError, reason_and_remedy, reason_of
 from sacl_fast.files import kind_of, user_path
 
 VOC_CLASSES = (
@@ -142,7 +142,7 @@ def _classes_in(path: Path) -> np.ndarray:
             difficult = (item.findtext("difficult") or "0").strip() == "1"
             row[position] = -1 if difficult and row[position] != 1 else 1
     except (BadImage, ElementTree.ParseError, LookupError) as error:
-        raise UserError(f"annotation {path} cannot be read: {reason_of(error)}") from None
+        raise UserError(f"annotation {path} cannot be read: {reason_and_remedy(error)}") from None
     except ValueError:
         known = ", ".join(VOC_CLASSES[:3])
         raise UserError(
