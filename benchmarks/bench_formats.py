@@ -5,9 +5,9 @@
 Images of random pixels (no row compresses, so what they show does not matter) are written in each
 format. One thread reads all of them once in random order, as an array (height, width, 3), and
 touches every cache line (64 bytes) of it: from memory, where the file was read before, in the time
-that the processor works (of all threads, user and system mode, so that other work on the machine
-does not count), and from the disk, of which the system was asked to forget it, by the clock. A round opens the file anew; rounds of all rows take turns, so
-that a machine that slows down slows all of them, and of each the best counts. A format whose
+that the processor works (all threads, user and system mode, so that other work on the machine does
+not count), and from the disk, of which the system was asked to forget it, by the clock. A round
+opens the file anew; rounds of all rows take turns, and of each the best counts. A format whose
 package is missing is left out, which the table says.
 """
 
@@ -98,7 +98,7 @@ def measure(images: Images, formats: Sequence[Format], folder: Path, rounds: int
             round(size(image.nbytes for image in images) / 1e3) for size in (min, max)
         ],
         "rounds": rounds,
-        "unit": "images per second: in memory of processor time, from disk by the clock; the best round",
+        "unit": "images per second: in memory of processor time, from disk by the clock",
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "rows": list(rows.values()),
     }

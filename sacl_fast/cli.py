@@ -28,6 +28,7 @@ from sacl_fast.errors import (
     UserError,
     in_one_line,
     nearest,
+    reason_of,
 )
 from sacl_fast.files import kind_of, user_path
 from sacl_fast.options import parse_options
@@ -240,7 +241,8 @@ def _views(args: list[str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {path}: {error}; --out names another picture") from error
+        why = reason_of(error)
+        raise UserError(f"cannot write {path}: {why}; --out names another picture") from error
     print(path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
 from collections.abc import Iterable
 
 
@@ -52,6 +53,9 @@ def nearest(given: str, valid: Iterable[str], *, show: int = 12) -> str:
 def reason_of(error: BaseException) -> str:
     """Why something failed, in a few words: the first line of what the system or a library says."""
     if isinstance(error, OSError) and error.strerror:
+        there = error.filename if error.errno == errno.EEXIST else None
+        if there is not None and not os.path.isdir(there):  # where a folder was to be made
+            return f"{os.fsdecode(there)} is no folder"
         return error.strerror
     return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 

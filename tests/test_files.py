@@ -7,7 +7,7 @@ import stat
 import pytest
 
 from sacl_fast.cli import main
-from sacl_fast.errors import UserError, reason_and_remedy
+from sacl_fast.errors import UserError, reason_and_remedy, reason_of
 from sacl_fast.files import kind_of, remove_leftovers, user_path, whole_file
 
 
@@ -92,6 +92,10 @@ def test_what_the_system_says_of_a_path_comes_with_what_works(tmp_path, capsys):
         said = reason_and_remedy(OSError(code, os.strerror(code)))
         assert said.startswith(f"{os.strerror(code)}; ") and said.endswith(" works")
     assert reason_and_remedy(ValueError("no number")) == "no number"
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError) as error:
+        (tmp_path / "file").mkdir(exist_ok=True)
+    assert reason_of(error.value) == f"{tmp_path}/file is no folder"
     name = f"{tmp_path}/new\nline\x1b[1m\udcff"
     assert main(["index", name]) == 2
     said = capsys.readouterr().err
