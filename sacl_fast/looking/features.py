@@ -255,5 +255,6 @@ def _spool(folder: Path | None) -> Iterator[BinaryIO]:
     except OSError as error:
         where = folder or tempfile.gettempdir()
         raise UserError(
-            f"cannot write the features into a temporary file in {where}: {reason_of(error)}"
+            f"cannot write the features into a temporary file in {where}: {reason_of(error)}; a "
+            "folder that can be written and has room works"
         ) from error
