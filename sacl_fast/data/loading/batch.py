@@ -72,7 +72,7 @@ def _check_batch(count: int, batch: int, world_size: int) -> None:
             f"(batch_size {2 * world_size})"
         )
     if batch > count:
-        works = f"at most {count}" if count >= 2 else "2 or more images and batch_size 2"
+        works = f"at most {count:,}" if count >= 2 else "2 or more images and batch_size 2"
         raise UserError(
             f"batch_size is {batch}, but there {'is' if count == 1 else 'are'} only "
             f"{counted(count, 'training image')}; {works} works"
