@@ -5,10 +5,10 @@ mixture that neither network ever produces; an encoder evaluated with them score
 it has learnt. A few forward passes give each network its own (as slimmable networks do: Yu &
 Huang, "Universally Slimmable Networks", ICCV 2019, section 3.3).
 
-Channels that are constant, as zeroed filters leave them behind, are normalised exactly. Of such a
-channel c, a norm in float32 estimates the mean with an error of rounding and multiplies that by
-``1 / sqrt(eps)``, 316, where exact arithmetic gives 0; the next norm multiplies it again. In RepViT,
-where norms of constants follow one another, four of them made noise as large as the signal.
+Channels that are constant, as zeroed filters leave them behind, are normalised exactly. In float32
+the mean of such a channel has an error of rounding, which the norm multiplies by ``1 / sqrt(eps)``,
+316, where exact arithmetic gives 0; the next norm multiplies it again. In RepViT, where norms of
+constants follow one another, the fourth one gave noise as large as the signal.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def recalibrated(encoder: nn.Module, batches: Iterable[Tensor]) -> Iterator[None
     Inside, ``running_mean`` and ``running_var`` of every batch norm are the plain averages of the
     batches' statistics; of a channel that is one and the same number in all of them, that number
     and 1. (Any variance gives the same then, and 1 leaves rounding as small as it is. Where norms
-    are synchronised, channels are not looked at.) Afterwards, also after an exception, buffers, momentum and training flags
-    are what they were, bit for bit and in the same memory. An encoder without batch norm is only
-    put into eval mode, and no batch is read.
+    are synchronised, channels are not looked at.) Afterwards, also after an exception, buffers,
+    momentum and training flags are what they were, bit for bit and in the same memory. An encoder
+    without batch norm is only put into eval mode, and no batch is read.
 
     The encoder is run as it stands: enter the slicer's mode and autocast before this. With
     synchronised batch norm every process must enter, with equally many batches.
