@@ -20,7 +20,7 @@ from sacl_fast.config import Config, DataConfig
 from sacl_fast.config.choices import ExportFormat
 from sacl_fast.data.images.given import Given
 from sacl_fast.deploy.card import model_card
-from sacl_fast.deploy.check import latency, parity
+from sacl_fast.deploy.check import latency, parity, rounding_of
 from sacl_fast.deploy.formats import FORMATS, Content, check_packages
 from sacl_fast.deploy.graph import NotRunHere, Runner
 from sacl_fast.deploy.images import RunImages, open_images
@@ -232,8 +232,10 @@ class _Export:
         def run(images: Tensor) -> Tensor:
             return load(self._as_taken(images, folded))
 
-        found = parity(run, self.compared, features)
-        if (obstacle := found.obstacle(int8=int8)) is not None:
+        found, rounding = parity(run, self.compared, features), None
+        if not int8 and found.obstacle() is not None:
+            rounding = rounding_of(network.reference, self.compared, features)
+        if (obstacle := found.obstacle(int8=int8, rounding=rounding)) is not None:
             written.unlink() if written.is_file() else shutil.rmtree(written)
             self.refused.append(f"{file}, whose features differ from the encoder's by {obstacle}")
             return
@@ -241,6 +243,7 @@ class _Export:
             **about,
             milliseconds=latency(load, self._as_taken(self.compared[:1], folded)),
             parity=found,
+            rounding=None if rounding is None else rounding.difference,
             knn=self._knn(run),
         )
 

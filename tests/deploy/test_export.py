@@ -158,6 +158,34 @@ def test_what_holds(features: Tensor, holds: bool, int8: bool):
     assert (found.obstacle(int8=int8) is None) == holds
 
 
+class Unsteady(torch.nn.Module):
+    """Of images near a constant, which it takes away, and multiplies what is left."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images.mean((2, 3)) / 3 - 1 / 3) * self.factor + torch.arange(3.0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("factor", "holds"), [(1, True), (1e5, True), (1e7, False)])
+def test_what_rounding_does_to_the_encoder_is_allowed_to_files(factor: float, holds: bool):
+    """Its features in another order of summation, as a file's are."""
+    noise = torch.rand(64, 3, 7, 7, generator=torch.Generator().manual_seed(0))
+    encoder, images = Unsteady(factor), 1 + 1e-6 * noise
+    features = encoder(images)
+    found = check.parity(lambda part: encoder(part.flip(2, 3) * (1 + 2**-23)), images, features)
+    assert (found.obstacle() is None) == (factor == 1)
+    rounding = check.rounding_of(encoder, images, features)
+    assert rounding is not None
+    assert (found.obstacle(rounding=rounding) is None) == holds
+    wrong = check.parity(lambda part: encoder(part) + 0.1 * torch.eye(3)[0], images, features)
+    obstacle = wrong.obstacle(rounding=rounding)
+    assert obstacle is not None and "rounding in float32 alone changes the encoder's by" in obstacle
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

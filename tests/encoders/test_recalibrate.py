@@ -125,7 +125,7 @@ def chain_of_constants(norms: int, constant: float) -> nn.Sequential:
     first = nn.Conv2d(1, 2, 1)
     with torch.no_grad():
         first.weight.copy_(torch.tensor([0.0, 1.0]).view(2, 1, 1, 1))
-        first.bias.copy_(torch.tensor([constant, 0.0]))  # type: ignore[union-attr]
+        first.bias.copy_(torch.tensor([constant, 0.0]))
     return nn.Sequential(first, *(nn.BatchNorm2d(2) for _ in range(norms)))
 
 
