@@ -86,8 +86,8 @@ def parity(run: Runner, images: Tensor, features: Tensor) -> Parity:
 
 
 def rounding_of(encoder: nn.Module, images: Tensor, features: Tensor) -> Parity | None:
-    """How near an encoder's ``features`` (N, F) of ``images`` (N, 3, S, S), in float32, are to those
-    in float64; None where it does not run in that.
+    """How near an encoder's float32 ``features`` (N, F) of ``images`` (N, 3, S, S) are to those in
+    float64; None where it does not run in that.
 
     Batch norms of channels that hardly vary multiply what rounding leaves in them by up to 316.
     """

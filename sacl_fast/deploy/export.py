@@ -114,10 +114,18 @@ def export(
         else None
     )  # fmt: skip
     given = Given(source, val)
-    known = trained.has_data or data is not None or source is not None
-    images = open_images(config, known=known, needed_for=needed_for, given=given)
+    asked = data is not None or source is not None
+    images = open_images(
+        config,
+        known=trained.has_data or asked,
+        needed_for=needed_for,
+        asked=asked,
+        given=given,
+    )
     if knn and (images is None or images.classes < 2):
-        raise UserError("--knn needs images of two classes or more; these have no labels")
+        raise UserError(
+            "--knn needs images of two classes or more; these have no labels or one class only"
+        )
     with _new_folder(folder) as written:
         result = _Export(trained, images, options, folder, written).write(ratios, chosen)
     if result.refused:

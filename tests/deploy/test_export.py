@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import json
 import os
@@ -19,7 +18,6 @@ import sacl_fast
 from sacl_fast.cli import main
 from sacl_fast.config import DataConfig
 from sacl_fast.deploy import check, formats
-from sacl_fast.deploy import export as export_module
 from sacl_fast.encoders import build_encoder, read_encoder_metadata
 from sacl_fast.errors import UserError
 from sacl_fast.evaluation.trained import open_trained
@@ -235,22 +233,6 @@ def test_what_is_missing_or_in_the_way(run: Path, tmp_path: Path, monkeypatch):
         formats.importlib.util, "find_spec", lambda name: None if name == "onnx" else find(name)
     )
     refused(r"needs onnx.*pip install 'sacl-fast\[export\]'", run, out, formats=["onnx"])
-
-
-def test_on_a_full_disk_nothing_is_left(run: Path, tmp_path: Path, monkeypatch):
-    written = []
-    whole_file = export_module.whole_file
-
-    def full(path: Path):
-        if written:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        written.append(path)
-        return whole_file(path)
-
-    monkeypatch.setattr(export_module, "whole_file", full)
-    with pytest.raises(UserError, match=r"cannot write .*out/encoder_slim.* No space left"):
-        sacl_fast.export(run, tmp_path / "out", ["dense", "slim"])
-    assert written and not os.listdir(tmp_path)
 
 
 def test_without_the_images_it_is_compared_on_random_ones(run: Path, tmp_path: Path):
