@@ -82,6 +82,11 @@ class ExportResult:
             f"ms: median of one image, CPU, {threads}. Difference (the largest, over the largest "
             f"feature) and cosine (the lowest): of the features in PyTorch and from the file, on "
             f"{self.compared_with}."
+            + (
+                " kNN %: accuracy on validation images, by their nearest training images."
+                if any(row.knn is not None for row in self.rows)
+                else ""
+            )
             + "".join(
                 f" {row.name} was not run, which needs {row.not_run}, and not compared."
                 for row in self.rows

@@ -16,9 +16,10 @@ from torch import Tensor
 
 import sacl_fast
 from sacl_fast.cli import main
-from sacl_fast.config import DataConfig
+from sacl_fast.config import Config, DataConfig, EncoderConfig, ViewsConfig
 from sacl_fast.deploy import check, formats
 from sacl_fast.encoders import build_encoder, read_encoder_metadata
+from sacl_fast.encoders.file import encoder_metadata, save_encoder
 from sacl_fast.errors import UserError
 from sacl_fast.evaluation.trained import open_trained
 
@@ -34,14 +35,22 @@ def run_onnx(path: Path, images: Tensor) -> Tensor:
 
 
 def run_blocks_of_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Run the card's Python where the files lie; the number of blocks."""
+    """Run the card's Python where the files lie, every line of a file's; the number of files."""
     monkeypatch.chdir(folder)
     blocks = re.findall(r"^```python\n(.*?)^```$", Path("MODEL_CARD.md").read_text(), re.M | re.S)
+    loaded = []
     for block in blocks:
         names: dict = {}
-        exec(block, names)
-        assert len(names["features"]) == 1
-    return len(blocks)
+        head, *files = block.split("\n\n")
+        images, *files = files
+        exec(f"{head}\n{images}", names)
+        for code in files:
+            names.pop("features", None)
+            exec(code, names)
+            assert len(names["features"]) == 1
+            loaded += re.findall(r"encoder_[\w.]+", code)
+    assert sorted(loaded) == sorted(p.name for p in folder.iterdir() if p.name != "MODEL_CARD.md")
+    return len(loaded)
 
 
 @torch.no_grad()
@@ -88,7 +97,10 @@ def test_weights_and_graphs_give_the_features_of_the_run(run: Path, tmp_path: Pa
 
     card = (out / "MODEL_CARD.md").read_text()
     assert "SACL-XD" in card and "48 images" in card and str(run.parent) not in card
-    assert run_blocks_of_card(out, monkeypatch) == 3  # both slim weights are loaded alike
+    assert 'load_encoder("encoder_0.25.safetensors", width="slim")' in card
+    assert "1 epoch, 3 steps of 16 images" in card and "# yours, scaled to 0..1" in card
+    assert "`encoder_0.25`: 0.25 of the filters of each convolution, those of largest L1" in card
+    assert run_blocks_of_card(out, monkeypatch) == 6
 
 
 @needs_onnx
@@ -116,7 +128,21 @@ def test_onnx_and_int8(run: Path, tmp_path: Path, monkeypatch):
     assert any(len(w.dims) == 4 for w in weights)
     scales = {w.name: list(w.dims) for w in model.graph.initializer if w.name.endswith("_scale")}
     assert any(dims and dims[0] > 1 for dims in scales.values())  # one for each channel
-    assert run_blocks_of_card(out, monkeypatch) == 1
+    assert run_blocks_of_card(out, monkeypatch) == 2
+    assert "`int8`: weights with a scale" in Path("MODEL_CARD.md").read_text()
+
+
+def test_the_card_of_an_encoder_that_timm_makes(tmp_path: Path, monkeypatch):
+    """Its weights are loaded by timm alone, at the images' size."""
+    config = Config(encoder=EncoderConfig(name="test_vit"), views=ViewsConfig(size=32))
+    path = tmp_path / "encoder.safetensors"
+    said = encoder_metadata(config, epochs=0.5, steps=1, images=1, knn={})
+    save_encoder(path, build_encoder("test_vit", image_size=32).state_dict(), said)
+    sacl_fast.export(path, tmp_path / "out", formats=["timm", "torch-export"])
+    card = (tmp_path / "out/MODEL_CARD.md").read_text()
+    assert 'timm.create_model("test_vit", num_classes=0, img_size=32)' in card
+    assert "0.5 epochs, 1 step\n" in card and "unknown source, 1 image\n" in card
+    assert run_blocks_of_card(tmp_path / "out", monkeypatch) == 2
 
 
 def test_a_file_that_does_not_hold_is_not_kept(run: Path, tmp_path: Path, monkeypatch):
