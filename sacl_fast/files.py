@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -110,6 +110,24 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         if file.failed is not None and not isinstance(error, OSError):
             raise file.failed from error
         raise
+
+
+def write_whole_files(contents: Mapping[Path, bytes]) -> None:
+    """Write files (whose folders exist) that appear all of them, each whole, or none.
+
+    Raises:
+        OSError: one cannot be written, which is its ``filename``; what was there is as it was.
+    """
+    path = None
+    try:
+        with contextlib.ExitStack() as opened:
+            for path, content in contents.items():
+                file = opened.enter_context(whole_file(path))
+                file.write(content)
+                file.flush()  # what does not fit is known before the first one appears
+                os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def whole_copy(source: Path, path: Path) -> None:

@@ -5,7 +5,7 @@ It holds no path and no name of the user's own data. Its Python blocks run in th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import timm
 
@@ -41,14 +41,17 @@ def model_card(trained: Trained, result: ExportResult, *, fold_norm: bool) -> st
     parts = [
         _front(),
         f"# {trained.config.encoder.name}, pre-trained without labels",
-        "\n".join(f"- {line}" for line in _facts(trained)),
+        "An image encoder: it gives features, which a classifier of your own is trained on, or "
+        "which are compared with one another. It has no classes.",
+        _list(_facts(trained)),
         "## Files",
+        _list(_kinds(trained, result)),
         _table(result),
         result.caption,
         "## Input and output",
         _input(trained, fold_norm),
         "## Loading",
-        *_loading(trained, result),
+        *_loading(trained, result, fold_norm=fold_norm),
         "## Licence",
         "sacl-fast, which trained and exported these files, and timm, which has the architecture, "
         "are Apache-2.0. The weights belong to whoever trained them: how they may be used is to be "
@@ -61,9 +64,14 @@ def model_card(trained: Trained, result: ExportResult, *, fold_norm: bool) -> st
 
 def _front() -> str:
     return (
-        "---\nlibrary_name: timm\npipeline_tag: image-feature-extraction\n"
-        "tags:\n- image-feature-extraction\n- self-supervised\n- sacl-fast\n---"
+        "---\n# license: yours to say, see below\nlibrary_name: sacl-fast\n"
+        "pipeline_tag: image-feature-extraction\n"
+        "tags:\n- image-feature-extraction\n- self-supervised\n- timm\n- sacl-fast\n---"
     )
+
+
+def _list(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _facts(trained: Trained) -> Iterator[str]:
@@ -79,10 +87,12 @@ def _facts(trained: Trained) -> Iterator[str]:
     yield f"Encoder: {encoder.name}, width {encoder.width:g}{stem}"
     if "slim" in trained.widths:
         yield f"Slim encoder: {config.slim.ratio:g} of the filters of each convolution"
-    images = f"{counted(trained.images, 'image')}" if trained.images else "number of images unknown"
+    images = counted(trained.images, "image") if trained.images else "number of images unknown"
     yield f"Data: {_DATA[config.data.source] if trained.has_data else 'unknown source'}, {images}"
+    if config.encoder.pretrained:
+        yield "Started from weights that were trained before"
     yield f"Trained: {counted(trained.epochs, 'epoch', 'g')}, {counted(trained.steps, 'step')}" + (
-        f" of {config.batch_size} images" if whole else ""
+        f" of {counted(config.batch_size, 'image')}" if whole else ""
     )
     if whole:
         yield f"Views: {config.views.size} px; {_views(config)}"
@@ -91,6 +101,33 @@ def _facts(trained: Trained) -> Iterator[str]:
             before = trained.knn_before.get(f"knn_{width}")
             untrained = "" if before is None else f" (untrained {before:.2f} %)"
             yield f"kNN accuracy that the run measured, {width}: {accuracy:.2f} %{untrained}"
+        if (rank := trained.label_free.get(f"rankme_{width}")) is not None:
+            yield f"Effective rank of the features (RankMe), {width}: {rank:.1f}"
+
+
+def _kinds(trained: Trained, result: ExportResult) -> Iterator[str]:
+    """What the files' names mean."""
+    files = [row for row in result.rows if row.is_file]
+    for width in dict.fromkeys(row.width for row in files):
+        if width in ("dense", "1"):
+            yield f"`encoder_{width}`: all filters"
+            continue
+        if width == "slim":
+            ratio = trained.config.slim.ratio
+            text = f"{ratio:g} of the filters of each convolution, as it was trained"
+        else:
+            text = (
+                f"{float(width):g} of the filters of each convolution, those of largest L1 norm, "
+                "chosen after training, and batch-norm statistics of their own"
+            )
+        weights = any(row.format == "timm" and row.width == width for row in files)
+        zeros = "; the weights are stored at full size, with zeros for the others"
+        yield f"`encoder_{width}`: {text}{zeros if weights else ''}"
+    if any(row.format.endswith("int8") for row in files):
+        yield (
+            "`int8`: weights with a scale for each output channel, activations calibrated on "
+            "training images; images and features are float32"
+        )
 
 
 def _views(config: Config) -> str:
@@ -130,18 +167,21 @@ def _input(trained: Trained, fold_norm: bool) -> str:
     )
 
 
-def _loading(trained: Trained, result: ExportResult) -> Iterator[str]:
-    """How a file is loaded, once for the files that are loaded alike."""
-    seen: set[str] = set()
+def _loading(trained: Trained, result: ExportResult, *, fold_norm: bool) -> Iterator[str]:
+    """How each file is loaded: one block for those that need the same imports and images."""
+    blocks: dict[tuple[str, ...], list[tuple[str, str]]] = {}
     for row in result.rows:
-        if not row.is_file:
-            continue
-        imports, code = _CODE[row.format.split()[0]](trained, row)
-        if (alike := code.replace(row.name, "")) not in seen:
-            seen.add(alike)
-            images = f"images = torch.rand(1, 3, {trained.size}, {trained.size})  # yours"
-            lines = "\n".join(("import torch", *imports, "", images, *code.splitlines()))
-            yield f"`{row.name}`:\n\n```python\n{lines}\n```"
+        if row.is_file:
+            form = row.format.split()[0]
+            imports, code = _CODE[form](trained, row)
+            scaled = "scaled to 0..1" if fold_norm and form != "timm" else "normalised as above"
+            size = trained.size
+            images = f"images = torch.rand(1, 3, {size}, {size})  # yours, {scaled}"
+            blocks.setdefault(("import torch", *imports, "", images), []).append((row.name, code))
+    for head, files in blocks.items():
+        names = ", ".join(f"`{name}`" for name, _ in files)
+        lines = "\n".join((*head, *(f"\n{code}" for _, code in files)))
+        yield f"{names}:\n\n```python\n{lines}\n```"
 
 
 def _timm_code(trained: Trained, row: Exported) -> tuple[list[str], str]:

@@ -21,7 +21,7 @@ from sacl_fast.config.choices import ExportFormat
 from sacl_fast.data.images.given import Given
 from sacl_fast.data.images.root import refuse_among_images
 from sacl_fast.deploy.card import model_card
-from sacl_fast.deploy.check import latency, parity
+from sacl_fast.deploy.check import latency, parity, rounding_of
 from sacl_fast.deploy.formats import FORMATS, Content, check_packages
 from sacl_fast.deploy.graph import NotRunHere, Runner
 from sacl_fast.deploy.images import RunImages, open_images
@@ -117,10 +117,18 @@ def export(
     given = Given(source, val)
     if source is None:
         refuse_among_images(folder, config.data, "a folder elsewhere works")
-    known = trained.has_data or data is not None or source is not None
-    images = open_images(config, known=known, needed_for=needed_for, given=given)
+    asked = data is not None or source is not None
+    images = open_images(
+        config,
+        known=trained.has_data or asked,
+        needed_for=needed_for,
+        asked=asked,
+        given=given,
+    )
     if knn and (images is None or images.classes < 2):
-        raise UserError("--knn needs images of two classes or more; these have no labels")
+        raise UserError(
+            "--knn needs images of two classes or more; these have no labels or one class only"
+        )
     with _new_folder(folder) as written:
         result = _Export(trained, images, options, folder, written).write(ratios, chosen)
     if result.refused:
@@ -235,8 +243,10 @@ class _Export:
         def run(images: Tensor) -> Tensor:
             return load(self._as_taken(images, folded))
 
-        found = parity(run, self.compared, features)
-        if (obstacle := found.obstacle(int8=int8)) is not None:
+        found, rounding = parity(run, self.compared, features), None
+        if not int8 and found.obstacle() is not None:
+            rounding = rounding_of(network.reference, self.compared, features)
+        if (obstacle := found.obstacle(int8=int8, rounding=rounding)) is not None:
             written.unlink() if written.is_file() else shutil.rmtree(written)
             self.refused.append(f"{file}, whose features differ from the encoder's by {obstacle}")
             return
@@ -244,6 +254,7 @@ class _Export:
             **about,
             milliseconds=latency(load, self._as_taken(self.compared[:1], folded)),
             parity=found,
+            rounding=None if rounding is None else rounding.difference,
             knn=self._knn(run),
         )
 

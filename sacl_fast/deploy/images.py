@@ -63,17 +63,23 @@ class _AsModule(nn.Module):
 
 
 def open_images(
-    config: Config, *, known: bool, needed_for: str | None, given: Given | None = None
+    config: Config,
+    *,
+    known: bool,
+    needed_for: str | None,
+    asked: bool = False,
+    given: Given | None = None,
 ) -> RunImages | None:
     """The images of a run; None where they are not there and not needed.
 
     Args:
         known: whether ``config.data`` names them.
         needed_for: what cannot be done without.
+        asked: whether this call named them, and not the run.
         given: images from Python in their place.
 
     Raises:
-        UserError: they are needed and not there.
+        UserError: they are needed or asked for, and not there.
     """
     if known:
         try:
@@ -81,6 +87,8 @@ def open_images(
         except UserError as error:
             if needed_for is not None:
                 raise UserError(f"{needed_for} needs the run's images, and {error}") from None
+            if asked:
+                raise
             logger.info("the run's images are not at hand (%s)", error)
     elif needed_for is not None:
         raise UserError(

@@ -24,6 +24,9 @@ class Exported:
     """Median of one image; None where it was not run."""
     parity: Parity | None = None
     """With the encoder; None where it is the encoder, or was not run."""
+    rounding: float | None = None
+    """Largest difference, as ``parity`` has it, of the encoder in float32 from itself in float64,
+    where the file was held against that."""
     knn: float | None = None
     """kNN accuracy in percent."""
     not_run: str | None = None
@@ -79,10 +82,21 @@ class ExportResult:
             f"ms: median of one image, CPU, {threads}. Difference (the largest, over the largest "
             f"feature) and cosine (the lowest): of the features in PyTorch and from the file, on "
             f"{self.compared_with}."
+            + (
+                " kNN %: accuracy on validation images, by their nearest training images."
+                if any(row.knn is not None for row in self.rows)
+                else ""
+            )
             + "".join(
                 f" {row.name} was not run, which needs {row.not_run}, and not compared."
                 for row in self.rows
                 if row.not_run
+            )
+            + "".join(
+                f" {row.name} differs more than others since the encoder multiplies rounding: in "
+                f"float64 its features differ by {row.rounding:.1e}."
+                for row in self.rows
+                if row.rounding is not None
             )
         )
 

@@ -154,18 +154,42 @@ def load_encoder(path: str | os.PathLike[str]) -> nn.Module:
     ]:
         raise UserError(
             f"{path} does not say which encoder it holds (no {', '.join(missing)} in its "
-            "metadata); build it with sacl_fast.encoders.build_encoder and load_state_dict"
+            "metadata); an encoder.safetensors that a run wrote works, and --encoder.pretrained "
+            "starts a run from other weights"
         )
     try:
         width, size = float(metadata["width"]), int(metadata["image_size"])
         stem: Any = metadata["stem"]
         encoder = build_encoder(metadata["encoder"], width=width, stem=stem, image_size=size)
-        encoder.load_state_dict(safetensors.torch.load_file(path))
+        load_weights(encoder, safetensors.torch.load_file(path))
     except (ValueError, RuntimeError, OSError, safetensors.SafetensorError) as error:
         raise UserError(
             f"{path} does not hold the encoder that it names: {reason_of(error)}"
         ) from error
     return encoder.eval()
+
+
+def load_weights(encoder: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """``encoder.load_state_dict(state)``, with a sentence on what does not fit.
+
+    Raises:
+        UserError: tensors are missing, unknown or of another shape.
+    """
+    own = encoder.state_dict()
+    if missing := [name for name in own if name not in state]:
+        raise UserError(f"{_first(missing)} of the encoder is not in it")
+    if unknown := [name for name in state if name not in own]:
+        raise UserError(f"the encoder has no {_first(unknown)}, which is in it")
+    for name, value in own.items():
+        given = state[name]
+        if isinstance(value, torch.Tensor) and given.shape != value.shape:
+            raise UserError(f"{name} is {tuple(given.shape)}, the encoder's {tuple(value.shape)}")
+    encoder.load_state_dict(state)
+
+
+def _first(names: list[str]) -> str:
+    more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    return f"{names[0]}{more}"
 
 
 def is_encoder_of(path: Path, metadata: Mapping[str, str]) -> bool:

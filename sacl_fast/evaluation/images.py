@@ -43,10 +43,10 @@ def require_classes(images: ChosenImages, works: str = "data.limit") -> None:
     """Refuse images whose classes cannot be learnt; ``works``: settings that give more of them."""
     classes = images.train.classes
     if len(classes) < 2:
-        found = f"one class only ({classes[0]})" if classes else "no labels"
+        found = f"one class only ({classes[0]})" if classes else "no labels or one class only"
         raise UserError(
             f"the images have {found}, so nothing can be told from their classes; a folder for "
-            "each class works (data.root, data.labels)"
+            "each of two classes or more works (data.root, data.labels)"
         )
     there = np.bincount(images.train.labels[images.train_index], minlength=len(classes))
     tested = np.unique(images.test.labels[images.test_index])

@@ -17,7 +17,7 @@ from sacl_fast.checks import counted
 from sacl_fast.engine.glyphs import drawable
 from sacl_fast.errors import UserError, reason_of
 from sacl_fast.evaluation.scores import Figure, Result
-from sacl_fast.files import whole_file
+from sacl_fast.files import write_whole_files
 
 _NAMED = 40  # classes up to which the confusion matrix names them
 _NUMBERED = 15
@@ -32,7 +32,7 @@ def result_files(result: Result, folder: Path) -> list[Path]:
 
 
 def write_result(result: Result, folder: Path) -> None:
-    """Write it into a folder that exists, each file whole.
+    """Write it into a folder that exists, all files or none.
 
     Raises:
         UserError: it cannot be written.
@@ -40,14 +40,12 @@ def write_result(result: Result, folder: Path) -> None:
     content = [markdown(result).encode(), (json.dumps(as_dict(result), indent=1) + "\n").encode()]
     if result.scores[0].confusion is not None:
         content.append(_confusion_png(result))
-    for path, data in zip(result_files(result, folder), content, strict=True):
-        try:
-            with whole_file(path) as file:
-                file.write(data)
-        except OSError as error:
-            raise UserError(
-                f"cannot write {path}: {reason_of(error)}; --out names another folder"
-            ) from error
+    try:
+        write_whole_files(dict(zip(result_files(result, folder), content, strict=True)))
+    except OSError as error:
+        raise UserError(
+            f"cannot write {error.filename}: {reason_of(error)}; --out names another folder"
+        ) from error
 
 
 def table(result: Result) -> list[list[str]]:

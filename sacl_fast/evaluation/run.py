@@ -332,14 +332,14 @@ def written_to(folder: Path | None) -> Iterator[None]:
         return
     made = not folder.exists()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"can be written")
-    except OSError as error:
-        raise UserError(
-            f"cannot write results to {folder}: {reason_of(error)}; --out names another folder"
-        ) from error
-    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(b"can be written")
+        except OSError as error:
+            raise UserError(
+                f"cannot write results to {folder}: {reason_of(error)}; --out names another folder"
+            ) from error
         yield
     except BaseException:
         if made:

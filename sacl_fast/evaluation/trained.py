@@ -36,6 +36,7 @@ from sacl_fast.config.choices import Width
 from sacl_fast.config.file import layered, read_config_file
 from sacl_fast.data.images.open import SOURCES
 from sacl_fast.encoders import build_encoder, load_encoder, read_encoder_metadata
+from sacl_fast.encoders.file import load_weights
 from sacl_fast.encoders.recalibrate import recalibrated
 from sacl_fast.engine.checkpoint import UnusableCheckpoint, list_checkpoints, load_checkpoint
 from sacl_fast.engine.run_folder import CHECKPOINTS, CONFIG, ENCODERS
@@ -250,7 +251,7 @@ def _open_checkpoint(path: Path, state: dict[str, Any]) -> Trained:
     try:
         encoder = fresh_encoder(config)
         slicer = fresh_slicer(encoder, config)
-        encoder.load_state_dict(_part(state["model"], "encoder."))
+        load_weights(encoder, _part(state["model"], "encoder."))
         slicer.load_state_dict(_part(state["model"], "slicer."))
     except (UserError, RuntimeError, TypeError, LookupError, AttributeError) as error:
         raise UnusableCheckpoint(

@@ -13,7 +13,7 @@ from sacl_fast.config.looking import FeaturesConfig
 from sacl_fast.data.images.root import refuse_among_images
 from sacl_fast.errors import UserError, reason_of
 from sacl_fast.evaluation.trained import Trained
-from sacl_fast.files import kind_of, user_path, whole_file
+from sacl_fast.files import kind_of, user_path, whole_file, write_whole_files
 from sacl_fast.looking import html
 from sacl_fast.looking.features import features_of_trained
 from sacl_fast.looking.files import check_writable, said_of, write_features
@@ -63,8 +63,13 @@ def look_at_trained(trained: Trained, settings: FeaturesConfig, *, quiet: bool =
     if look.alike:
         lines.append(f"of the images shown, {counted(len(look.alike), 'pair')} may be duplicates")
     contents = (picture_of(found, look), grid_of(found, look), page_of(found, look, settings))
-    for page, content in zip(pages, contents, strict=True):
-        write_whole(page, content)
+    try:
+        write_whole_files(dict(zip(pages, contents, strict=True)))
+    except OSError as error:
+        raise UserError(
+            f"cannot write {error.filename}: {reason_of(error)}; the features are in {path}, and "
+            "there are no pictures of them"
+        ) from error
     return Written([path, *pages], lines)
 
 

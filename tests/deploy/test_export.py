@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import json
 import os
@@ -17,10 +16,10 @@ from torch import Tensor
 
 import sacl_fast
 from sacl_fast.cli import main
-from sacl_fast.config import DataConfig
+from sacl_fast.config import Config, DataConfig, EncoderConfig, ViewsConfig
 from sacl_fast.deploy import check, formats
-from sacl_fast.deploy import export as export_module
 from sacl_fast.encoders import build_encoder, read_encoder_metadata
+from sacl_fast.encoders.file import encoder_metadata, save_encoder
 from sacl_fast.errors import UserError
 from sacl_fast.evaluation.trained import open_trained
 
@@ -36,14 +35,22 @@ def run_onnx(path: Path, images: Tensor) -> Tensor:
 
 
 def run_blocks_of_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Run the card's Python where the files lie; the number of blocks."""
+    """Run the card's Python where the files lie, every line of a file's; the number of files."""
     monkeypatch.chdir(folder)
     blocks = re.findall(r"^```python\n(.*?)^```$", Path("MODEL_CARD.md").read_text(), re.M | re.S)
+    loaded = []
     for block in blocks:
         names: dict = {}
-        exec(block, names)
-        assert len(names["features"]) == 1
-    return len(blocks)
+        head, *files = block.split("\n\n")
+        images, *files = files
+        exec(f"{head}\n{images}", names)
+        for code in files:
+            names.pop("features", None)
+            exec(code, names)
+            assert len(names["features"]) == 1
+            loaded += re.findall(r"encoder_[\w.]+", code)
+    assert sorted(loaded) == sorted(p.name for p in folder.iterdir() if p.name != "MODEL_CARD.md")
+    return len(loaded)
 
 
 @torch.no_grad()
@@ -90,7 +97,10 @@ def test_weights_and_graphs_give_the_features_of_the_run(run: Path, tmp_path: Pa
 
     card = (out / "MODEL_CARD.md").read_text()
     assert "SACL-XD" in card and "48 images" in card and str(run.parent) not in card
-    assert run_blocks_of_card(out, monkeypatch) == 3  # both slim weights are loaded alike
+    assert 'load_encoder("encoder_0.25.safetensors", width="slim")' in card
+    assert "1 epoch, 3 steps of 16 images" in card and "# yours, scaled to 0..1" in card
+    assert "`encoder_0.25`: 0.25 of the filters of each convolution, those of largest L1" in card
+    assert run_blocks_of_card(out, monkeypatch) == 6
 
 
 @needs_onnx
@@ -118,7 +128,21 @@ def test_onnx_and_int8(run: Path, tmp_path: Path, monkeypatch):
     assert any(len(w.dims) == 4 for w in weights)
     scales = {w.name: list(w.dims) for w in model.graph.initializer if w.name.endswith("_scale")}
     assert any(dims and dims[0] > 1 for dims in scales.values())  # one for each channel
-    assert run_blocks_of_card(out, monkeypatch) == 1
+    assert run_blocks_of_card(out, monkeypatch) == 2
+    assert "`int8`: weights with a scale" in Path("MODEL_CARD.md").read_text()
+
+
+def test_the_card_of_an_encoder_that_timm_makes(tmp_path: Path, monkeypatch):
+    """Its weights are loaded by timm alone, at the images' size."""
+    config = Config(encoder=EncoderConfig(name="test_vit"), views=ViewsConfig(size=32))
+    path = tmp_path / "encoder.safetensors"
+    said = encoder_metadata(config, epochs=0.5, steps=1, images=1, knn={})
+    save_encoder(path, build_encoder("test_vit", image_size=32).state_dict(), said)
+    sacl_fast.export(path, tmp_path / "out", formats=["timm", "torch-export"])
+    card = (tmp_path / "out/MODEL_CARD.md").read_text()
+    assert 'timm.create_model("test_vit", num_classes=0, img_size=32)' in card
+    assert "0.5 epochs, 1 step\n" in card and "unknown source, 1 image\n" in card
+    assert run_blocks_of_card(tmp_path / "out", monkeypatch) == 2
 
 
 def test_a_file_that_does_not_hold_is_not_kept(run: Path, tmp_path: Path, monkeypatch):
@@ -156,6 +180,34 @@ def test_what_holds(features: Tensor, holds: bool, int8: bool):
     given = iter((features[:1], features[1:]))
     found = check.parity(lambda images: next(given), torch.zeros(3, 3, 2, 2), torch.eye(3))
     assert (found.obstacle(int8=int8) is None) == holds
+
+
+class Unsteady(torch.nn.Module):
+    """Of images near a constant, which it takes away, and multiplies what is left."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images.mean((2, 3)) / 3 - 1 / 3) * self.factor + torch.arange(3.0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("factor", "holds"), [(1, True), (1e5, True), (1e7, False)])
+def test_what_rounding_does_to_the_encoder_is_allowed_to_files(factor: float, holds: bool):
+    """Its features in another order of summation, as a file's are."""
+    noise = torch.rand(64, 3, 7, 7, generator=torch.Generator().manual_seed(0))
+    encoder, images = Unsteady(factor), 1 + 1e-6 * noise
+    features = encoder(images)
+    found = check.parity(lambda part: encoder(part.flip(2, 3) * (1 + 2**-23)), images, features)
+    assert (found.obstacle() is None) == (factor == 1)
+    rounding = check.rounding_of(encoder, images, features)
+    assert rounding is not None
+    assert (found.obstacle(rounding=rounding) is None) == holds
+    wrong = check.parity(lambda part: encoder(part) + 0.1 * torch.eye(3)[0], images, features)
+    obstacle = wrong.obstacle(rounding=rounding)
+    assert obstacle is not None and "rounding in float32 alone changes the encoder's by" in obstacle
 
 
 @pytest.mark.parametrize(
@@ -207,22 +259,6 @@ def test_what_is_missing_or_in_the_way(run: Path, tmp_path: Path, monkeypatch):
         formats.importlib.util, "find_spec", lambda name: None if name == "onnx" else find(name)
     )
     refused(r"needs onnx.*pip install 'sacl-fast\[export\]'", run, out, formats=["onnx"])
-
-
-def test_on_a_full_disk_nothing_is_left(run: Path, tmp_path: Path, monkeypatch):
-    written = []
-    whole_file = export_module.whole_file
-
-    def full(path: Path):
-        if written:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        written.append(path)
-        return whole_file(path)
-
-    monkeypatch.setattr(export_module, "whole_file", full)
-    with pytest.raises(UserError, match=r"cannot write .*out/encoder_slim.* No space left"):
-        sacl_fast.export(run, tmp_path / "out", ["dense", "slim"])
-    assert written and not os.listdir(tmp_path)
 
 
 def test_without_the_images_it_is_compared_on_random_ones(run: Path, tmp_path: Path):

@@ -120,6 +120,47 @@ def test_without_batch_norm_no_batch_is_read():
     assert len(list(unread)) == 3
 
 
+def chain_of_constants(norms: int, constant: float) -> nn.Sequential:
+    """Norms of a channel that is a constant and of one that is not, one after another."""
+    first = nn.Conv2d(1, 2, 1)
+    with torch.no_grad():
+        first.weight.copy_(torch.tensor([0.0, 1.0]).view(2, 1, 1, 1))
+        first.bias.copy_(torch.tensor([constant, 0.0]))
+    return nn.Sequential(first, *(nn.BatchNorm2d(2) for _ in range(norms)))
+
+
+@pytest.mark.parametrize("constant", [-0.5461, 0.0, 1234.567])
+def test_constant_channels_are_normalised_exactly(constant: float):
+    """Where each norm multiplied the rounding of the one before by 316."""
+    encoder = chain_of_constants(4, constant)
+    given = [torch.randn(7, 1, 9, 9, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    with recalibrated(encoder, given), torch.no_grad():
+        features = encoder(given[0])
+        first, second = encoder[1], encoder[2]
+        mean, var = first.get_buffer("running_mean"), first.get_buffer("running_var")
+        assert mean[0].item() == encoder[0].get_parameter("bias")[0].item() and var[0] == 1
+        torch.testing.assert_close(mean[1], torch.stack([x.mean() for x in given]).mean())
+        torch.testing.assert_close(var[1], torch.stack([x.var() for x in given]).mean())
+        assert second.get_buffer("running_mean")[0] == 0
+        wide = copy.deepcopy(encoder).double()(given[0].double())
+    assert features[:, 0].abs().max() <= 1e-7 * abs(constant)
+    torch.testing.assert_close(features.double(), wide, rtol=1e-5, atol=1e-5 + 1e-7 * abs(constant))
+
+
+def test_a_channel_that_is_constant_in_some_batches_has_plain_averages():
+    encoder = nn.Sequential(nn.BatchNorm1d(3))
+    given = [torch.randn(8, 3), torch.randn(8, 3)]
+    given[0][:, 0] = 5.0  # and another number in each row of the other batch
+    given[0][:, 1], given[1][:, 1] = 2.0, 3.0
+    given[0][:, 2] = torch.inf
+    with recalibrated(encoder, given):
+        norm = encoder[0]
+        mean, var = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+        torch.testing.assert_close(mean[:2], torch.stack([x.mean(0) for x in given]).mean(0)[:2])
+        torch.testing.assert_close(var[:2], torch.stack([x.var(0) for x in given]).mean(0)[:2])
+        assert not var[2].isfinite()  # as it would be without us
+
+
 def test_no_batches_is_an_error_that_says_so():
     encoder = small_encoder()
     before = copy.deepcopy(state_of(encoder))
