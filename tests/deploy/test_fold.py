@@ -16,12 +16,13 @@ from tests.slim.test_skip import encoder_of
 
 def left(module: fx.GraphModule) -> int:
     """Batch norms behind something else than a convolution."""
-    return sum(
-        isinstance(module.get_submodule(node.target), nn.BatchNorm2d)
-        and node.args[0].target in (operator.add, torch.cat)
-        for node in module.graph.nodes
-        if node.op == "call_module"
-    )
+    count = 0
+    for node in module.graph.nodes:
+        if node.op == "call_module":
+            (given,) = node.all_input_nodes
+            is_norm = isinstance(module.get_submodule(str(node.target)), nn.BatchNorm2d)
+            count += is_norm and given.target in (operator.add, torch.cat)
+    return count
 
 
 @pytest.mark.parametrize("name", ["test_efficientnet", "resnet10t"])
@@ -45,6 +46,7 @@ class Sums(nn.Module):
         self.first, self.twice, self.other, self.narrow = (
             nn.Conv2d(3, count, 3, padding=1) for count in (4, 4, 4, 1)
         )
+        self.last, self.without_bias = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1, bias=False)
         self.a, self.b = nn.Conv2d(4, 4, 1, bias=False), nn.Conv2d(4, 4, 1)
         self.norms = nn.ModuleList(nn.BatchNorm2d(4, affine=number != 1) for number in range(6))
 
@@ -56,16 +58,15 @@ class Sums(nn.Module):
         once = self.narrow(x)
         y = self.norms[3](self.b(y) + once)
         y = self.norms[4](y + y)
-        return self.norms[5](self.last(y) + self.bias_free(y))
+        return self.norms[5](self.last(y) + self.without_bias(y))
 
 
 def test_what_is_read_elsewhere_stays():
     torch.manual_seed(0)
     encoder = Sums()
-    encoder.last, encoder.bias_free = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1, bias=False)
-    for norm in encoder.norms:
-        norm.running_mean.normal_()
-        norm.running_var.uniform_(0.1, 3)
+    for name, statistic in encoder.named_buffers():
+        if name.endswith(("mean", "var")):
+            statistic.uniform_(0.1, 3)
     module = fx.symbolic_trace(encoder.double().eval())
     images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     with torch.no_grad():
