@@ -14,6 +14,7 @@ import itertools
 import json
 import re
 import shlex
+import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -235,6 +236,25 @@ def test_figures_of_the_slim_encoder_are_those_measured():
     half = rows["mobilenetv1_100", 0.5]
     headline = f"{half['recorded']:.2f} of the dense one's | {half['mask']:.2f}: masks"
     assert headline in (ROOT / "README.md").read_text()
+
+
+def test_figures_of_a_short_run_are_those_measured():
+    page = (ROOT / "docs/training.md").read_text()
+    rows = results("ranking_cifar10_cpu")["rows"]
+    columns = (("knn", "top-1"), ("linear-fast", "top-1"), ("few-shot", "5 per class"))
+    for encoder in ("dense, untrained", "dense", "slim, untrained", "slim"):
+        of_seeds = [[row[method][encoder][name] for row in rows] for method, name in columns]
+        cells = [f"{statistics.mean(v):.1f} ± {statistics.stdev(v):.1f}" for v in of_seeds]
+        assert f"| {' | '.join((encoder, *cells))} |" in page
+    added = [
+        figure - row[method][f"{width}, untrained"][name]
+        for row in rows
+        for method in dict(columns)
+        for width in ("dense", "slim")
+        for name, figure in row[method][width].items()
+        if name != "top-5"
+    ]
+    assert f"by {min(added):.1f} to {max(added):.1f} points" in page
 
 
 def test_figures_of_the_data_paths_are_those_measured():

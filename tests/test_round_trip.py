@@ -1,5 +1,5 @@
 """examples/round_trip.sh on CIFAR-10: every evaluation ranks the trained encoder above the
-untrained one, and the exported files give its features in PyTorch and onnxruntime."""
+untrained one, and the exported files find the same classes in plain timm and ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -13,17 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
-from safetensors.torch import load_file
-from torch import Tensor
-
-from sacl_fast.config import EvalConfig
-from sacl_fast.encoders import build_encoder, read_encoder_metadata
-from sacl_fast.evaluation.knn import knn_accuracy
 
 ROOT = Path(__file__).resolve().parent.parent
-IMAGES_OF_A_CLASS = 200
+IMAGES_OF_A_CLASS = {"train": 350, "test": 200}  # 7 epochs: 378 steps
+# Points that training adds at least. It added 3.9 to 9.7 here, and 4.4 to 11.8 over three seeds on
+# 500 images of a class (benchmarks/results/ranking_cifar10_cpu.json).
+ADDED = 1.0
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +29,7 @@ def cifar10(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     with tarfile.open(data_folder / "cifar10.tar.gz") as archive:
         for member in archive:
             path = Path(member.name)
-            if member.isfile() and found[path.parent] < IMAGES_OF_A_CLASS:
+            if member.isfile() and found[path.parent] < IMAGES_OF_A_CLASS[path.parts[-3]]:
                 found[path.parent] += 1
                 archive.extract(member, folder, filter="data")
     assert len(found) == 20
@@ -44,12 +39,13 @@ def cifar10(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def out(cifar10: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the example leaves."""
+    pytest.importorskip("onnxruntime")
     out = tmp_path_factory.mktemp("round_trip")
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     done = subprocess.run(
         [
             *("bash", "examples/round_trip.sh", str(cifar10), str(out)),
-            *"--device cpu --data.workers 0 --eval.every 5".split(),
+            *"--epochs 7 --device cpu --data.workers 0 --eval.rank-images 0".split(),
         ],
         cwd=ROOT,
         env={**os.environ, "PATH": path, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
@@ -58,6 +54,14 @@ def out(cifar10: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
     return out
+
+
+@pytest.fixture(scope="module")
+def found(out: Path, cifar10: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Each file's classes for the test images; and the right ones."""
+    from examples.exported_files import classes_by_file
+
+    return classes_by_file(out / "files", cifar10)
 
 
 def result(out: Path, name: str) -> dict[str, dict]:
@@ -72,50 +76,35 @@ def test_trained_above_untrained(out: Path, method: str):
     for width in ("dense", "slim"):
         for name, untrained in of[f"{width}, untrained"]["figures"].items():
             if name != "top-5":
-                assert of[width]["figures"][name]["mean"] > untrained["mean"], (width, name)
+                added = of[width]["figures"][name]["mean"] - untrained["mean"]
+                assert added > ADDED, (width, name)
 
 
-def test_fine_tuned(out: Path):
+@pytest.mark.parametrize("width", ["dense", "slim"])
+def test_exported_files_find_the_same_classes(out: Path, found, width: str):
+    """kNN from the weights in plain timm is what was printed; graphs find what timm finds."""
+    classes, labels = found
+    in_timm = classes[f"encoder_{width}.safetensors"]
+    printed = result(out, "eval/knn.json")[width]["figures"]["top-1"]["mean"]
+    assert 100 * np.mean(in_timm == labels) == pytest.approx(printed, abs=0.1)
+
+    assert np.mean(classes[f"encoder_{width}.onnx"] == in_timm) > 0.998  # ties, by rounding
+    # In int8 an encoder that is often unsure changes its mind, and is still worth its training.
+    in_int8 = classes[f"encoder_{width}_int8.onnx"]
+    assert np.mean(in_int8 == in_timm) > 0.5  # of 10 classes
+    untrained = result(out, "eval/knn.json")[f"{width}, untrained"]["figures"]["top-1"]["mean"]
+    assert 100 * np.mean(in_int8 == labels) > untrained + ADDED
+
+
+def test_fine_tuned_classifier_in_timm(out: Path, cifar10: Path):
+    from examples.exported_files import encode, in_timm, read
+
     (written,) = out.glob("run/finetune/*/finetune.json")
     (encoder,) = result(out, str(written.relative_to(out / "run"))).values()
-    assert encoder["figures"]["top-1"]["mean"] > 25  # of 10 classes
+    printed = encoder["figures"]["top-1"]["mean"]
+    assert printed > 25  # of 10 classes
 
-
-@torch.no_grad()
-@pytest.mark.parametrize("width", ["dense", "slim"])
-def test_files_give_the_features_and_the_accuracy_of_the_run(out: Path, cifar10: Path, width: str):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    said = read_encoder_metadata(out / f"files/encoder_{width}.safetensors")
-    mean, std = (np.array(json.loads(said[k]), np.float32) for k in ("mean", "std"))
-
-    def read(split: str) -> tuple[Tensor, Tensor]:
-        """Normalised images (N, 3, 32, 32) and classes (N,)."""
-        images, labels = [], []
-        for label, folder in enumerate(sorted((cifar10 / split).iterdir())):
-            for path in sorted(folder.iterdir()):
-                pixels = np.asarray(Image.open(path).convert("RGB"), np.float32) / 255
-                images.append(((pixels - mean) / std).transpose(2, 0, 1))
-                labels.append(label)
-        return torch.from_numpy(np.stack(images)), torch.tensor(labels)
-
-    encoder = build_encoder("resnet20", width=0.5).eval()
-    encoder.load_state_dict(load_file(out / f"files/encoder_{width}.safetensors"))
-    (bank, bank_labels), (queries, query_labels) = read("train"), read("test")
-    features = encoder(bank), encoder(queries)
-    knn = EvalConfig()
-    accuracy = knn_accuracy(
-        *(features[0], bank_labels, features[1], query_labels),
-        k=knn.k,
-        temperature=knn.temperature,
-        num_classes=10,
-    )
-    printed = result(out, "eval/knn.json")[width]["figures"]["top-1"]["mean"]
-    assert accuracy == pytest.approx(printed, abs=0.1)
-
-    by_file = {}
-    for suffix in ("", "_int8"):
-        session = onnxruntime.InferenceSession(out / f"files/encoder_{width}{suffix}.onnx")
-        (found,) = session.run(["features"], {"images": queries[:200].numpy()})
-        by_file[suffix] = torch.from_numpy(found)
-    torch.testing.assert_close(by_file[""], features[1][:200], rtol=1e-3, atol=1e-4)
-    assert torch.cosine_similarity(by_file["_int8"], features[1][:200]).mean() > 0.9
+    classifier, said = in_timm(written.parent / "last.safetensors")
+    pixels, labels = read(cifar10 / "test")
+    logits = encode(classifier, pixels, said)
+    assert 100 * np.mean(logits.argmax(axis=1) == labels) == pytest.approx(printed, abs=0.1)

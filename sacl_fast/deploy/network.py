@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from sacl_fast.checks import Ratio, check
+from sacl_fast.deploy.fold import fold_batch_norms
 from sacl_fast.encoders.file import encoder_metadata
 from sacl_fast.errors import UserError
 from sacl_fast.evaluation.trained import Trained, Width, fresh_slicer
@@ -110,7 +111,7 @@ def make_network(trained: Trained, width: Width | float, batches: Batches | None
         knn=knn,
         slim=is_slim,
     )
-    module = compact_zeroed(reference) if is_slim else reference
+    module = fold_batch_norms(compact_zeroed(reference)) if is_slim else reference
     return Network(name, reference, module, metadata)
 
 

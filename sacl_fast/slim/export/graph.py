@@ -162,10 +162,7 @@ class _Translation:
             y = self.new.call(conv, x.node)
             y = self.new.select_node(y, kept, conv.out_channels)
         elif depthwise:
-            read = channels(np.asarray(kept.numbers) // (conv.out_channels // conv.in_channels))
-            y = self.new.call(
-                convolution_like(conv, weight, bias, len(kept)), self.new.select(x, read)
-            )
+            kept, y = self.depthwise(conv, kept, x)
         else:
             y = self.ungrouped(conv, weight, bias, x)
         zeroed = complement(kept, conv.out_channels)
@@ -173,6 +170,30 @@ class _Translation:
             return y
         zeros = weight.new_zeros(1, len(zeroed), 1, 1)
         return SplitActivation(conv.out_channels, kept, y, zeroed, zeros)
+
+    def depthwise(
+        self, conv: nn.Conv2d, kept: Channels, x: SplitActivation
+    ) -> tuple[Channels, fx.Node]:
+        """The kept filters in the order in which their results stand, and these."""
+
+        def filters(chosen: Channels, scale: Tensor | float, groups: int) -> nn.Conv2d:
+            out = index_of(chosen)
+            bias = None if conv.bias is None else conv.bias[out]
+            return convolution_like(conv, conv.weight[out] * scale, bias, groups)
+
+        numbers = np.asarray(kept.numbers)
+        read = numbers // (conv.out_channels // conv.in_channels)
+        of_constants = np.isin(read, x.constant.numbers)
+        if of_constants.all() or not of_constants.any():
+            y = self.new.call(filters(kept, 1.0, len(kept)), self.new.select(x, channels(read)))
+            return kept, y
+        live, fixed = channels(numbers[~of_constants]), channels(numbers[of_constants])
+        y = self.new.call(
+            filters(live, 1.0, len(live)), self.new.select(x, channels(read[~of_constants]))
+        )
+        values = x.constants(read[of_constants]).view(-1, 1, 1, 1)
+        border = self.new.call(filters(fixed, values, 1), self.new.image_of_ones(x.node))
+        return channels([*live.numbers, *fixed.numbers]), self.new.cat_expanded([y, border])
 
     def ungrouped(
         self, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, x: SplitActivation
