@@ -153,8 +153,9 @@ def _how(result: Result) -> str:
         k, temperature = settings["eval"]["k"], settings["eval"]["temperature"]
         return f"Weighted kNN among {images}, k {k}, temperature {temperature:g}."
     if result.method == "finetune":
+        few = f" ({result.few_labels}, seed {settings['seed']})" if result.few_labels else ""
         return (
-            f"All weights trained on {images}: {settings['steps']:,} steps of "
+            f"All weights trained on {images}{few}: {settings['steps']:,} steps of "
             f"{settings['batch_size']}, learning rate {settings['lr']:g}, {settings['size']} px."
         )
     if result.method == "linear":
