@@ -36,6 +36,7 @@ from sacl_fast.engine.checkpoint import (
 from sacl_fast.engine.clock import Clock
 from sacl_fast.engine.console import RunConsole
 from sacl_fast.engine.metrics import MetricWriter, read_metrics, rewind_metrics
+from sacl_fast.engine.outlook import spoken
 from sacl_fast.engine.plots import plot_accuracy
 from sacl_fast.engine.resume import data_record
 from sacl_fast.engine.run_folder import CURVES, METRICS
@@ -138,6 +139,8 @@ class Training:
         self.step, self.best, self.best_step = 0, -1.0, 0
         self.evaluated = 0
         """The step after which it was evaluated last."""
+        self._told = False
+        """Whether it has said how long it will take."""
         self._resume()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -173,7 +176,8 @@ class Training:
         """
         total = self.total
         with self.console, self.stop.by_signals(self.console.message):
-            self.console.message(f"{name}: {total - self.step:,} steps, {self.folder}")
+            done = f" after the {self.step:,} done" if self.step else ""
+            self.console.message(f"{name}: {total - self.step:,} steps{done}, {self.folder}")
             try:
                 if self.step < total:
                     self._train()
@@ -232,6 +236,12 @@ class Training:
                 f"{self.settings.lr:g} works"
             )
         reading = {"loss": value, "lr": rate, **clock.read()}
+        left = self.total - self.step
+        if left and not self._told:
+            speed = reading["images_per_second"]
+            time = spoken(left * self.settings.batch_size / speed)
+            self.console.message(f"{time} for {left:,} more steps ({speed:.3g} images/s)")
+        self._told = True
         self.writer.write("train", self.step, self._epoch, reading)
         self.console.update(self.step, self._epoch, reading)
 

@@ -23,6 +23,7 @@ from torch import nn
 import sacl_fast
 from sacl_fast.cli import main
 from sacl_fast.config import Config, DataConfig
+from sacl_fast.config.finetune import FinetuneConfig
 from sacl_fast.data.images.open import open_sources
 from sacl_fast.data.loading.crops import CropLoader
 from sacl_fast.data.loading.evaluation import EvalLoader
@@ -31,7 +32,12 @@ from sacl_fast.engine.checkpoint import list_checkpoints
 from sacl_fast.engine.metrics import read_metrics
 from sacl_fast.engine.trainer import train
 from sacl_fast.errors import Stopped, UserError
+from sacl_fast.evaluation.few_shot import draw_per_class, draw_percent
+from sacl_fast.evaluation.images import choose_images
 from sacl_fast.transfer.classifier import load_classifier
+from sacl_fast.transfer.finetune import _steps, default_folder
+from sacl_fast.transfer.task import with_few_labels
+from sacl_fast.transfer.training import Training
 
 FEW: dict[str, Any] = dict(
     steps=6, batch_size=16, size=16, eval_every=3, checkpoint_every=2, log_every=1
@@ -76,7 +82,7 @@ def predicted(module: nn.Module, config: Config, root: Path) -> np.ndarray:
 def test_what_is_written_is_what_is_printed(run_folder, labelled, tiny, capsys):
     told = said(capsys, "finetune", run_folder, *FEW_ARGS, "--from-scratch")
     folder = run_folder / "finetune" / labelled.name
-    assert "(fine-tuned, 30 images; 95 % interval" in told and "training from scratch" in told
+    assert "(fine-tuning, 30 images; 95 % interval" in told and "training from scratch" in told
     assert sorted(path.name for path in folder.iterdir()) == [
         "best.safetensors", "checkpoints", "curves.png", "finetune.json", "finetune.md",
         "finetune_confusion.png", "from_scratch", "last.safetensors", "metrics.jsonl",
@@ -102,10 +108,11 @@ def test_what_is_written_is_what_is_printed(run_folder, labelled, tiny, capsys):
     assert rates == pytest.approx([0.05 * (1 + np.cos(np.pi * i / 6)) for i in range(6)])
 
 
-def test_the_first_step_is_the_protocol(run_folder, labelled, tiny):
+@pytest.mark.parametrize("backbone", [None, 0.01])
+def test_the_first_step_is_the_protocol(run_folder, labelled, tiny, backbone):
     """SGD with Nesterov momentum on the mean cross-entropy, from the trained encoder, batch norm in
     training mode: one step by hand."""
-    done = sacl_fast.evaluate.finetune(run_folder, **few(steps=1))
+    done = sacl_fast.evaluate.finetune(run_folder, **few(steps=1, backbone_lr=backbone))
     got = network(done.folder / "last.safetensors")
     config = replace(tiny, data=replace(tiny.data, root=str(labelled)))
     train_source = open_sources(config.data, 0).train
@@ -126,7 +133,8 @@ def test_the_first_step_is_the_protocol(run_folder, labelled, tiny):
     for name, p in encoder.named_parameters():
         # A batch norm of 16 images of 16 px makes much of the last digits.
         assert p.grad is not None
-        stepped = p.detach() - 0.1 * 1.9 * p.grad
+        rate = 0.1 if name.startswith("fc.") or backbone is None else backbone
+        stepped = p.detach() - rate * 1.9 * p.grad
         torch.testing.assert_close(got[name], stepped, rtol=1e-2, atol=1e-3)
     assert encoder.get_parameter("fc.weight").grad.abs().max() > 0.1
     for name, b in encoder.named_buffers():
@@ -191,9 +199,8 @@ def test_position_embeddings_are_resized(tiny, labelled):
     assert network(done.folder / "last.safetensors")["pos_embed"].shape[1] == 1 + 9
 
 
-def killed_after(folder: Path, out: Path, step: int, number: int) -> None:
-    """Fine-tune in a process of its own that gets a signal after a step."""
-    code = f"""
+# Of a process that gets a signal after a step: before the checkpoint of that step, if one is due.
+_SIGNALLED = """
 import os, sys
 from sacl_fast.transfer.training import Training
 read = Training._read
@@ -203,23 +210,36 @@ def reading(self, *args):
         os.kill(os.getpid(), {number})
 Training._read = reading
 from sacl_fast.cli import main
-sys.exit(main({["finetune", str(folder), "--out", str(out), *FEW_ARGS]!r}))
+ended = main({args!r})
 """
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ended.returncode in (-number, 128 + number), ended.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_run_goes_on_exactly(run_folder, tmp_path, number, capsys):
+def test_a_run_that_was_stopped_and_killed_goes_on_exactly(
+    run_folder, tmp_path, monkeypatch, capsys
+):
+    """By SIGTERM after step 3, which leaves a checkpoint; gone on with, and by SIGKILL after step
+    5, of which nothing is left but the checkpoint of step 4."""
     whole = sacl_fast.evaluate.finetune(run_folder, **FEW, out=tmp_path / "whole")
-    killed_after(run_folder, tmp_path / "killed", 5, int(number))
-    at = {signal.SIGTERM: 5, signal.SIGKILL: 4}[number]
-    assert [p.stem for p in list_checkpoints(tmp_path / "killed/checkpoints")] == [f"step_{at:08}"]
-    assert not (tmp_path / "killed/last.safetensors").exists()
-    args = ["finetune", str(run_folder), "--out", str(tmp_path / "killed"), *FEW_ARGS]
+    killed = tmp_path / "killed"
+    args = ["finetune", str(run_folder), "--out", str(killed), *FEW_ARGS]
+
+    def left() -> list[str]:
+        assert not (killed / "last.safetensors").exists()
+        return [path.stem for path in list_checkpoints(killed / "checkpoints")]
+
+    monkeypatch.setattr(Training, "_read", Training._read)  # and put back at the end
+    space: dict[str, Any] = {}
+    exec(_SIGNALLED.format(step=3, number=int(signal.SIGTERM), args=args), space)
+    monkeypatch.undo()
+    assert space["ended"] == 128 + signal.SIGTERM and left() == ["step_00000003"]
     assert "--resume auto goes on" in refused(capsys, *args)
-    assert "steps: 6 -> 7" in refused(capsys, *args, "--resume", "auto", "--steps", "7")
-    said(capsys, *args, "--resume", "auto")
+    args += ["--resume", "auto"]
+    assert "steps: 6 -> 7" in refused(capsys, *args, "--steps", "7")
+    code = _SIGNALLED.format(step=5, number=int(signal.SIGKILL), args=args)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert left() == ["step_00000004"]
+    said(capsys, *args)
     for name in ("last.safetensors", "best.safetensors"):
         a, b = (network(tmp_path / part / name) for part in ("whole", "killed"))
         assert all(torch.equal(value, b[key]) for key, value in a.items()), name
@@ -230,15 +250,13 @@ def test_a_killed_run_goes_on_exactly(run_folder, tmp_path, number, capsys):
     ]  # fmt: skip
     assert of[0] == of[1] and len(of[0]) == 6
     assert whole.result is not None
-    written = json.loads((tmp_path / "killed/finetune.json").read_text())
+    written = json.loads((killed / "finetune.json").read_text())
     top1 = written["encoders"][0]["figures"]["top-1"]["mean"]
     assert top1 == whole.result.scores[0].figures["top-1"].mean
 
 
 def test_an_evaluation_that_a_signal_ended_is_made_up_for(run_folder, monkeypatch):
     """And a run that is finished says the same again."""
-    from sacl_fast.transfer.training import Training
-
     evaluate = Training._evaluate
     with monkeypatch.context() as patch:
 
@@ -288,7 +306,9 @@ def test_mistakes_are_one_sentence_and_leave_nothing(run_folder, labelled, tmp_p
         (run_folder, "--data.root", one): "no labels",
         (run_folder, "--data.root", lacking): "none of the class folders",
         (run_folder, "--data.root", tmp_path / "no"): "does not exist",
-        (run_folder, "--batch-size", "61"): "batch_size is 61, but there are only 60 training",
+        (run_folder, "--percent", "0"): "percent is 0.0; a value above 0 and at most 100 works",
+        (run_folder, "--percent", "5", "--per-class", "3"): "per_class is 3; one of the two works",
+        (run_folder, "--per-class", "21"): "class one has only 20 training images; at most 20",
         (run_folder, "--width", "slimm"): "slimm",
         (alone,): "does not say on which images",
         (alone, "--width", "slim", "--data.root", labelled): "holds the dense encoder only",
@@ -330,6 +350,67 @@ def test_a_diverged_run_and_a_full_disk(run_folder, tmp_path, monkeypatch):
         sacl_fast.evaluate.finetune(run_folder, **FEW, out=tmp_path / "full")
     left = [p for p in (tmp_path / "full").rglob("*") if p.suffix in (".pt", ".safetensors")]
     assert not left
+
+
+def test_few_labels(run_folder, labelled, tiny, capsys):
+    """Fewer than a batch; and from scratch, where all weights have one rate, on the same ones."""
+    args = ("finetune", run_folder, *FEW_ARGS, "--per-class", "2", "--seed", "3", "--from-scratch")
+    told = said(capsys, *args, "--backbone-lr", "0.01")
+    assert "over training from scratch (fine-tuning, 2 per class, 30 images; 95 % in" in told or (
+        "chance: " in told and "(fine-tuning, 2 per class, 30 images; 95 % interval" in told
+    )
+    folder = run_folder / "finetune" / f"{labelled.name}-2perclass"
+    written = json.loads((folder / "finetune.json").read_text())
+    assert written["train_images"] == 6
+    assert [written["settings"][name] for name in ("per_class", "seed", "steps")] == [2, 3, 6]
+    assert "6 training images (2 per class, seed 3)" in (folder / "finetune.md").read_text()
+    of = [
+        torch.load(list_checkpoints(folder / part)[-1])["optimizer"]["param_groups"]
+        for part in ("checkpoints", "from_scratch/checkpoints")
+    ]
+    assert [[group["base"] for group in groups] for groups in of] == [[0.01, 0.1], [0.1]]
+
+    images = choose_images(open_sources(replace(tiny.data, root=str(labelled)), 0), 3)
+    labels = images.train.labels[images.train_index]
+    for few_of, counts in {("percent", 10.0): [2, 2, 2], ("per_class", 3): [3, 3, 3]}.items():
+        settings = FinetuneConfig(seed=3, **dict([few_of]))
+        index = with_few_labels(images, settings).train_index
+        assert np.bincount(images.train.labels[index]).tolist() == counts
+        draw = {"percent": draw_percent, "per_class": draw_per_class}[few_of[0]]
+        first = draw(labels, few_of[1], seed=3)  # of 'sacl-fast eval few-shot'
+        assert np.array_equal(index, images.train_index[first])
+    assert with_few_labels(images, FinetuneConfig()) is images
+
+
+def test_steps_and_folders_of_few_labels(run_folder):
+    few_of = FinetuneConfig(percent=10.0)
+    found = [_steps(few_of, images) for images in (2, 1067, 5000, 128_000)]
+    assert found == [1000, 1001, 4688, 10_000]
+    assert _steps(FinetuneConfig(), 2) == 10_000 and _steps(replace(few_of, steps=7), 2) == 7
+    trained = sacl_fast.evaluate.open_trained(run_folder)
+    settings = FinetuneConfig(percent=0.5, width="slim", data=DataConfig(source="cifar10"))
+    assert default_folder(trained, settings) == run_folder / "finetune/cifar10-slim-0.5percent"
+
+
+def test_images_from_python_are_those_of_a_folder(run_folder, labelled, tiny, tmp_path):
+    splits = open_sources(replace(tiny.data, root=str(labelled)), 0)
+    assert splits.val is not None
+    given = [
+        [(source.load(i), source.classes[source.labels[i]]) for i in range(len(source))]
+        for source in splits
+        if source is not None
+    ]
+    data = DataConfig(workers=0)
+    done = sacl_fast.evaluate.finetune(
+        run_folder, data=data, source=given[0], val=given[1], **FEW, out=tmp_path / "given"
+    )
+    folder = sacl_fast.evaluate.finetune(run_folder, **FEW, out=tmp_path / "folder")
+    a, b = (network(d.folder / "last.safetensors") for d in (done, folder))
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
+    assert done.result is not None and done.result.classes == ("one", "three", "two")
+    assert done.result.settings["data"]["source"] == "python"
+    with pytest.raises(UserError, match="val= was given without source="):
+        sacl_fast.evaluate.finetune(run_folder, val=given[1], **FEW)
 
 
 def test_unreadable_images_are_passed_over(tiny, labelled, tmp_path):
