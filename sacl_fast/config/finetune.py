@@ -71,7 +71,8 @@ class FinetuneConfig(Settings):
         super().__post_init__()
         if self.percent is not None and self.per_class is not None:
             raise UserError(
-                f"percent is {self.percent:g} and per_class is {self.per_class}; one of the two works"
+                f"percent is {self.percent:g} and per_class is {self.per_class}; one of the two "
+                "works"
             )
 
     @property

@@ -56,8 +56,8 @@ def table(result: Result) -> list[list[str]]:
     notes = any(scores.note for scores in result.scores)
     control = "over scratch" if result.method == "finetune" else "over untrained"
     over = [control] if gains else []
-    precision = result.main.startswith("mAP")
-    rows = [["precision in %" if precision else "accuracy in %", *columns, *over, *([""] if notes else [])]]
+    first = "precision in %" if result.main.startswith("mAP") else "accuracy in %"
+    rows = [[first, *columns, *over, *([""] if notes else [])]]
     for scores in result.scores:
         row = [scores.name, *(_shown(scores.figures[name]) for name in columns)]
         if gains:

@@ -51,7 +51,7 @@ from sacl_fast.transfer.training import BEST, CHECKPOINTS, LAST, Labelled, Train
 logger = logging.getLogger(__name__)
 
 _STEPS = 10_000
-# Of few labels: SimCLR's passes over 1 % of ImageNet, and as many steps as a handful of images need.
+# Of few labels: the passes of SimCLR over 1 % of ImageNet, and the steps that a handful needs.
 _PASSES, _FEWEST = 60, 1000
 
 # What one leaves that was killed before its first checkpoint.

@@ -84,7 +84,9 @@ class Labelled:
         check: Callable[[], None],
     ) -> None:
         self.images, self.task, self.config, self.device = images, task, config, device
-        self.crops = CropLoader(images.train, images.train_index, config, device, check=check, repeat=True)
+        self.crops = CropLoader(
+            images.train, images.train_index, config, device, check=check, repeat=True
+        )
         self.normalise = Normalise(
             config.views, device, config.channels_last, input_dtype(config, device)
         )
@@ -365,10 +367,10 @@ class Training:
 
 def _groups(classifier: Classifier, settings: FinetuneConfig) -> list[dict[str, Any]]:
     """The parameters by the rate that they begin with."""
+    backbone = settings.lr if settings.backbone_lr is None else settings.backbone_lr
     groups: dict[float, list[Tensor]] = {}
     for name, parameter in classifier.module.named_parameters():
-        trained = name not in classifier.head and settings.backbone_lr is not None
-        rate = settings.backbone_lr if trained else settings.lr
+        rate = settings.lr if name in classifier.head else backbone
         groups.setdefault(rate, []).append(parameter)
     return [{"params": some, "lr": rate, "base": rate} for rate, some in groups.items()]
 

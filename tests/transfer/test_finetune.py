@@ -22,15 +22,15 @@ from torch import nn
 
 import sacl_fast
 from sacl_fast.cli import main
-from sacl_fast.config import Config, DataConfig
+from sacl_fast.config import Config, DataConfig, EncoderConfig
 from sacl_fast.config.finetune import FinetuneConfig
 from sacl_fast.data.images.open import open_sources
 from sacl_fast.data.loading.crops import CropLoader
 from sacl_fast.data.loading.evaluation import EvalLoader
-from sacl_fast.encoders import read_encoder_metadata
+from sacl_fast.encoders import build_encoder, read_encoder_metadata
+from sacl_fast.encoders.file import encoder_metadata, save_encoder
 from sacl_fast.engine.checkpoint import list_checkpoints
 from sacl_fast.engine.metrics import read_metrics
-from sacl_fast.engine.trainer import train
 from sacl_fast.errors import Stopped, UserError
 from sacl_fast.evaluation.few_shot import draw_per_class, draw_percent
 from sacl_fast.evaluation.images import choose_images
@@ -173,12 +173,20 @@ def test_slim_training_is_that_of_masked_weights(run_folder, labelled, monkeypat
         torch.testing.assert_close(value, b[name], rtol=1e-3, atol=1e-3, msg=name)
 
 
+def encoder_file(path: Path, config: Config, name: str) -> Path:
+    """An encoder of timm's as a run of 32 px would leave it after no step."""
+    encoder = EncoderConfig(name=name, drop_path=0.0)
+    config = replace(config, encoder=encoder, views=replace(config.views, size=32))
+    said_of = encoder_metadata(config, epochs=0.0, steps=0, images=60, knn={}, slim=False)
+    module = build_encoder(name, image_size=32)
+    save_encoder(path, module.state_dict(), said_of)
+    return path
+
+
 def test_timm_loads_the_file(tiny, labelled, tmp_path):
-    encoder = replace(tiny.encoder, name="mobilenetv3_small_050", width=1.0, drop_path=0.0)
-    views = replace(tiny.views, size=32)
+    path = encoder_file(tmp_path / "encoder.safetensors", tiny, "mobilenetv3_small_050")
     data = replace(tiny.data, root=str(labelled))
-    folder = train(replace(tiny, epochs=1, encoder=encoder, views=views, data=data)).folder
-    done = sacl_fast.evaluate.finetune(folder, **few(size=64, steps=2))
+    done = sacl_fast.evaluate.finetune(path, data=data, **few(size=64, steps=2))
     assert done.result is not None
     plain = timm.create_model("mobilenetv3_small_050", num_classes=3).eval()
     plain.load_state_dict(load_file(done.folder / "best.safetensors"))
@@ -187,15 +195,10 @@ def test_timm_loads_the_file(tiny, labelled, tmp_path):
     torch.testing.assert_close(plain(images), ours(images))
 
 
-def test_position_embeddings_are_resized(tiny, labelled):
-    encoder = replace(tiny.encoder, name="vit_tiny_patch16_224", width=1.0)
-    views = replace(tiny.views, size=32)
+def test_position_embeddings_are_resized(tiny, labelled, tmp_path):
+    path = encoder_file(tmp_path / "encoder.safetensors", tiny, "vit_tiny_patch16_224")
     data = replace(tiny.data, root=str(labelled))
-    slim = replace(tiny.slim, ratio=1.0)
-    folder = train(
-        replace(tiny, epochs=1, encoder=encoder, views=views, data=data, slim=slim)
-    ).folder
-    done = sacl_fast.evaluate.finetune(folder, **few(size=48, steps=1))
+    done = sacl_fast.evaluate.finetune(path, data=data, **few(size=48, steps=1))
     assert network(done.folder / "last.safetensors")["pos_embed"].shape[1] == 1 + 9
 
 
@@ -413,14 +416,13 @@ def test_images_from_python_are_those_of_a_folder(run_folder, labelled, tiny, tm
         sacl_fast.evaluate.finetune(run_folder, val=given[1], **FEW)
 
 
-def test_unreadable_images_are_passed_over(tiny, labelled, tmp_path):
+def test_unreadable_images_are_passed_over(run_folder, labelled, tmp_path):
     root = tmp_path / "some"
     shutil.copytree(labelled, root)
     (root / "train/one/0.png").write_text("none")
     (root / "val/one/0.png").write_text("none")
-    data = replace(tiny.data, root=str(root))
-    folder = train(replace(tiny, epochs=1, data=data)).folder
-    done = sacl_fast.evaluate.finetune(folder, **FEW)
+    data = DataConfig(root=str(root), workers=0)
+    done = sacl_fast.evaluate.finetune(run_folder, data=data, **FEW)
     assert done.result is not None and done.result.test_images == 29
 
 
