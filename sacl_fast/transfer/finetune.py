@@ -70,13 +70,16 @@ class Finetuned(NamedTuple):
 
 def default_folder(trained: Trained, settings: FinetuneConfig) -> Path:
     """``finetune/IMAGES`` in the run folder, or beside the file; ``-slim`` for that width,
-    ``-1percent`` or ``-5perclass`` for so few labels."""
+    ``-1percent`` or ``-5perclass`` for so few labels, with ``-seed1`` where the run's is another.
+    """
     data = settings.data
     plain = data.source in ("folder", "webdataset") and data.root is not None
     name = user_path(data.root or "", "data.root").resolve().name if plain else data.source
     slim = "-slim" if settings.width == "slim" else ""
     few = "" if settings.per_class is None else f"-{settings.per_class}perclass"
     few = few if settings.percent is None else f"-{settings.percent:g}percent"
+    if few and settings.seed != trained.config.seed:
+        few += f"-seed{settings.seed}"
     name = f"{name or 'images'}{slim}{few}"
     return (trained.folder or trained.path.parent) / "finetune" / name
 

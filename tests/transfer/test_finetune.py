@@ -362,7 +362,7 @@ def test_few_labels(run_folder, labelled, tiny, capsys):
     assert "over training from scratch (fine-tuning, 2 per class, 30 images; 95 % in" in told or (
         "chance: " in told and "(fine-tuning, 2 per class, 30 images; 95 % interval" in told
     )
-    folder = run_folder / "finetune" / f"{labelled.name}-2perclass"
+    folder = run_folder / "finetune" / f"{labelled.name}-2perclass-seed3"
     written = json.loads((folder / "finetune.json").read_text())
     assert written["train_images"] == 6
     assert [written["settings"][name] for name in ("per_class", "seed", "steps")] == [2, 3, 6]
