@@ -113,20 +113,28 @@ def few_shot(
 
 
 def finetune(
-    encoder: str | os.PathLike[str], *, data: DataConfig | None = None, **settings: Any
+    encoder: str | os.PathLike[str],
+    *,
+    data: DataConfig | None = None,
+    source: Any = None,
+    val: Any = None,
+    **settings: Any,
 ) -> Finetuned:
     """Train all weights and a classifier on labelled images, as ``sacl-fast finetune`` does:
-    ``steps``, ``width``, ``from_scratch``, ``out`` and the other fields of ``FinetuneConfig``.
+    ``steps``, ``percent``, ``width``, ``from_scratch``, ``out`` and the other fields of
+    ``FinetuneConfig``.
 
     Unlike the evaluations it always writes: into ``out``, or into ``finetune/IMAGES`` in the run
     folder. ``result`` of what is returned has the figures, ``folder`` the network
     (``last.safetensors``, which ``sacl_fast.load_classifier`` opens).
     """
     _check_names(FinetuneConfig, settings)
-    trained = open_trained(encoder)
+    trained, images = open_trained(encoder), Given(source, val)
     if data is not None:
         settings["data"] = data
-    return _finetune(trained, replace(transfer.defaults(trained), **settings), quiet=True)
+    wanted = replace(transfer.defaults(trained), **settings)
+    wanted = replace(wanted, data=as_given(wanted.data, images))
+    return _finetune(trained, wanted, quiet=True, given=images)
 
 
 def features(

@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Annotated
 
-from sacl_fast.checks import A_PATH, Count, NotNegative, Positive, Range, Rule, Settings
+from sacl_fast.checks import (
+    A_PATH,
+    Count,
+    NotNegative,
+    Percent,
+    Positive,
+    Range,
+    Rule,
+    Settings,
+)
 from sacl_fast.config.choices import Device, Precision, RateSchedule
 from sacl_fast.config.data import DataConfig
 from sacl_fast.config.training import EvalConfig
@@ -13,7 +22,6 @@ from sacl_fast.errors import UserError
 
 _SOME = Rule(lambda values: len(values) > 0, "one value or more works")
 _OF_PROTOCOL = ("epochs", "batch_size", "lr", "schedule", "weight_decay")
-_Percent = Annotated[float, Range(0, 100, above=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +89,7 @@ class FewShotEvaluation(Evaluation):
 
     per_class: Annotated[tuple[Count, ...], _SOME] = (1, 5, 10)
     """Images of each class."""
-    percent: tuple[_Percent, ...] = (1.0, 10.0)
+    percent: tuple[Percent, ...] = (1.0, 10.0)
     """Shares of the training images, the same of each class."""
     draws: Annotated[int, Range(3, 10_000)] = 10
     """How many times images are drawn; mean and 95 % interval are over draws."""

@@ -21,17 +21,21 @@ from torch.nn import functional as F
 from sacl_fast.evaluation.linear import choose_decay, fit_with_decay
 
 
-def draw_per_class(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Positions of ``count`` images of each class, or of all that there are of it."""
-    return _draw(labels, lambda _: count, rng)
+def draw_per_class(labels: np.ndarray, count: int, *, seed: int, nth: int = 0) -> np.ndarray:
+    """Positions of ``count`` images of each class, or of all that there are of it: the ``nth`` draw
+    of a seed."""
+    return _draw(labels, count, lambda _: count, seed, nth)
 
 
-def draw_percent(labels: np.ndarray, percent: float, rng: np.random.Generator) -> np.ndarray:
-    """Positions of so many percent of each class's images, at least one."""
-    return _draw(labels, lambda there: max(1, round(percent / 100 * there)), rng)
+def draw_percent(labels: np.ndarray, percent: float, *, seed: int, nth: int = 0) -> np.ndarray:
+    """Positions of so many percent of each class's images, at least one; likewise."""
+    return _draw(labels, percent, lambda there: max(1, round(percent / 100 * there)), seed, nth)
 
 
-def _draw(labels: np.ndarray, count: Callable[[int], int], rng: np.random.Generator) -> np.ndarray:
+def _draw(
+    labels: np.ndarray, amount: float, count: Callable[[int], int], seed: int, nth: int
+) -> np.ndarray:
+    rng = np.random.default_rng([seed, nth, round(1000 * amount)])
     drawn = []
     for label in np.unique(labels):
         there = np.flatnonzero(labels == label)
@@ -63,8 +67,7 @@ def few_shot_accuracies(
     found: dict[str, np.ndarray] = {}
 
     def positions(draw: Callable[..., np.ndarray], amount: float, nth: int) -> Tensor:
-        rng = np.random.default_rng([seed, nth, round(1000 * amount)])
-        return torch.from_numpy(draw(host, amount, rng)).to(features.device)
+        return torch.from_numpy(draw(host, amount, seed=seed, nth=nth)).to(features.device)
 
     for count in per_class:
         scores = np.empty(draws)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sacl_fast.checks import counted
 from sacl_fast.data.images.source import Source, Splits
 from sacl_fast.data.images.splits import few
 from sacl_fast.errors import UserError
@@ -48,8 +49,7 @@ def require_classes(images: ChosenImages, works: str = "data.limit") -> None:
             f"the images have {found}, so nothing can be told from their classes; a folder for "
             "each of two classes or more works (data.root, data.labels)"
         )
-    there = np.bincount(images.train.labels[images.train_index], minlength=len(classes))
-    tested = np.unique(images.test.labels[images.test_index])
+    there, tested = _of_each_class(images)
     if lacking := [classes[label] for label in tested if not there[label]]:
         raise UserError(
             f"the training images have none of class {few(lacking)}, which images to be classified "
@@ -61,3 +61,21 @@ def require_classes(images: ChosenImages, works: str = "data.limit") -> None:
             f"the training images are of one class only ({classes[only]}), so nothing can be told "
             "from their classes; images of two or more work"
         )
+
+
+def require_per_class(images: ChosenImages, count: int) -> None:
+    """Refuse images that have not ``count`` to learn from of each class to be classified."""
+    there, tested = _of_each_class(images)
+    fewest = tested[there[tested].argmin()]
+    if count > there[fewest]:
+        raise UserError(
+            f"per_class is {count}, but class {images.train.classes[fewest]} has only "
+            f"{counted(int(there[fewest]), 'training image')}; at most {there[fewest]} works"
+        )
+
+
+def _of_each_class(images: ChosenImages) -> tuple[np.ndarray, np.ndarray]:
+    """Training images of each class (C,), and the classes of the images to be classified."""
+    labels = images.train.labels[images.train_index]
+    there = np.bincount(labels, minlength=len(images.train.classes))
+    return there, np.unique(images.test.labels[images.test_index])

@@ -55,7 +55,8 @@ def table(result: Result) -> list[list[str]]:
     notes = any(scores.note for scores in result.scores)
     control = "over scratch" if result.method == "finetune" else "over untrained"
     over = [control] if gains else []
-    rows = [["accuracy in %", *columns, *over, *([""] if notes else [])]]
+    first = "precision in %" if result.main.startswith("mAP") else "accuracy in %"
+    rows = [[first, *columns, *over, *([""] if notes else [])]]
     for scores in result.scores:
         row = [scores.name, *(_shown(scores.figures[name]) for name in columns)]
         if gains:
@@ -152,8 +153,9 @@ def _how(result: Result) -> str:
         k, temperature = settings["eval"]["k"], settings["eval"]["temperature"]
         return f"Weighted kNN among {images}, k {k}, temperature {temperature:g}."
     if result.method == "finetune":
+        few = f" ({result.few_labels}, seed {settings['seed']})" if result.few_labels else ""
         return (
-            f"All weights trained on {images}: {counted(settings['steps'], 'step')} of "
+            f"All weights trained on {images}{few}: {counted(settings['steps'], 'step')} of "
             f"{settings['batch_size']}, learning rate {settings['lr']:g}, {settings['size']} px."
         )
     if result.method == "linear":

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +35,12 @@ from sacl_fast.errors import UserError, reason_of
 from sacl_fast.evaluation.evaluate import first_images
 from sacl_fast.evaluation.features import extract_features
 from sacl_fast.evaluation.few_shot import few_shot_accuracies
-from sacl_fast.evaluation.images import ChosenImages, choose_images, require_classes
+from sacl_fast.evaluation.images import (
+    ChosenImages,
+    choose_images,
+    require_classes,
+    require_per_class,
+)
 from sacl_fast.evaluation.knn import knn_predictions
 from sacl_fast.evaluation.linear import fit_linear
 from sacl_fast.evaluation.named_images import require_images
@@ -197,21 +201,15 @@ def _main(settings: Evaluation) -> str:
 
 def _check_images(images: ChosenImages, settings: Evaluation) -> None:
     require_classes(images, "data.limit, eval.bank")
-    classes, count = images.train.classes, len(images.train_index)
-    there = np.bincount(images.train.labels[images.train_index], minlength=len(classes))
-    tested = np.unique(images.test.labels[images.test_index])
+    count = len(images.train_index)
     if isinstance(settings, KnnEvaluation) and settings.eval.k > count:
         raise UserError(
             f"eval.k is {settings.eval.k}, but there are only "
             f"{counted(count, 'training image')} to choose "
             f"neighbours from; at most {count:,} works"
         )
-    if isinstance(settings, FewShotEvaluation) and max(settings.per_class) > there[tested].min():
-        fewest = tested[there[tested].argmin()]
-        raise UserError(
-            f"per_class is {max(settings.per_class)}, but class {classes[fewest]} has only "
-            f"{counted(int(there[fewest]), 'training image')}; at most {there[fewest]} works"
-        )
+    if isinstance(settings, FewShotEvaluation):
+        require_per_class(images, max(settings.per_class))
 
 
 def _check_folder(folder: Path) -> None:

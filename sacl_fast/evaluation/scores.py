@@ -17,7 +17,7 @@ METHODS = {
     "linear": "linear",
     "linear-fast": "linear-fast",
     "few-shot": "few-shot",
-    "finetune": "fine-tuned",
+    "finetune": "fine-tuning",
 }
 """What a verdict calls them."""
 
@@ -87,6 +87,8 @@ class Result:
     """What was evaluated."""
     folder: Path | None = None
     """Where it was written."""
+    few_labels: str = ""
+    """How few of them were learnt from in fine-tuning: ``10 % of labels``."""
 
     def of(self, name: str) -> Scores:
         """The scores of the encoder of that name."""
@@ -105,6 +107,8 @@ class Result:
         what = [METHODS[self.method]]
         if self.method == "few-shot":
             what.append(self.main)
+        if self.few_labels:
+            what.append(self.few_labels)
         if first.name != "dense":
             what.append(f"{first.name} encoder")
         what.append(counted(self.test_images, "image"))

@@ -34,6 +34,8 @@ class Classifier:
 
     module: nn.Module
     slicer: Slicer | None
+    head: frozenset[str]
+    """Names of the parameters that are the classifier's."""
 
     @contextlib.contextmanager
     def slimmed(self, amp_dtype: torch.dtype | None) -> Iterator[None]:
@@ -62,11 +64,13 @@ def make_classifier(
     """
     _resize(encoder, config.views.size, size)
     output_dim(encoder, size)
+    body = {name for name, _ in encoder.named_parameters()}
     _add_head(encoder, config.encoder.name, classes)
+    head = frozenset(name for name, _ in encoder.named_parameters()) - body
     slicer = fresh_slicer(encoder, config) if slim else None
     if slicer is not None and not slicer.active:
         slicer = None
-    return Classifier(encoder.train(), slicer)
+    return Classifier(encoder.train(), slicer, head)
 
 
 def _resize(encoder: nn.Module, before: int, size: int) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from sacl_fast.config import Config, to_dict
 from sacl_fast.config.finetune import FinetuneConfig
+from sacl_fast.data.images.given import Given
 from sacl_fast.data.images.open import open_sources
 from sacl_fast.data.images.root import refuse_among_images
 from sacl_fast.data.loading.evaluation import EvalLoader
@@ -44,10 +46,14 @@ from sacl_fast.evaluation.scores import Result, Scores
 from sacl_fast.evaluation.trained import Trained, fresh_encoder, fresh_slicer
 from sacl_fast.files import shown_names, user_path
 from sacl_fast.transfer.classifier import make_classifier
-from sacl_fast.transfer.task import task_of
+from sacl_fast.transfer.task import task_of, with_few_labels
 from sacl_fast.transfer.training import BEST, CHECKPOINTS, LAST, Labelled, Training
 
 logger = logging.getLogger(__name__)
+
+_STEPS = 10_000
+# Of few labels: the passes of SimCLR over 1 % of ImageNet, and the steps that a handful needs.
+_PASSES, _FEWEST = 60, 1000
 
 # What one leaves that was killed before its first checkpoint.
 _BEGUN = {CHECKPOINTS, BEST, METRICS, CURVES, LOCK}
@@ -64,16 +70,32 @@ class Finetuned(NamedTuple):
 
 
 def default_folder(trained: Trained, settings: FinetuneConfig) -> Path:
-    """``finetune/IMAGES`` in the run folder, or beside the file; ``-slim`` for that width."""
+    """``finetune/IMAGES`` in the run folder, or beside the file; ``-slim`` for that width,
+    ``-1percent`` or ``-5perclass`` for so few labels, with ``-seed1`` where the run's is another.
+    """
     data = settings.data
     plain = data.source in ("folder", "webdataset") and data.root is not None
     name = user_path(data.root or "", "data.root").resolve().name if plain else data.source
     slim = "-slim" if settings.width == "slim" else ""
-    return (trained.folder or trained.path.parent) / "finetune" / f"{name or 'images'}{slim}"
+    few = "" if settings.per_class is None else f"-{settings.per_class}perclass"
+    few = few if settings.percent is None else f"-{settings.percent:g}percent"
+    if few and settings.seed != trained.config.seed:
+        few += f"-seed{settings.seed}"
+    name = f"{name or 'images'}{slim}{few}"
+    return (trained.folder or trained.path.parent) / "finetune" / name
 
 
-def finetune(trained: Trained, settings: FinetuneConfig, *, quiet: bool = False) -> Finetuned:
+def finetune(
+    trained: Trained,
+    settings: FinetuneConfig,
+    *,
+    quiet: bool = False,
+    given: Given | None = None,
+) -> Finetuned:
     """Fine-tune what ``open_trained`` found, and write the result.
+
+    Args:
+        given: images from Python in place of those that the settings name.
 
     Raises:
         UserError: before any work, where the images, their labels, the settings or the folder do
@@ -84,7 +106,9 @@ def finetune(trained: Trained, settings: FinetuneConfig, *, quiet: bool = False)
             "fine-tuning runs in one process, and WORLD_SIZE asks for several; without torchrun it "
             "works"
         )
-    require_images(trained, settings.data)
+    given = given or Given()
+    if given.source is None:
+        require_images(trained, settings.data)
     device = pick_device(settings.device)
     config = _config(trained, settings)
     check_run(config)
@@ -94,9 +118,12 @@ def finetune(trained: Trained, settings: FinetuneConfig, *, quiet: bool = False)
     trained.check_width(settings.width)
     refuse_among_images(folder, config.data)
     _check_resume(folder, settings)
-    splits = open_sources(config.data, config.seed)
+    splits = open_sources(config.data, config.seed, given=given)
     images = choose_images(splits, config.seed)
-    task = task_of(splits, images)
+    task_of(images)  # what all of them lack, before what few of them lack
+    images = with_few_labels(images, settings)
+    task = task_of(images)
+    settings = replace(settings, steps=_steps(settings, len(images.train_index)))
     stop = StopRequest()
     labelled = Labelled(images, task, config, device, stop.check_wait)
 
@@ -110,6 +137,7 @@ def finetune(trained: Trained, settings: FinetuneConfig, *, quiet: bool = False)
                 lambda: _untrained(trained, settings),
             )
 
+    untrained = replace(settings, backbone_lr=None)
     scores: list[Scores] = []
     with (
         written_to(folder),
@@ -123,8 +151,9 @@ def finetune(trained: Trained, settings: FinetuneConfig, *, quiet: bool = False)
             torch.manual_seed(settings.seed)
             classifier = _classifier(trained, settings, build(), len(task.classes))
             control = f"{name}, from scratch" if settings.from_scratch and not scores else None
+            so = settings if not scores else untrained
             with Training(
-                *(classifier, labelled, settings, trained, place, stop), quiet=quiet
+                *(classifier, labelled, so, trained, place, stop), quiet=quiet
             ) as training:
                 try:
                     scores.append(training.run(name, control))
@@ -141,9 +170,18 @@ def finetune(trained: Trained, settings: FinetuneConfig, *, quiet: bool = False)
             settings=to_dict(settings),
             path=str(trained.path),
             folder=folder,
+            few_labels=settings.few_labels,
         )
         write_result(result, folder)
     return Finetuned(result, folder)
+
+
+def _steps(settings: FinetuneConfig, images: int) -> int:
+    """Steps of the protocol, or of few labels."""
+    if settings.steps is not None or not settings.few_labels:
+        return settings.steps or _STEPS
+    passes = math.ceil(_PASSES * images / settings.batch_size)
+    return min(_STEPS, max(_FEWEST, passes))
 
 
 def _config(trained: Trained, settings: FinetuneConfig) -> Config:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sacl_fast.data.images.source import Splits
+from sacl_fast.config.finetune import FinetuneConfig
 from sacl_fast.data.images.voc import VOC_CLASSES, targets_of
 from sacl_fast.errors import UserError
-from sacl_fast.evaluation.images import ChosenImages, require_classes
+from sacl_fast.evaluation.few_shot import draw_per_class, draw_percent
+from sacl_fast.evaluation.images import ChosenImages, require_classes, require_per_class
 from sacl_fast.evaluation.scores import Figure, Scores, classified
 
 _IGNORED = -1
@@ -42,8 +43,8 @@ class Task(Protocol):
         ...
 
 
-def task_of(splits: Splits, images: ChosenImages) -> Task:
-    """The task that the chosen images set.
+def task_of(images: ChosenImages) -> Task:
+    """The task that images set.
 
     Raises:
         UserError: it is none: no labels, one class, classes of which there are no training images;
@@ -58,6 +59,28 @@ def task_of(splits: Splits, images: ChosenImages) -> Task:
     require_classes(images)
     labels = (torch.from_numpy(source.labels) for source in (images.train, images.test))
     return OneClass(tuple(images.train.classes), *labels)
+
+
+def with_few_labels(images: ChosenImages, settings: FinetuneConfig) -> ChosenImages:
+    """With those training images only that ``settings`` ask for: the first draw of few-shot
+    evaluation with that seed. Of images without classes of their own, a share of all.
+
+    Raises:
+        UserError: a class has fewer.
+    """
+    labels = images.train.labels[images.train_index]
+    if settings.percent is not None:
+        drawn = draw_percent(labels, settings.percent, seed=settings.seed)
+    elif settings.per_class is None:
+        return images
+    elif targets_of(images.train) is not None:
+        raise UserError(
+            "per_class is of images that show one class each, and these show several; percent works"
+        )
+    else:
+        require_per_class(images, settings.per_class)
+        drawn = draw_per_class(labels, settings.per_class, seed=settings.seed)
+    return images._replace(train_index=images.train_index[drawn])
 
 
 class OneClass:

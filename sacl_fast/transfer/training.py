@@ -37,6 +37,7 @@ from sacl_fast.engine.checkpoint import (
 from sacl_fast.engine.clock import Clock
 from sacl_fast.engine.console import RunConsole
 from sacl_fast.engine.metrics import MetricWriter, read_metrics, rewind_metrics
+from sacl_fast.engine.outlook import spoken
 from sacl_fast.engine.plots import plot_accuracy
 from sacl_fast.engine.resume import data_record
 from sacl_fast.engine.run_folder import CURVES, METRICS
@@ -84,7 +85,9 @@ class Labelled:
         check: Callable[[], None],
     ) -> None:
         self.images, self.task, self.config, self.device = images, task, config, device
-        self.crops = CropLoader(images.train, images.train_index, config, device, check=check)
+        self.crops = CropLoader(
+            images.train, images.train_index, config, device, check=check, repeat=True
+        )
         self.normalise = Normalise(
             config.views, device, config.channels_last, input_dtype(config, device)
         )
@@ -127,9 +130,10 @@ class Training:
         self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if classifier.slicer is not None:
             classifier.slicer.to(device)
+        assert settings.steps is not None
+        self.total: int = settings.steps
         self.optimizer = torch.optim.SGD(
-            self.module.parameters(),
-            lr=settings.lr,
+            _groups(classifier, settings),
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
             nesterov=True,
@@ -138,6 +142,8 @@ class Training:
         self.step, self.best, self.best_step = 0, -1.0, 0
         self.evaluated = 0
         """The step after which it was evaluated last."""
+        self._told = False
+        """Whether it has said how long it will take."""
         self._resume()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -148,8 +154,8 @@ class Training:
         )
         per_epoch = labelled.crops.steps_per_epoch
         self.console = RunConsole(
-            *(math.ceil(settings.steps / per_epoch), per_epoch, settings.batch_size, self.step),
-            steps=settings.steps,
+            *(math.ceil(self.total / per_epoch), per_epoch, settings.batch_size, self.step),
+            steps=self.total,
             quiet=quiet,
         )
 
@@ -171,9 +177,11 @@ class Training:
         Raises:
             Stopped: by a signal, with a checkpoint.
         """
-        total = self.settings.steps
+        total = self.total
         with self.console, self.stop.by_signals(self.console.message):
-            self.console.message(f"{name}: {counted(total - self.step, 'step')}, {self.folder}")
+            done = f" after the {self.step:,} done" if self.step else ""
+            left = counted(total - self.step, "step")
+            self.console.message(f"{name}: {left}{done}, {self.folder}")
             try:
                 if self.step < total:
                     self._train()
@@ -191,16 +199,16 @@ class Training:
 
     def _train(self) -> None:
         settings, labelled, module = self.settings, self.labelled, self.module
-        device, task, total = labelled.device, labelled.task, settings.steps
+        device, task, total = labelled.device, labelled.task, self.total
         clock = Clock(settings.batch_size, device)
         module.train()
         self._evaluate_if_due()  # a signal may have ended it
         batches = labelled.crops.batches(self.step)
         try:
             for pixels, index in clock.waiting(batches):
-                rate = learning_rate(self.step, base=settings.lr, warmup_steps=0, total_steps=total)
+                share = learning_rate(self.step, base=1.0, warmup_steps=0, total_steps=total)
                 for group in self.optimizer.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = share * group["base"]
                 images = labelled.normalise(pixels)
                 targets = task.train_targets[index].to(device, non_blocking=True)
                 with self.classifier.slimmed(self.amp_dtype):
@@ -214,7 +222,7 @@ class Training:
                 self.step += 1
                 last = self.step == total
                 if self.step % settings.log_every == 0 or last:
-                    self._read(loss, rate, clock)
+                    self._read(loss, settings.lr * share, clock)
                 self._evaluate_if_due()
                 if self.step % settings.checkpoint_every == 0 or last:
                     self._save()
@@ -232,6 +240,12 @@ class Training:
                 f"{self.settings.lr:g} works"
             )
         reading = {"loss": value, "lr": rate, **clock.read()}
+        left = self.total - self.step
+        if left and not self._told:
+            speed = reading["images_per_second"]
+            time = spoken(left * self.settings.batch_size / speed)
+            self.console.message(f"{time} for {left:,} more steps ({speed:.3g} images/s)")
+        self._told = True
         self.writer.write("train", self.step, self._epoch, reading)
         self.console.update(self.step, self._epoch, reading)
 
@@ -240,7 +254,7 @@ class Training:
         return self.step / self.labelled.crops.steps_per_epoch
 
     def _evaluate_if_due(self) -> None:
-        every, total = self.settings.eval_every, self.settings.steps
+        every, total = self.settings.eval_every, self.total
         if every and self.step % every == 0 and self.evaluated < self.step < total:
             self._evaluate()
 
@@ -351,6 +365,16 @@ class Training:
                 f"{path} was fine-tuned otherwise ({', '.join(changes)}); the same works, or "
                 "another --out"
             )
+
+
+def _groups(classifier: Classifier, settings: FinetuneConfig) -> list[dict[str, Any]]:
+    """The parameters by the rate that they begin with."""
+    backbone = settings.lr if settings.backbone_lr is None else settings.backbone_lr
+    groups: dict[float, list[Tensor]] = {}
+    for name, parameter in classifier.module.named_parameters():
+        rate = settings.lr if name in classifier.head else backbone
+        groups.setdefault(rate, []).append(parameter)
+    return [{"params": some, "lr": rate, "base": rate} for rate, some in groups.items()]
 
 
 def _that_count(settings: FinetuneConfig) -> dict[str, Any]:

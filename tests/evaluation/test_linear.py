@@ -60,10 +60,9 @@ def test_the_decay_is_that_of_the_held_out_images():
 
 def test_draws_take_so_many_of_each_class():
     labels = np.repeat([0, 1, 2], [40, 30, 3])
-    rng = np.random.default_rng(0)
-    assert np.bincount(labels[draw_per_class(labels, 5, rng)]).tolist() == [5, 5, 3]
-    assert np.bincount(labels[draw_percent(labels, 10, rng)]).tolist() == [4, 3, 1]
-    drawn = draw_per_class(labels, 40, rng)
+    assert np.bincount(labels[draw_per_class(labels, 5, seed=0)]).tolist() == [5, 5, 3]
+    assert np.bincount(labels[draw_percent(labels, 10, seed=0)]).tolist() == [4, 3, 1]
+    drawn = draw_per_class(labels, 40, seed=0)
     assert len(set(drawn.tolist())) == len(drawn) == 73
 
 

@@ -1,14 +1,18 @@
-"""A tiny run, labelled images, and VOC 2007 in small."""
+"""A tiny run, labelled images, VOC 2007 in small, and how the command is called."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+from sacl_fast.cli import main
 from sacl_fast.config import (
     Config,
     DataConfig,
@@ -22,6 +26,33 @@ from sacl_fast.config import (
 from sacl_fast.engine.trainer import train
 
 NAMES = {"trainval": [f"{i:06}" for i in range(1, 21)], "test": [f"{i:06}" for i in range(21, 31)]}
+FEW: dict[str, Any] = dict(
+    steps=6, batch_size=16, size=16, eval_every=3, checkpoint_every=2, log_every=1
+)
+FEW_ARGS = (
+    "--steps 6 --batch-size 16 --size 16 --eval-every 3 --checkpoint-every 2 --log-every 1".split()
+)
+
+
+def few(**other: Any) -> dict[str, Any]:
+    return FEW | other
+
+
+def said(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    capsys.readouterr()
+    assert main([str(arg) for arg in args]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    capsys.readouterr()
+    assert main([str(arg) for arg in args]) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("sacl-fast:")]
+    return line
+
+
+def network(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path)
 
 
 @pytest.fixture(scope="session")

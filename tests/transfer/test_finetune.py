@@ -21,45 +21,18 @@ from safetensors.torch import load_file
 from torch import nn
 
 import sacl_fast
-from sacl_fast.cli import main
-from sacl_fast.config import Config, DataConfig
+from sacl_fast.config import Config, DataConfig, EncoderConfig
 from sacl_fast.data.images.open import open_sources
 from sacl_fast.data.loading.crops import CropLoader
 from sacl_fast.data.loading.evaluation import EvalLoader
-from sacl_fast.encoders import read_encoder_metadata
+from sacl_fast.encoders import build_encoder, read_encoder_metadata
+from sacl_fast.encoders.file import encoder_metadata, save_encoder
 from sacl_fast.engine.checkpoint import list_checkpoints
 from sacl_fast.engine.metrics import read_metrics
-from sacl_fast.engine.trainer import train
 from sacl_fast.errors import Stopped, UserError
 from sacl_fast.transfer.classifier import load_classifier
-
-FEW: dict[str, Any] = dict(
-    steps=6, batch_size=16, size=16, eval_every=3, checkpoint_every=2, log_every=1
-)
-FEW_ARGS = (
-    "--steps 6 --batch-size 16 --size 16 --eval-every 3 --checkpoint-every 2 --log-every 1".split()
-)
-
-
-def few(**other: Any) -> dict[str, Any]:
-    return FEW | other
-
-
-def said(capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    capsys.readouterr()
-    assert main([str(arg) for arg in args]) == 0, capsys.readouterr().err
-    return capsys.readouterr().out
-
-
-def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    capsys.readouterr()
-    assert main([str(arg) for arg in args]) == 2
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("sacl-fast:")]
-    return line
-
-
-def network(path: Path) -> dict[str, torch.Tensor]:
-    return load_file(path)
+from sacl_fast.transfer.training import Training
+from tests.transfer.conftest import FEW, FEW_ARGS, few, network, refused, said
 
 
 def predicted(module: nn.Module, config: Config, root: Path) -> np.ndarray:
@@ -76,7 +49,7 @@ def predicted(module: nn.Module, config: Config, root: Path) -> np.ndarray:
 def test_what_is_written_is_what_is_printed(run_folder, labelled, tiny, capsys):
     told = said(capsys, "finetune", run_folder, *FEW_ARGS, "--from-scratch")
     folder = run_folder / "finetune" / labelled.name
-    assert "(fine-tuned, 30 images; 95 % interval" in told and "training from scratch" in told
+    assert "(fine-tuning, 30 images; 95 % interval" in told and "training from scratch" in told
     assert sorted(path.name for path in folder.iterdir()) == [
         "best.safetensors", "checkpoints", "curves.png", "finetune.json", "finetune.md",
         "finetune_confusion.png", "from_scratch", "last.safetensors", "metrics.jsonl",
@@ -102,10 +75,11 @@ def test_what_is_written_is_what_is_printed(run_folder, labelled, tiny, capsys):
     assert rates == pytest.approx([0.05 * (1 + np.cos(np.pi * i / 6)) for i in range(6)])
 
 
-def test_the_first_step_is_the_protocol(run_folder, labelled, tiny):
+@pytest.mark.parametrize("backbone", [None, 0.01])
+def test_the_first_step_is_the_protocol(run_folder, labelled, tiny, backbone):
     """SGD with Nesterov momentum on the mean cross-entropy, from the trained encoder, batch norm in
     training mode: one step by hand."""
-    done = sacl_fast.evaluate.finetune(run_folder, **few(steps=1))
+    done = sacl_fast.evaluate.finetune(run_folder, **few(steps=1, backbone_lr=backbone))
     got = network(done.folder / "last.safetensors")
     config = replace(tiny, data=replace(tiny.data, root=str(labelled)))
     train_source = open_sources(config.data, 0).train
@@ -126,7 +100,8 @@ def test_the_first_step_is_the_protocol(run_folder, labelled, tiny):
     for name, p in encoder.named_parameters():
         # A batch norm of 16 images of 16 px makes much of the last digits.
         assert p.grad is not None
-        stepped = p.detach() - 0.1 * 1.9 * p.grad
+        rate = 0.1 if name.startswith("fc.") or backbone is None else backbone
+        stepped = p.detach() - rate * 1.9 * p.grad
         torch.testing.assert_close(got[name], stepped, rtol=1e-2, atol=1e-3)
     assert encoder.get_parameter("fc.weight").grad.abs().max() > 0.1
     for name, b in encoder.named_buffers():
@@ -165,12 +140,20 @@ def test_slim_training_is_that_of_masked_weights(run_folder, labelled, monkeypat
         torch.testing.assert_close(value, b[name], rtol=1e-3, atol=1e-3, msg=name)
 
 
+def encoder_file(path: Path, config: Config, name: str) -> Path:
+    """An encoder of timm's as a run of 32 px would leave it after no step."""
+    encoder = EncoderConfig(name=name, drop_path=0.0)
+    config = replace(config, encoder=encoder, views=replace(config.views, size=32))
+    said_of = encoder_metadata(config, epochs=0.0, steps=0, images=60, knn={}, slim=False)
+    module = build_encoder(name, image_size=32)
+    save_encoder(path, module.state_dict(), said_of)
+    return path
+
+
 def test_timm_loads_the_file(tiny, labelled, tmp_path):
-    encoder = replace(tiny.encoder, name="mobilenetv3_small_050", width=1.0, drop_path=0.0)
-    views = replace(tiny.views, size=32)
+    path = encoder_file(tmp_path / "encoder.safetensors", tiny, "mobilenetv3_small_050")
     data = replace(tiny.data, root=str(labelled))
-    folder = train(replace(tiny, epochs=1, encoder=encoder, views=views, data=data)).folder
-    done = sacl_fast.evaluate.finetune(folder, **few(size=64, steps=2))
+    done = sacl_fast.evaluate.finetune(path, data=data, **few(size=64, steps=2))
     assert done.result is not None
     plain = timm.create_model("mobilenetv3_small_050", num_classes=3).eval()
     plain.load_state_dict(load_file(done.folder / "best.safetensors"))
@@ -179,21 +162,15 @@ def test_timm_loads_the_file(tiny, labelled, tmp_path):
     torch.testing.assert_close(plain(images), ours(images))
 
 
-def test_position_embeddings_are_resized(tiny, labelled):
-    encoder = replace(tiny.encoder, name="vit_tiny_patch16_224", width=1.0)
-    views = replace(tiny.views, size=32)
+def test_position_embeddings_are_resized(tiny, labelled, tmp_path):
+    path = encoder_file(tmp_path / "encoder.safetensors", tiny, "vit_tiny_patch16_224")
     data = replace(tiny.data, root=str(labelled))
-    slim = replace(tiny.slim, ratio=1.0)
-    folder = train(
-        replace(tiny, epochs=1, encoder=encoder, views=views, data=data, slim=slim)
-    ).folder
-    done = sacl_fast.evaluate.finetune(folder, **few(size=48, steps=1))
+    done = sacl_fast.evaluate.finetune(path, data=data, **few(size=48, steps=1))
     assert network(done.folder / "last.safetensors")["pos_embed"].shape[1] == 1 + 9
 
 
-def killed_after(folder: Path, out: Path, step: int, number: int) -> None:
-    """Fine-tune in a process of its own that gets a signal after a step."""
-    code = f"""
+# Of a process that gets a signal after a step: before the checkpoint of that step, if one is due.
+_SIGNALLED = """
 import os, sys
 from sacl_fast.transfer.training import Training
 read = Training._read
@@ -203,23 +180,36 @@ def reading(self, *args):
         os.kill(os.getpid(), {number})
 Training._read = reading
 from sacl_fast.cli import main
-sys.exit(main({["finetune", str(folder), "--out", str(out), *FEW_ARGS]!r}))
+ended = main({args!r})
 """
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ended.returncode in (-number, 128 + number), ended.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_run_goes_on_exactly(run_folder, tmp_path, number, capsys):
+def test_a_run_that_was_stopped_and_killed_goes_on_exactly(
+    run_folder, tmp_path, monkeypatch, capsys
+):
+    """By SIGTERM after step 3, which leaves a checkpoint; gone on with, and by SIGKILL after step
+    5, of which nothing is left but the checkpoint of step 4."""
     whole = sacl_fast.evaluate.finetune(run_folder, **FEW, out=tmp_path / "whole")
-    killed_after(run_folder, tmp_path / "killed", 5, int(number))
-    at = {signal.SIGTERM: 5, signal.SIGKILL: 4}[number]
-    assert [p.stem for p in list_checkpoints(tmp_path / "killed/checkpoints")] == [f"step_{at:08}"]
-    assert not (tmp_path / "killed/last.safetensors").exists()
-    args = ["finetune", str(run_folder), "--out", str(tmp_path / "killed"), *FEW_ARGS]
+    killed = tmp_path / "killed"
+    args = ["finetune", str(run_folder), "--out", str(killed), *FEW_ARGS]
+
+    def left() -> list[str]:
+        assert not (killed / "last.safetensors").exists()
+        return [path.stem for path in list_checkpoints(killed / "checkpoints")]
+
+    monkeypatch.setattr(Training, "_read", Training._read)  # and put back at the end
+    space: dict[str, Any] = {}
+    exec(_SIGNALLED.format(step=3, number=int(signal.SIGTERM), args=args), space)
+    monkeypatch.undo()
+    assert space["ended"] == 128 + signal.SIGTERM and left() == ["step_00000003"]
     assert "--resume auto goes on" in refused(capsys, *args)
-    assert "steps: 6 -> 7" in refused(capsys, *args, "--resume", "auto", "--steps", "7")
-    said(capsys, *args, "--resume", "auto")
+    args += ["--resume", "auto"]
+    assert "steps: 6 -> 7" in refused(capsys, *args, "--steps", "7")
+    code = _SIGNALLED.format(step=5, number=int(signal.SIGKILL), args=args)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert left() == ["step_00000004"]
+    said(capsys, *args)
     for name in ("last.safetensors", "best.safetensors"):
         a, b = (network(tmp_path / part / name) for part in ("whole", "killed"))
         assert all(torch.equal(value, b[key]) for key, value in a.items()), name
@@ -230,15 +220,13 @@ def test_a_killed_run_goes_on_exactly(run_folder, tmp_path, number, capsys):
     ]  # fmt: skip
     assert of[0] == of[1] and len(of[0]) == 6
     assert whole.result is not None
-    written = json.loads((tmp_path / "killed/finetune.json").read_text())
+    written = json.loads((killed / "finetune.json").read_text())
     top1 = written["encoders"][0]["figures"]["top-1"]["mean"]
     assert top1 == whole.result.scores[0].figures["top-1"].mean
 
 
 def test_an_evaluation_that_a_signal_ended_is_made_up_for(run_folder, monkeypatch):
     """And a run that is finished says the same again."""
-    from sacl_fast.transfer.training import Training
-
     evaluate = Training._evaluate
     with monkeypatch.context() as patch:
 
@@ -288,7 +276,9 @@ def test_mistakes_are_one_sentence_and_leave_nothing(run_folder, labelled, tmp_p
         (run_folder, "--data.root", one): "no labels",
         (run_folder, "--data.root", lacking): "none of the class folders",
         (run_folder, "--data.root", tmp_path / "no"): "does not exist",
-        (run_folder, "--batch-size", "61"): "batch_size is 61, but there are only 60 training",
+        (run_folder, "--percent", "0"): "percent is 0.0; a value above 0 and at most 100 works",
+        (run_folder, "--percent", "5", "--per-class", "3"): "per_class is 3; one of the two works",
+        (run_folder, "--per-class", "21"): "class one has only 20 training images; at most 20",
         (run_folder, "--width", "slimm"): "slimm",
         (alone,): "does not say on which images",
         (alone, "--width", "slim", "--data.root", labelled): "holds the dense encoder only",
@@ -332,14 +322,13 @@ def test_a_diverged_run_and_a_full_disk(run_folder, tmp_path, monkeypatch):
     assert not left
 
 
-def test_unreadable_images_are_passed_over(tiny, labelled, tmp_path):
+def test_unreadable_images_are_passed_over(run_folder, labelled, tmp_path):
     root = tmp_path / "some"
     shutil.copytree(labelled, root)
     (root / "train/one/0.png").write_text("none")
     (root / "val/one/0.png").write_text("none")
-    data = replace(tiny.data, root=str(root))
-    folder = train(replace(tiny, epochs=1, data=data)).folder
-    done = sacl_fast.evaluate.finetune(folder, **FEW)
+    data = DataConfig(root=str(root), workers=0)
+    done = sacl_fast.evaluate.finetune(run_folder, data=data, **FEW)
     assert done.result is not None and done.result.test_images == 29
 
 

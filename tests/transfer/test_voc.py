@@ -120,10 +120,10 @@ def test_fine_tuning_on_voc(run_folder, voc, capsys):
 def test_what_is_not_whole_is_one_sentence(run_folder, voc, tmp_path, monkeypatch):
     root = voc / "VOCdevkit/VOC2007"
 
-    def said(**more: object) -> str:
+    def said(**more: Any) -> str:
         data = DataConfig(source="voc2007", root=str(more.pop("root", voc)), workers=0)
         with pytest.raises(UserError) as told:
-            sacl_fast.evaluate.finetune(run_folder, data=data, **FEW, out=tmp_path / "out")
+            sacl_fast.evaluate.finetune(run_folder, data=data, **FEW, **more, out=tmp_path / "out")
         assert not (tmp_path / "out").exists()
         return str(told.value)
 
@@ -137,7 +137,7 @@ def test_what_is_not_whole_is_one_sentence(run_folder, voc, tmp_path, monkeypatc
         note.write_text(text)
         with pytest.raises(UserError, match=hint):
             opened(voc)
-    assert "none of VOC's 20 classes" in said()
+    assert "the object 'unicorn', which is none of VOC's 20 classes" in said()
     note.unlink()
     assert "000003.xml cannot be read: No such file" in said()
     note.write_text(before)
@@ -151,6 +151,10 @@ def test_what_is_not_whole_is_one_sentence(run_folder, voc, tmp_path, monkeypatc
     names.write_text("../../x\n")
     assert "names ../../x" in said()
     shutil.copy(tmp_path / "test.txt", names)
+    assert "show one class each, and these show several; percent works" in said(per_class=2)
+    names.parent.rename(tmp_path / "Main")
+    assert source_of(voc) == "voc2007"
+    (tmp_path / "Main").rename(names.parent)
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
     assert "pip install 'sacl-fast[eval]'" in said()
 

@@ -58,6 +58,8 @@ def open_sources(
 
 
 def _described_labels(classes: Sequence[str], config: DataConfig) -> str:
+    if config.source == "voc2007":
+        return "labels: several classes an image, which fine-tuning learns; no kNN evaluation"
     if not classes:
         return "no labels, so no kNN evaluation"
     origin = {

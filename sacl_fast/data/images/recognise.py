@@ -19,8 +19,8 @@ _CIFAR: dict[str, SourceName] = {
 
 def source_of(root: Path) -> SourceName:
     """``cache`` for a file of decoded images; ``cifar10`` and ``cifar100`` for torchvision's
-    copies, ``voc2007`` for its official layout, ``webdataset`` for a folder of .tar shards and
-    nothing else; ``folder`` for what else there is, which says what is wrong with it.
+    copies, ``voc2007`` for its official layout, whole or not, ``webdataset`` for a folder of .tar
+    shards and nothing else; ``folder`` for what else there is, which says what is wrong with it.
 
     Raises:
         UserError: it cannot be read.
@@ -31,7 +31,7 @@ def source_of(root: Path) -> SourceName:
     for name, source in _CIFAR.items():
         if root.name == name or kind_of(root / name) == "folder":
             return source
-    if find_voc(root) is not None:
+    if find_voc(root, parts=2) is not None:
         return "voc2007"
     try:
         names = [name for name in os.listdir(root) if not name.startswith(".")]

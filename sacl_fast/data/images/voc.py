@@ -85,10 +85,11 @@ def open_voc(config: DataConfig, download: bool) -> Splits:
     return Splits(train, val)
 
 
-def find_voc(root: Path) -> Path | None:
-    """The folder VOC2007: ``root``, or a folder in it; None where there is none."""
+def find_voc(root: Path, parts: int = len(_PARTS)) -> Path | None:
+    """The folder VOC2007: ``root``, or a folder in it, that has so many of its parts; None where
+    there is none."""
     for inner in (".", "VOC2007", "VOCdevkit/VOC2007"):
-        if all(kind_of(root / inner / part) == "folder" for part in _PARTS):
+        if sum(kind_of(root / inner / part) == "folder" for part in _PARTS) >= parts:
             return root / inner
     return None
 
@@ -134,11 +135,12 @@ def _split(root: Path, split: str, most: int) -> VocSource:
 
 def _classes_in(path: Path) -> np.ndarray:
     """(20,) int8 of one annotation."""
-    row = np.zeros(len(VOC_CLASSES), np.int8)
+    row, name = np.zeros(len(VOC_CLASSES), np.int8), ""
     try:
         objects = ElementTree.fromstring(read_bytes(str(path), _MOST)).findall("object")
         for item in objects:
-            position = VOC_CLASSES.index((item.findtext("name") or "").strip())
+            name = (item.findtext("name") or "").strip()
+            position = VOC_CLASSES.index(name)
             difficult = (item.findtext("difficult") or "0").strip() == "1"
             row[position] = -1 if difficult and row[position] != 1 else 1
     except (BadImage, ElementTree.ParseError, LookupError) as error:
@@ -146,6 +148,7 @@ def _classes_in(path: Path) -> np.ndarray:
     except ValueError:
         known = ", ".join(VOC_CLASSES[:3])
         raise UserError(
-            f"annotation {path} has an object that is none of VOC's 20 classes ({known}, ...)"
+            f"annotation {path} has the object {name!r}, which is none of VOC's 20 classes "
+            f"({known}, ...)"
         ) from None
     return row

@@ -55,7 +55,13 @@ class BadImages:
         most = self.max_share * self.count
         too_many = bad > most if self.sample is None else _is_rare(bad, self.count, self.max_share)
         if too_many or bad == self.count:
-            raise UserError(self._sentence(f"at least {bad} of {counted(self.count, 'image')}"))
+            raise self.too_many()
+
+    def too_many(self) -> UserError:
+        """What to raise where there is no batch for them."""
+        return UserError(
+            self._sentence(f"at least {len(self.reasons)} of {counted(self.count, 'image')}")
+        )
 
     def drew(self, count: int, missed: int) -> None:
         """Count a batch: of ``count`` images drawn at random, ``missed`` were unreadable. UserError

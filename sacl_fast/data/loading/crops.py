@@ -24,6 +24,7 @@ from sacl_fast.data.loading.workers import by_data_workers
 from sacl_fast.data.views.draw import draw_view, sample_rng
 from sacl_fast.data.views.operator import are_compiled
 
+_PATIENCE = 20  # other images that are tried in place of an unreadable one, where there are few
 CROP_AND_FLIP = ViewConfig(jitter=0.0, grayscale=0.0, blur=0.0, solarize=0.0)
 
 
@@ -45,7 +46,7 @@ class CropReader:
         self.make = (CompiledViewReader if compiled else ViewReader)(source, config).make
         self.source, self.chosen, self.seed = source, chosen, config.seed
         self.size, self.view = config.views.size, config.views.a
-        self.patience = int(config.data.max_bad_share * len(chosen))
+        self.patience = max(_PATIENCE, int(config.data.max_bad_share * len(chosen)))
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> Crops:
         epoch, wanted = key
@@ -56,7 +57,7 @@ class CropReader:
                 lambda i: self.source.load(int(self.chosen[i])),
                 *(place, len(self.chosen), self.patience, bad),
             )
-            if image is None:  # more are bad than may be: the loader will say so
+            if image is None:  # the loader will say so
                 return Crops(torch.empty(0), torch.empty(0), self._named(bad))
             rng = sample_rng(self.seed, epoch, place, 0)
             pixels[slot] = self.make(image, [draw_view(self.view, rng, *image.size)])[0]
@@ -72,8 +73,12 @@ class CropLoader:
     """Batches of ``config.batch_size`` of the images ``chosen`` (N,) of a source, shuffled anew in
     each epoch; what fills no batch is left out of an epoch.
 
+    Args:
+        repeat: where there are fewer images than that, each is in an epoch as often as fills a
+            batch, every time as another crop.
+
     Raises:
-        UserError: there are fewer images than that.
+        UserError: there are fewer images, and they are not to be repeated.
     """
 
     def __init__(
@@ -84,12 +89,16 @@ class CropLoader:
         device: torch.device,
         *,
         check: Callable[[], None] = no_stop,
+        repeat: bool = False,
     ) -> None:
+        images = len(chosen)
+        if repeat:
+            chosen = np.tile(chosen, -(-config.batch_size // images))
         views = replace(config.views, a=CROP_AND_FLIP)
         self._config, self._device, self._check = replace(config, views=views), device, check
         self._plan = Plan(config, len(chosen))
         self._reader = CropReader(source, np.asarray(chosen, np.int64), self._config)
-        self._bad = BadImages(source, config.data.max_bad_share, sample=len(chosen))
+        self._bad = BadImages(source, config.data.max_bad_share, sample=images)
         self.steps_per_epoch = self._plan.steps_per_epoch
 
     def batches(self, start: int = 0) -> Generator[tuple[Tensor, Tensor], None, None]:
@@ -102,6 +111,8 @@ class CropLoader:
         try:
             for some in crops:
                 self._bad.add(some.bad)
+                if not len(some.index):
+                    raise self._bad.too_many()
                 self._bad.drew(len(some.index), some.missed)
                 yield some.pixels, some.index
         finally:

@@ -1,0 +1,83 @@
+"""Fine-tuning on few labels, and on images from Python."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import sacl_fast
+from sacl_fast.config import DataConfig
+from sacl_fast.config.finetune import FinetuneConfig
+from sacl_fast.data.images.open import open_sources
+from sacl_fast.engine.checkpoint import list_checkpoints
+from sacl_fast.errors import UserError
+from sacl_fast.evaluation.few_shot import draw_per_class, draw_percent
+from sacl_fast.evaluation.images import choose_images
+from sacl_fast.transfer.finetune import _steps, default_folder
+from sacl_fast.transfer.task import with_few_labels
+from tests.transfer.conftest import FEW, FEW_ARGS, network, said
+
+
+def test_few_labels(run_folder, labelled, tiny, capsys):
+    """Fewer than a batch; and from scratch, where all weights have one rate, on the same ones."""
+    args = ("finetune", run_folder, *FEW_ARGS, "--per-class", "2", "--seed", "3", "--from-scratch")
+    told = said(capsys, *args, "--backbone-lr", "0.01")
+    assert "over training from scratch (fine-tuning, 2 per class, 30 images; 95 % in" in told or (
+        "chance: " in told and "(fine-tuning, 2 per class, 30 images; 95 % interval" in told
+    )
+    folder = run_folder / "finetune" / f"{labelled.name}-2perclass-seed3"
+    written = json.loads((folder / "finetune.json").read_text())
+    assert written["train_images"] == 6
+    assert [written["settings"][name] for name in ("per_class", "seed", "steps")] == [2, 3, 6]
+    assert "6 training images (2 per class, seed 3)" in (folder / "finetune.md").read_text()
+    of = [
+        torch.load(list_checkpoints(folder / part)[-1])["optimizer"]["param_groups"]
+        for part in ("checkpoints", "from_scratch/checkpoints")
+    ]
+    assert [[group["base"] for group in groups] for groups in of] == [[0.01, 0.1], [0.1]]
+
+    images = choose_images(open_sources(replace(tiny.data, root=str(labelled)), 0), 3)
+    labels = images.train.labels[images.train_index]
+    for few_of, counts in {("percent", 10.0): [2, 2, 2], ("per_class", 3): [3, 3, 3]}.items():
+        settings = FinetuneConfig(seed=3, **dict([few_of]))
+        index = with_few_labels(images, settings).train_index
+        assert np.bincount(images.train.labels[index]).tolist() == counts
+        draw = {"percent": draw_percent, "per_class": draw_per_class}[few_of[0]]
+        first = draw(labels, few_of[1], seed=3)  # of 'sacl-fast eval few-shot'
+        assert np.array_equal(index, images.train_index[first])
+    assert with_few_labels(images, FinetuneConfig()) is images
+
+
+def test_steps_and_folders_of_few_labels(run_folder):
+    few_of = FinetuneConfig(percent=10.0)
+    found = [_steps(few_of, images) for images in (2, 1067, 5000, 128_000)]
+    assert found == [1000, 1001, 4688, 10_000]
+    assert _steps(FinetuneConfig(), 2) == 10_000 and _steps(replace(few_of, steps=7), 2) == 7
+    trained = sacl_fast.evaluate.open_trained(run_folder)
+    settings = FinetuneConfig(percent=0.5, width="slim", data=DataConfig(source="cifar10"))
+    assert default_folder(trained, settings) == run_folder / "finetune/cifar10-slim-0.5percent"
+
+
+def test_images_from_python_are_those_of_a_folder(run_folder, labelled, tiny, tmp_path):
+    splits = open_sources(replace(tiny.data, root=str(labelled)), 0)
+    assert splits.val is not None
+    given = [
+        [(source.load(i), source.classes[source.labels[i]]) for i in range(len(source))]
+        for source in splits
+        if source is not None
+    ]
+    data = DataConfig(workers=0)
+    done = sacl_fast.evaluate.finetune(
+        run_folder, data=data, source=given[0], val=given[1], **FEW, out=tmp_path / "given"
+    )
+    folder = sacl_fast.evaluate.finetune(run_folder, **FEW, out=tmp_path / "folder")
+    a, b = (network(d.folder / "last.safetensors") for d in (done, folder))
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
+    assert done.result is not None and done.result.classes == ("one", "three", "two")
+    assert done.result.settings["data"]["source"] == "python"
+    with pytest.raises(UserError, match="val= was given without source="):
+        sacl_fast.evaluate.finetune(run_folder, val=given[1], **FEW)
