@@ -11,8 +11,7 @@ A      the two ceilings (a large copy, a large product), the build, all gpu test
 B      kernels: norm and activation, depthwise and 1x1 convolutions, views, the loss
 C      whole steps: the pseudocode, eager and compiled, then ours with each feature added
 D      data: the loaders stage by stage, and how long training waits for them
-E      CIFAR-10, MobileNet-V1: SACL-XD, with the log loss, and Barlow Twins, for as many epochs, the
-       same for each, as the time allows
+E      CIFAR-10, MobileNet-V1: SACL-XD, the log loss, Barlow Twins; equal epochs, those that fit
 =====  ==========================================================================================
 
 Each task is a process of its own with a time limit, and none ends another. It writes a log, and
@@ -211,23 +210,20 @@ def batch(options: argparse.Namespace, size: int) -> str:
 
 
 def train(options: argparse.Namespace, left: float) -> Outcome:
-    """Stage E: each method for the same epochs, as many as fit into the time that is left, and with
-    more seeds where these do."""
+    """Stage E: each method for the same epochs, as many as fit into the time that is left."""
     out, on_gpu = options.out.resolve(), options.device == "cuda"
     measured = read_json(out / f"step_{ENCODERS[0]}_32.json")
     speed = best_speed(measured) if measured else 5_000.0
     # Barlow Twins takes half the time of the others. Half of all is starts, evaluations, waiting.
     epochs = max(1, int(0.5 * min(left, 600) * speed / 50_000 / 2.5)) if on_gpu else 1
-    command = [sys.executable, "benchmarks/bench_learning.py", "--evaluate", "knn", "linear-fast"]
-    for name, given in METHODS.items():
-        command += ["--case", name, given]
-    command += ["--seeds", *("012" if on_gpu else "0"), "--minutes", str(0.6 * left / 60)]
-    command += ["--json", str(out / "learning.json"), "--out", str(out / "cifar10")]
-    command += ["--data.source", "folder", "--data.root", str(options.cifar)]
-    command += ["--epochs", str(epochs), "--device", options.device, "--eval.every", "0"]
+    given = f"--evaluate knn linear-fast --minutes {left / 100} --epochs {epochs} --eval.every 0"
+    given += f" --device {options.device} --data.source folder --seeds {'0 1 2' if on_gpu else '0'}"
     if not on_gpu:
-        command += ["--data.limit", "64", "--eval.bank", "32", "--eval.queries", "16"]
-        command += [*tiny(options), "--batch-size", "16", "--eval.k", "5"]
+        given += " --data.limit 64 --eval.bank 32 --eval.queries 16 --eval.k 5"
+    cases = [word for method in METHODS.items() for word in ("--case", *method)]
+    command = [sys.executable, "benchmarks/bench_learning.py", *cases, *given.split()]
+    command += ["--json", str(out / "learning.json"), "--out", str(out / "cifar10")]
+    command += ["--data.root", str(options.cifar), *tiny(options)]
     needs = "" if options.cifar is not None else "--cifar"
     task = Task("E", "learning", command, 600, headline=of_learning, needs=needs)
     return run(task, out, left)
@@ -320,11 +316,7 @@ def of_data(result: dict[str, Any]) -> str:
 
 def of_learning(result: dict[str, Any]) -> str:
     rows = result["rows"]
-    figures = [
-        f"{row['case']} {row['knn']['dense']['top-1']:.1f} (untrained "
-        f"{row['knn']['dense, untrained']['top-1']:.1f})"
-        for row in rows
-    ]
+    figures = [f"{row['case']} {row['knn']['dense']['top-1']:.1f}" for row in rows]
     return f"kNN top-1 after {rows[0]['steps']} steps, %: {', '.join(figures)}"
 
 

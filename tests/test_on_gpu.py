@@ -102,7 +102,7 @@ def test_methods_are_compared_on_the_cpu(tmp_path, image_folder):
     options.cifar = image_folder
     outcome = train(options, 200)
     assert outcome.status == "ok", (tmp_path / "learning.log").read_text()
-    assert outcome.headline.startswith("kNN top-1 after 3 steps, %: XD ")
+    assert outcome.headline.startswith("kNN top-1 after 6 steps, %: XD ")
     rows = json.loads((tmp_path / "learning.json").read_text())["rows"]
     assert [row["case"] for row in rows[:3]] == list(on_gpu.METHODS)
     for row in rows:
