@@ -11,7 +11,8 @@ A      the two ceilings (a large copy, a large product), the build, all gpu test
 B      kernels: norm and activation, depthwise and 1x1 convolutions, views, the loss
 C      whole steps: the pseudocode, eager and compiled, then ours with each feature added
 D      data: the loaders stage by stage, and how long training waits for them
-E      CIFAR-10 for as many epochs as the time allows, kNN before and after
+E      CIFAR-10, MobileNet-V1: SACL-XD, with the log loss, and Barlow Twins, for as many epochs, the
+       same for each, as the time allows
 =====  ==========================================================================================
 
 Each task is a process of its own with a time limit, and none ends another. It writes a log, and
@@ -45,6 +46,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {"A": "ceilings, build, tests", "B": "kernels", "C": "step", "D": "data", "E": "training"}
 ENCODERS = ("mobilenetv1_100", "mobilenetv3_large_100", "efficientnet_b0", "resnet50")
+METHODS = {
+    "XD": "cifar10",
+    "XD, log loss": "cifar10 --loss.distillation log",
+    "Barlow Twins": "barlow_twins_cifar10",
+}
 
 Headline = Callable[[dict[str, Any]], str]
 
@@ -153,10 +159,11 @@ def tasks(options: argparse.Namespace) -> Iterable[Task]:
     loss = ("bench_xcorr_loss", *where, *sizes, *brief)
     yield bench("B", "xcorr_loss", 180, *loss, headline=of_loss)
 
-    for encoder in (*ENCODERS, "resnet20") if on_gpu else ("mobilenetv1_100",):
-        name = f"step_{encoder}_{32 if encoder == 'resnet20' else 224}"
-        yield bench("C", name, 120, *step(options, encoder), headline=of_step)
-    compiled = step(options, ENCODERS[0], "pseudocode", "compiled")
+    layouts = [(encoder, 224) for encoder in (ENCODERS if on_gpu else ENCODERS[:1])]
+    for encoder, size in (*layouts, (ENCODERS[0], 32)):
+        more = step(options, encoder, size)
+        yield bench("C", f"step_{encoder}_{size}", 120, *more, headline=of_step)
+    compiled = step(options, ENCODERS[0], 224, "pseudocode", "compiled")
     yield bench(
         "C", f"step_{ENCODERS[0]}_compiled", 240, *compiled, headline=of_step, needs=needs_gpu
     )
@@ -173,10 +180,10 @@ def tasks(options: argparse.Namespace) -> Iterable[Task]:
         yield bench("D", name, 210, *data, *given, headline=of_data, needs=needs)
 
 
-def step(options: argparse.Namespace, encoder: str, *variants: str) -> tuple[str, ...]:
-    """A waterfall of the step of ``encoder``: at 224 px, or ResNet-20 at CIFAR's 32."""
+def step(options: argparse.Namespace, encoder: str, size: int, *variants: str) -> tuple[str, ...]:
+    """A waterfall of the step of ``encoder``, at 224 px or at CIFAR's 32."""
     on_gpu = options.device == "cuda"
-    preset = "cifar10" if encoder == "resnet20" else "imagenet100"
+    preset = "cifar10" if size == 32 else "imagenet100"
     steps = ("--steps", "10" if on_gpu else "1")
     given = ("--preset", preset, "--encoder.name", encoder, "--device", options.device)
     # torch.compile takes minutes: once is enough, in a task of its own.
@@ -204,22 +211,26 @@ def batch(options: argparse.Namespace, size: int) -> str:
 
 
 def train(options: argparse.Namespace, left: float) -> Outcome:
-    """Stage E: the cifar10 preset for the epochs that fit into the time that is left."""
-    out = options.out.resolve()
-    needs = "" if options.cifar is not None else "--cifar"
-    on_gpu = options.device == "cuda"
-    measured = read_json(out / "step_resnet20_32.json")
+    """Stage E: each method for the same epochs, as many as fit into the time that is left, and with
+    more seeds where these do."""
+    out, on_gpu = options.out.resolve(), options.device == "cuda"
+    measured = read_json(out / f"step_{ENCODERS[0]}_32.json")
     speed = best_speed(measured) if measured else 5_000.0
-    # Of which two thirds train: the rest starts, evaluates, waits for images.
-    epochs = max(1, int(0.66 * min(left, 600) * speed / 50_000)) if on_gpu else 1
-    command = [sys.executable, "-m", "sacl_fast", "train", "cifar10", "--data.source", "folder"]
-    command += ["--data.root", str(options.cifar), "--encoder.name", "resnet20"]
-    command += ["--epochs", str(epochs), "--device", options.device, "--out", str(out / "cifar10")]
-    command += ["--eval.every", "0"]
+    # Barlow Twins takes half the time of the others. Half of all is starts, evaluations, waiting.
+    epochs = max(1, int(0.5 * min(left, 600) * speed / 50_000 / 2.5)) if on_gpu else 1
+    command = [sys.executable, "benchmarks/bench_learning.py", "--evaluate", "knn", "linear-fast"]
+    for name, given in METHODS.items():
+        command += ["--case", name, given]
+    command += ["--seeds", *("012" if on_gpu else "0"), "--minutes", str(0.6 * left / 60)]
+    command += ["--json", str(out / "learning.json"), "--out", str(out / "cifar10")]
+    command += ["--data.source", "folder", "--data.root", str(options.cifar)]
+    command += ["--epochs", str(epochs), "--device", options.device, "--eval.every", "0"]
     if not on_gpu:
         command += ["--data.limit", "64", "--eval.bank", "32", "--eval.queries", "16"]
         command += [*tiny(options), "--batch-size", "16", "--eval.k", "5"]
-    return run(Task("E", "cifar10", command, 600, needs=needs), out, left)
+    needs = "" if options.cifar is not None else "--cifar"
+    task = Task("E", "learning", command, 600, headline=of_learning, needs=needs)
+    return run(task, out, left)
 
 
 def parallel(workers: int) -> list[str]:
@@ -305,6 +316,16 @@ def of_data(result: dict[str, Any]) -> str:
     waits = [f"{row['name']}: {row['data_wait']:.0%}" for row in result["training"]]
     waiting = f"; {result['encoder']} waits, {', '.join(waits)}" if waits else ""
     return f"images/s, {', '.join(speeds)}{waiting}"
+
+
+def of_learning(result: dict[str, Any]) -> str:
+    rows = result["rows"]
+    figures = [
+        f"{row['case']} {row['knn']['dense']['top-1']:.1f} (untrained "
+        f"{row['knn']['dense, untrained']['top-1']:.1f})"
+        for row in rows
+    ]
+    return f"kNN top-1 after {rows[0]['steps']} steps, %: {', '.join(figures)}"
 
 
 # --- running them ---------------------------------------------------------------------------------

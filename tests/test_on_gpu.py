@@ -8,7 +8,7 @@ from pathlib import Path
 
 import on_gpu
 import pytest
-from on_gpu import Outcome, Task, run, tasks
+from on_gpu import Outcome, Task, run, tasks, train
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -95,6 +95,19 @@ def test_data_paths_are_measured_on_the_cpu(tmp_path, image_folder):
     assert not measured & set(result["missing"])
     for row in result["rows"]:
         assert row["images_per_second"] > 0 and row["ratio"] > 0 and row["core_ms_per_image"] >= 0
+
+
+def test_methods_are_compared_on_the_cpu(tmp_path, image_folder):
+    options = given(tmp_path)
+    options.cifar = image_folder
+    outcome = train(options, 200)
+    assert outcome.status == "ok", (tmp_path / "learning.log").read_text()
+    assert outcome.headline.startswith("kNN top-1 after 3 steps, %: XD ")
+    rows = json.loads((tmp_path / "learning.json").read_text())["rows"]
+    assert [row["case"] for row in rows[:3]] == list(on_gpu.METHODS)
+    for row in rows:
+        for evaluation in ("knn", "linear-fast"):
+            assert {"dense", "dense, untrained"} <= row[evaluation].keys()
 
 
 def figures_of(name, options):

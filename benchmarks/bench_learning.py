@@ -1,0 +1,142 @@
+"""What encoders are worth that were trained in different ways, over several seeds.
+
+    python benchmarks/bench_learning.py --data.root cifar10.cache --data.source cache \\
+        --case XD "demo" --case "Barlow Twins" "demo --slim.ratio 1 --loss.distillation none" \\
+        --seeds 0 1 2 --evaluate knn linear-fast --out runs/learning --json learning.json
+
+A case is a name and what stands behind ``sacl-fast train``; options that this program does not know
+are those of every case, behind its own. Each seed trains each case in turn, so that what is cut
+short has all cases as often. A run is evaluated dense and slim, and beside them untrained, by kNN,
+by a linear classifier on fixed features (``linear-fast``; ``linear`` is the whole protocol) or by
+few images a class. The file is written after each run, and rows that it has of the same command
+line are kept. Accuracies are percent; the table has means over seeds and their standard deviation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from timing import write_json
+
+import sacl_fast
+from sacl_fast.cli import parse_config
+from sacl_fast.evaluation.scores import Result
+from sacl_fast.output import show_log
+
+EVALUATIONS: dict[str, Callable[[Path], Result]] = {
+    "knn": sacl_fast.evaluate.knn,
+    "linear-fast": lambda run: sacl_fast.evaluate.linear(run, fast=True),
+    "linear": sacl_fast.evaluate.linear,
+    "few-shot": lambda run: sacl_fast.evaluate.few_shot(run, per_class=(1, 5, 10), percent=()),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
+    )
+    parser.add_argument(
+        "--case", nargs=2, action="append", required=True, metavar=("NAME", "OPTIONS")
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--evaluate", nargs="+", choices=EVALUATIONS, default=["knn"])
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after")
+    parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="the runs' folders")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options, common = parser.parse_known_args()
+    show_log()
+
+    known = []
+    if options.json is not None and options.json.exists():
+        known = json.loads(options.json.read_text())["rows"]
+    commands = {
+        (name, seed): [*shlex.split(case), *common, "--seed", str(seed)]
+        for seed in options.seeds
+        for name, case in options.case
+    }
+    for arguments in commands.values():
+        parse_config("train", arguments)  # that no later one is wrong
+
+    rows: list[dict[str, Any]] = []
+    started = time.monotonic()
+    for (name, seed), arguments in commands.items():
+        command = shlex.join(["sacl-fast", "train", *arguments])
+        row = next((row for row in known if row["command"] == command), None)
+        row = row or {"case": name, "seed": seed, "command": command}
+        missing = [evaluation for evaluation in options.evaluate if evaluation not in row]
+        if missing and time.monotonic() - started < 60 * options.minutes:
+            folder = options.out / f"{name.replace(' ', '_')}-{seed}"
+            row |= measured(arguments, folder, missing)
+        if all(evaluation in row for evaluation in options.evaluate):
+            rows.append(row)
+        if options.json is not None:
+            write_json(options.json, {"benchmark": "bench_learning", "rows": rows})
+    print(table(rows, options.evaluate))
+
+
+def measured(arguments: list[str], folder: Path, evaluations: list[str]) -> dict[str, Any]:
+    """A run, or the one that ``folder`` has of these settings, and its evaluations."""
+    config = replace(parse_config("train", arguments), out=str(folder), resume="auto")
+    start = time.monotonic()
+    result = sacl_fast.train(config)
+    seconds = time.monotonic() - start
+    row: dict[str, Any] = {"steps": result.steps, "train_seconds": round(seconds, 1)}
+    row["course"] = course(result.folder / "metrics.jsonl")
+    for evaluation in evaluations:
+        scores = EVALUATIONS[evaluation](result.folder).scores
+        row[evaluation] = {
+            scored.name: {
+                column: round(figure.mean, 2) for column, figure in scored.figures.items()
+            }
+            for scored in scores
+        }
+    return row
+
+
+def course(metrics: Path) -> list[dict[str, float]]:
+    """The evaluations while training: epoch and figures."""
+    epochs: dict[float, dict[str, float]] = {}
+    for line in metrics.read_text().splitlines():
+        reading = json.loads(line)
+        if reading["kind"] in ("knn", "label_free"):
+            figures = {k: round(v, 2) for k, v in reading.items() if k.endswith(("dense", "slim"))}
+            epochs.setdefault(reading["epoch"], {"epoch": reading["epoch"]}).update(figures)
+    return list(epochs.values())
+
+
+def table(rows: list[dict[str, Any]], evaluations: list[str]) -> str:
+    """Markdown: a line for each case and encoder, a column for each figure."""
+    cases = {row["case"]: [other for other in rows if other["case"] == row["case"]] for row in rows}
+    figures = {
+        (case, encoder, f"{evaluation}, {column}"): [
+            row[evaluation][encoder][column] for row in of_case
+        ]
+        for case, of_case in cases.items()
+        for evaluation in evaluations
+        for encoder, columns in of_case[0][evaluation].items()
+        for column in columns
+    }
+    columns = list(dict.fromkeys(column for _, _, column in figures))
+    lines = [f"| case | encoder | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
+    for case, encoder in dict.fromkeys((case, encoder) for case, encoder, _ in figures):
+        cells = [told(figures.get((case, encoder, column), [])) for column in columns]
+        lines.append(f"| {case} | {encoder} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def told(values: list[float]) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.1f}" if values else ""
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""What ``benchmarks/bench_learning.py`` says of its rows."""
+
+import json
+
+from bench_learning import course, table
+
+
+def row(case, seed, dense, untrained):
+    return {
+        "case": case,
+        "seed": seed,
+        "knn": {"dense": {"top-1": dense}, "dense, untrained": {"top-1": untrained}},
+    }
+
+
+def test_a_table_has_means_and_deviations_over_seeds():
+    rows = [row("XD", 0, 40.0, 30.0), row("XD", 1, 42.0, 30.0), row("BT", 0, 35.0, 30.0)]
+    rows[2]["knn"]["slim"] = {"top-1": 20.0}
+    assert table(rows, ["knn"]).splitlines() == [
+        "| case | encoder | knn, top-1 |",
+        "|---|---|---|",
+        "| XD | dense | 41.0 ± 1.4 |",
+        "| XD | dense, untrained | 30.0 ± 0.0 |",
+        "| BT | dense | 35.0 |",
+        "| BT | dense, untrained | 30.0 |",
+        "| BT | slim | 20.0 |",
+    ]
+
+
+def test_the_course_of_a_run_has_an_entry_for_each_evaluation(tmp_path):
+    readings = [
+        {"kind": "knn", "step": 0, "epoch": 0, "time": 1.0, "knn_dense": 10.004},
+        {"kind": "label_free", "step": 0, "epoch": 0, "time": 1.0, "rankme_slim": 3.5},
+        {"kind": "train", "step": 5, "epoch": 0.5, "loss": 3.0},
+        {"kind": "knn", "step": 10, "epoch": 1, "time": 2.0, "knn_dense": 20.0},
+    ]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(reading) + "\n" for reading in readings))
+    assert course(path) == [
+        {"epoch": 0, "knn_dense": 10.0, "rankme_slim": 3.5},
+        {"epoch": 1, "knn_dense": 20.0},
+    ]
