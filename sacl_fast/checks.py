@@ -151,6 +151,12 @@ def shown(value: Any) -> str:
     return _REPR.repr(value)
 
 
+def counted(count: float, noun: str, form: str = ",") -> str:
+    """So many of something, for a sentence: ``1 image``, ``2,000 images``, ``3 classes``."""
+    many = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{count:{form}} {noun if count == 1 else many}"
+
+
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 100, 80
 _REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = _REPR.maxset = 4

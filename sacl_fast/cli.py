@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sacl_fast._version import __version__
+from sacl_fast.checks import counted
 from sacl_fast.config import Config
 from sacl_fast.config.file import layered, read_config_file
 from sacl_fast.errors import (
@@ -25,7 +26,9 @@ from sacl_fast.errors import (
     SaidByAnother,
     Stopped,
     UserError,
+    in_one_line,
     nearest,
+    reason_of,
 )
 from sacl_fast.files import kind_of, user_path
 from sacl_fast.options import parse_options
@@ -104,7 +107,7 @@ def _run(args: list[str]) -> int:
     except SaidByAnother:
         return 2
     except UserError as error:
-        print(f"sacl-fast: {error}", file=sys.stderr)
+        print(f"sacl-fast: {in_one_line(error)}", file=sys.stderr)
         return 2
     except OtherRankFailed as error:
         if not error.said:
@@ -228,15 +231,18 @@ def _export(args: list[str]) -> None:
 def _views(args: list[str]) -> None:
     config = parse_config("views", args, extra="Writes views.png (or --out FILE.png).")
     from sacl_fast.data.images.open import open_sources
+    from sacl_fast.data.images.root import refuse_among_images
     from sacl_fast.data.loading.contact_sheet import contact_sheet
 
     path = user_path(config.out or "views.png", "out")
+    refuse_among_images(path.parent, config.data, "--out names a picture elsewhere")
     sheet = contact_sheet(open_sources(config.data, config.seed).train, config)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {path}: {error}; --out names another picture") from error
+        why = reason_of(error)
+        raise UserError(f"cannot write {path}: {why}; --out names another picture") from error
     print(path)
 
 
@@ -310,7 +316,8 @@ def _check_warmup(config: Config, args: list[str]) -> None:
     given = {arg.partition("=")[0].replace("_", "-") for arg in args}
     if "--optim.warmup-epochs" in given and warmup and warmup >= config.epochs:
         raise UserError(
-            f"optim.warmup_epochs is {warmup} in a run of {config.epochs} epochs, so that the "
+            f"optim.warmup_epochs is {warmup} in a run of {counted(config.epochs, 'epoch')}, "
+            f"so that the "
             f"learning rate would only rise; less than epochs works, such as {config.epochs // 10}"
         )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
 
 
@@ -51,5 +53,35 @@ def nearest(given: str, valid: Iterable[str], *, show: int = 12) -> str:
 def reason_of(error: BaseException) -> str:
     """Why something failed, in a few words: the first line of what the system or a library says."""
     if isinstance(error, OSError) and error.strerror:
+        there = error.filename if error.errno == errno.EEXIST else None
+        if there is not None and not os.path.isdir(there):  # where a folder was to be made
+            return f"{os.fsdecode(there)} is no folder"
         return error.strerror
     return str(error).strip().partition("\n")[0][:200] or type(error).__name__
+
+
+_REMEDIES = {
+    errno.EACCES: "a path for which this user has the permission works",
+    errno.EPERM: "a path for which this user has the permission works",
+    errno.EROFS: "a path on a disk that can be written works",
+    errno.ENOSPC: "room on that disk, or a path on another works",
+    errno.EDQUOT: "room on that disk, or a path on another works",
+    errno.ENAMETOOLONG: "a shorter path works",
+    errno.ELOOP: "a path without links that lead in a circle works",
+    errno.ENOENT: "a path that is there works",
+    errno.ENOTDIR: "a path through folders alone works",
+    errno.EISDIR: "the path of a file works",
+    errno.EEXIST: "a path that is not there yet works",
+}
+
+
+def reason_and_remedy(error: BaseException) -> str:
+    """``reason_of``, and of what the system says of a path what works: for sentences that name the
+    path and have no advice of their own."""
+    remedy = _REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
+    return reason_of(error) + (f"; {remedy}" if remedy else "")
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an error says, in a line: of a path with a line break or a colour code, its escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))

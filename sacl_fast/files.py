@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from sacl_fast.errors import UserError, reason_of
+from sacl_fast.errors import UserError, reason_and_remedy
 
 Kind = Literal["file", "folder", "other"]
 
@@ -56,7 +56,7 @@ def kind_of(path: Path) -> Kind | None:
     except OSError as error:
         if error.errno in _ABSENT:
             return None
-        raise UserError(f"cannot look at {_shown(path)}: {reason_of(error)}") from None
+        raise UserError(f"cannot look at {_shown(path)}: {reason_and_remedy(error)}") from None
     if stat.S_ISDIR(mode):
         return "folder"
     return "file" if stat.S_ISREG(mode) else "other"
@@ -73,7 +73,9 @@ def shown_names(folder: Path) -> set[str]:
     except OSError as error:
         if error.errno in _ABSENT:
             return set()
-        raise UserError(f"cannot read folder {_shown(folder)}: {reason_of(error)}") from None
+        raise UserError(
+            f"cannot read folder {_shown(folder)}: {reason_and_remedy(error)}"
+        ) from None
 
 
 def _shown(path: Path) -> str:

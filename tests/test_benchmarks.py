@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import bench_formats
 import pytest
 from timing import one_row_a_line, write_json
 
@@ -56,6 +57,18 @@ def test_what_is_written_is_read_again(tmp_path: Path):
     assert {name: read[name] for name in result(0.3)} == result(0.3)
     assert read["json"] == str(path)
     assert read["processor"] and read["threads"] > 0 and read["environment"]["torch"]
+
+
+def test_formats_hold_the_images_that_are_read_from_them(tmp_path: Path):
+    """``row_of`` reads some back; a format without its package is left out, which is told."""
+    images = bench_formats.random_images(5, 3, 40)
+    none = bench_formats.FORMATS[0]._replace(name="none", package="no_such_package")
+    result = bench_formats.measure(images, [*bench_formats.FORMATS, none], tmp_path, rounds=1)
+    *rows, missing = result["rows"]
+    assert missing == {"name": "none", "missing": "no_such_package is not installed"}
+    assert {row["name"] for row in rows if "memory" in row} >= {"memory map"}
+    pixels = sum(image.nbytes for image in images)
+    assert all(row["file_bytes"] >= pixels and row["disk"] > 0 for row in rows if "disk" in row)
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)

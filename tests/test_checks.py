@@ -14,7 +14,18 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import numpy as np
 import pytest
 
-from sacl_fast.checks import A_PATH, Range, Rule, Settings, check, checked, from_text, rules, shown
+from sacl_fast.checks import (
+    A_PATH,
+    Range,
+    Rule,
+    Settings,
+    check,
+    checked,
+    counted,
+    from_text,
+    rules,
+    shown,
+)
 from sacl_fast.config import Config, DataConfig, LossConfig, OptimConfig, ViewConfig, ViewsConfig
 from sacl_fast.errors import UserError
 
@@ -229,3 +240,18 @@ def test_text_of_files():
     count_or_none = Annotated[int, Range(0)] | None  # pyright: ignore[reportOperatorIssue]
     assert from_text("3", count_or_none) == 3 and from_text(None, int) is None
     assert from_text("1.5", int) == "1.5" and from_text("9" * 5000, int) == "9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("said", "is_"),
+    [
+        (counted(1, "image"), "1 image"),
+        (counted(0, "epoch"), "0 epochs"),
+        (counted(2000, "training image"), "2,000 training images"),
+        (counted(3, "class"), "3 classes"),
+        (counted(1.0, "epoch", "g"), "1 epoch"),
+        (counted(0.5, "more epoch", ".3g"), "0.5 more epochs"),
+    ],
+)
+def test_so_many_of_something(said: str, is_: str):
+    assert said == is_

@@ -80,7 +80,7 @@ def test_help_and_mistakes_do_not_import_torch(args):
         ("train demo --backend triton", "what can: torch"),
         ("train demo --precision fp16 --device cpu", "fp32"),
         ("train demo --resume {tmp}/none.pt", "where there is nothing"),
-        ("train demo --batch-size 9999", "9999, but there are only 4000"),
+        ("train demo --batch-size 9999", "9999, but there are only 4,000"),
         ("train demo --out {tmp}/list.yaml/run", "--out names another"),
         ("views demo --out {tmp}/x.notapicture", "cannot write"),
     ],

@@ -1,11 +1,13 @@
 """Paths as users give them; files that appear whole or not at all."""
 
+import errno
 import os
 import stat
 
 import pytest
 
-from sacl_fast.errors import UserError
+from sacl_fast.cli import main
+from sacl_fast.errors import UserError, reason_and_remedy, reason_of
 from sacl_fast.files import kind_of, remove_leftovers, user_path, whole_file
 
 
@@ -83,3 +85,20 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
     remove_leftovers(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".notes.tmp", "file"]
+
+
+def test_what_the_system_says_of_a_path_comes_with_what_works(tmp_path, capsys):
+    for code in (errno.EACCES, errno.ENOSPC, errno.ENAMETOOLONG, errno.ENOENT, errno.EISDIR):
+        said = reason_and_remedy(OSError(code, os.strerror(code)))
+        assert said.startswith(f"{os.strerror(code)}; ") and said.endswith(" works")
+    assert reason_and_remedy(ValueError("no number")) == "no number"
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError) as error:
+        (tmp_path / "file").mkdir(exist_ok=True)
+    assert reason_of(error.value) == f"{tmp_path}/file is no folder"
+    name = f"{tmp_path}/new\nline\x1b[1m\udcff"
+    assert main(["index", name]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and r"new\nline\x1b[1m\udcff does not exist" in said
+    assert main(["index", f"{tmp_path}/{'n' * 300}"]) == 2
+    assert "File name too long; a shorter path works" in capsys.readouterr().err

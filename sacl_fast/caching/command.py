@@ -44,10 +44,14 @@ def run_cache(args: list[str], parse: Callable[..., CacheConfig]) -> None:
 
     from sacl_fast.caching.make import make_cache
     from sacl_fast.caching.partial import refuse_existing
+    from sacl_fast.data.images.manifest import is_image
     from sacl_fast.data.images.open import open_sources
+    from sacl_fast.data.images.root import refuse_among_images
     from sacl_fast.engine.signals import StopRequest, ended_by_signals
 
     refuse_existing(out)
+    if is_image(out.name):  # other files among images are not read
+        refuse_among_images(out.parent, config.data, "another OUT works")
     with ended_by_signals():
         splits = open_sources(config.data, config.seed)
     stop, kept = StopRequest(), "the same command goes on from what is done"

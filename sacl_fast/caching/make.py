@@ -19,6 +19,7 @@ from sacl_fast._version import __version__
 from sacl_fast.caching.decoding import DecodingReader
 from sacl_fast.caching.dimensions import DimensionReader, Images
 from sacl_fast.caching.partial import Partial, refuse_existing
+from sacl_fast.checks import counted
 from sacl_fast.config.cache import CacheConfig
 from sacl_fast.data.images.fingerprint import fingerprint
 from sacl_fast.data.images.pixel_format import VERSION, About, Index, one_line
@@ -66,10 +67,13 @@ def make_cache(
     with Partial(out, images.count, plan) as partial, EvaluationProgress(quiet=quiet) as progress:
         if partial.done:
             logger.info(
-                "going on after %d of %d images in %s", partial.done, images.count, partial.folder
+                "going on after %d of %s in %s",
+                partial.done,
+                counted(images.count, "image"),
+                partial.folder,
             )
         bad = [BadImages(source, config.data.max_bad_share) for source in images.splits]
-        _add(bad, images, partial.bad)
+        _add(bad, images, partial, partial.bad)
         work = _Work(config, check)
         room = _room(images, partial, work, progress)
         done = progress.steps(f"decoding images into {out}", images.count)
@@ -78,7 +82,7 @@ def make_cache(
         for decoded in work.over(reader, _runs(partial.done, room)):
             first = partial.done
             partial.append(decoded)
-            _add(bad, images, {first + slot: why for slot, why in decoded.bad})
+            _add(bad, images, partial, {first + slot: why for slot, why in decoded.bad})
             done(len(decoded.sizes))
         partial.seal(_index(images, splits, partial, config))
 
@@ -111,12 +115,21 @@ class _Work:
             batches.close()
 
 
-def _add(bad: list[BadImages], images: Images, found: dict[int, str]) -> None:
+def _add(bad: list[BadImages], images: Images, partial: Partial, found: dict[int, str]) -> None:
     """Count the unreadable images ``found``, each with those of its split."""
-    for split, (counted, source) in enumerate(zip(bad, images.splits, strict=True)):
+    for split, (split_bad, source) in enumerate(zip(bad, images.splits, strict=True)):
         first = images.train if split else 0
         last = first + len(source)
-        counted.add([(i - first, why) for i, why in found.items() if first <= i < last])
+        try:
+            split_bad.add([(i - first, why) for i, why in found.items() if first <= i < last])
+        except UserError as error:
+            if not partial.written:
+                raise
+            raise UserError(
+                f"{error}; what is done is kept in {partial.folder}: with a larger "
+                "--data.max-bad-share the same command goes on from there, and once images are "
+                "mended it works after that folder is removed"
+            ) from None
 
 
 def _room(

@@ -180,12 +180,12 @@ class Partial:
         try:
             yield
         except OSError as error:
-            kept = (
-                f"what is done is kept in {self.folder}, and the same command goes on from there"
-                if self.done
-                else "nothing is left of it; another OUT works"
-            )
+            kept = self._kept if self.written else "nothing is left of it; another OUT works"
             raise UserError(f"cannot write {self.out}: {reason_of(error)}; {kept}") from None
+
+    @property
+    def _kept(self) -> str:
+        return f"what is done is kept in {self.folder}, and the same command goes on from there"
 
     def __enter__(self) -> Partial:
         return self
@@ -201,10 +201,12 @@ class Partial:
                 os.ftruncate(self._pixels, START + self.written)  # room for the journal
                 self._settle()
         self._close()
+        if isinstance(error, UserError) and self.written and str(self.folder) not in str(error):
+            raise UserError(f"{error}; {self._kept}") from error
 
     def _close(self) -> None:
-        """Let go of the folder, and remove it where nothing was done in it."""
-        if self._ours and not self.done:
+        """Let go of the folder, and remove it where no pixels are in it."""
+        if self._ours and not self.written:
             shutil.rmtree(self.folder, ignore_errors=True)
         for descriptor in (self._pixels, self._journal):
             if descriptor >= 0:

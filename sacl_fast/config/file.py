@@ -16,7 +16,7 @@ import yaml
 
 from sacl_fast.checks import Settings, check, from_text, rules, shown
 from sacl_fast.config import Config
-from sacl_fast.errors import UserError, nearest, reason_of
+from sacl_fast.errors import UserError, nearest, reason_and_remedy, reason_of
 from sacl_fast.files import kind_of
 
 _S = TypeVar("_S", bound=Settings)
@@ -36,7 +36,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             text = file.read(_MOST_BYTES + 1)
     except OSError as error:
-        raise UserError(f"cannot read configuration {path}: {reason_of(error)}") from None
+        raise UserError(f"cannot read configuration {path}: {reason_and_remedy(error)}") from None
     if len(text) > _MOST_BYTES:
         raise UserError(
             f"configuration {path} has more than {_MOST_BYTES:,} bytes; a YAML file of settings "

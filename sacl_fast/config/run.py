@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from sacl_fast.checks import A_PATH, Count, Range, Rule, Settings
+from sacl_fast.checks import A_PATH, Count, Range, Rule, Settings, counted
 from sacl_fast.config.choices import Backend, Device, Precision, ResumeAt
 from sacl_fast.config.data import DataConfig, ViewsConfig
 from sacl_fast.config.engine import EngineConfig
@@ -79,7 +79,8 @@ class Config(Settings):
         super().__post_init__()
         if self.eval.k > self.eval.bank:
             raise UserError(
-                f"eval.k is {self.eval.k}, but eval.bank has {self.eval.bank} images to choose "
+                f"eval.k is {self.eval.k}, but eval.bank has "
+                f"{counted(self.eval.bank, 'image')} to choose "
                 f"neighbours from; eval.k of at most {self.eval.bank} works"
             )
         plan, mode = self.engine.plan, self.slim.mode

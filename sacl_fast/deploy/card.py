@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import timm
 
 from sacl_fast import _version
+from sacl_fast.checks import counted
 from sacl_fast.config import Config
 from sacl_fast.config.data import ViewConfig
 from sacl_fast.deploy.result import Exported, ExportResult
@@ -78,9 +79,9 @@ def _facts(trained: Trained) -> Iterator[str]:
     yield f"Encoder: {encoder.name}, width {encoder.width:g}{stem}"
     if "slim" in trained.widths:
         yield f"Slim encoder: {config.slim.ratio:g} of the filters of each convolution"
-    images = f"{trained.images:,} images" if trained.images else "number of images unknown"
+    images = f"{counted(trained.images, 'image')}" if trained.images else "number of images unknown"
     yield f"Data: {_DATA[config.data.source] if trained.has_data else 'unknown source'}, {images}"
-    yield f"Trained: {trained.epochs:g} epochs, {trained.steps:,} steps" + (
+    yield f"Trained: {counted(trained.epochs, 'epoch', 'g')}, {counted(trained.steps, 'step')}" + (
         f" of {config.batch_size} images" if whole else ""
     )
     if whole:

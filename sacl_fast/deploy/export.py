@@ -19,6 +19,7 @@ from sacl_fast.checks import check
 from sacl_fast.config import Config, DataConfig
 from sacl_fast.config.choices import ExportFormat
 from sacl_fast.data.images.given import Given
+from sacl_fast.data.images.root import refuse_among_images
 from sacl_fast.deploy.card import model_card
 from sacl_fast.deploy.check import latency, parity
 from sacl_fast.deploy.formats import FORMATS, Content, check_packages
@@ -32,7 +33,7 @@ from sacl_fast.deploy.network import (
     read_widths,
 )
 from sacl_fast.deploy.result import Exported, ExportResult
-from sacl_fast.errors import UserError, reason_of
+from sacl_fast.errors import UserError, reason_and_remedy
 from sacl_fast.evaluation.trained import Trained, Width, open_trained
 from sacl_fast.files import kind_of, user_path, whole_file
 from sacl_fast.slim.export import cost
@@ -114,6 +115,8 @@ def export(
         else None
     )  # fmt: skip
     given = Given(source, val)
+    if source is None:
+        refuse_among_images(folder, config.data, "a folder elsewhere works")
     known = trained.has_data or data is not None or source is not None
     images = open_images(config, known=known, needed_for=needed_for, given=given)
     if knn and (images is None or images.classes < 2):
@@ -265,7 +268,9 @@ class _Export:
                 with whole_file(path) as file:
                     file.write(data)
         except OSError as error:
-            raise UserError(f"cannot write {self.folder / name}: {reason_of(error)}") from error
+            raise UserError(
+                f"cannot write {self.folder / name}: {reason_and_remedy(error)}"
+            ) from error
 
 
 def _read_formats(formats: Iterable[str]) -> tuple[ExportFormat, ...]:
@@ -304,7 +309,7 @@ def _free_folder(out: str | os.PathLike[str]) -> Path:
         if kind is not None and (kind != "folder" or any(folder.iterdir())):
             raise UserError(f"{folder} exists; the name of a new folder works")
     except OSError as error:
-        raise UserError(f"cannot look into {folder}: {reason_of(error)}") from None
+        raise UserError(f"cannot look into {folder}: {reason_and_remedy(error)}") from None
     return folder
 
 
@@ -315,12 +320,12 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"cannot make folder {folder}: {reason_of(error)}") from None
+        raise UserError(f"cannot make folder {folder}: {reason_and_remedy(error)}") from None
     try:
         yield temporary
         try:
             os.rename(temporary, folder)
         except OSError as error:
-            raise UserError(f"cannot make folder {folder}: {reason_of(error)}") from None
+            raise UserError(f"cannot make folder {folder}: {reason_and_remedy(error)}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -47,7 +47,7 @@ from torch import nn
 from sacl_fast import _version
 from sacl_fast.config import Config
 from sacl_fast.encoders.build import build_encoder
-from sacl_fast.errors import UserError, reason_of
+from sacl_fast.errors import UserError, reason_and_remedy, reason_of
 from sacl_fast.files import kind_of, user_path, whole_file
 
 
@@ -102,7 +102,7 @@ def save_encoder(path: Path, state: Mapping[str, torch.Tensor], metadata: Mappin
         with whole_file(path) as file:
             return file.write(content)
     except OSError as error:
-        raise UserError(f"cannot write encoder {path}: {reason_of(error)}") from error
+        raise UserError(f"cannot write encoder {path}: {reason_and_remedy(error)}") from error
 
 
 def encode_encoder(state: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:

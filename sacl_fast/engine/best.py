@@ -22,21 +22,23 @@ class Best:
     def __init__(self) -> None:
         self.knn = self.rankme = -1.0
 
-    def is_met(self, figures: Mapping[str, float], *, trained: bool) -> bool:
-        """Note an evaluation; whether it is the best, or as good, of a ``trained`` encoder.
+    def is_met(self, figures: Mapping[str, float], epochs: float, warmup: float = 0) -> bool:
+        """Note an evaluation after so many ``epochs``; whether it is the best, or as good, of a
+        trained encoder.
 
-        What an untrained encoder has by kNN is to be met; its effective rank is no achievement.
+        What an untrained encoder has by kNN is to be met. Its effective rank is no achievement, nor
+        is what is left of it after ``warmup`` epochs.
         """
         name = measure_of(figures)
         if name is None or not math.isfinite(value := figures[name]):
             return False
         if name.startswith("knn"):
             before, self.knn = self.knn, max(self.knn, value)
-        elif trained:
+        elif epochs > warmup:
             before, self.rankme = self.rankme, max(self.rankme, value)
         else:
             return False
-        return trained and value >= before
+        return epochs > 0 and value >= before
 
     def state(self) -> dict[str, float]:
         return {"best_knn": self.knn, "best_rankme": self.rankme}

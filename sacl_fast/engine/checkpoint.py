@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from sacl_fast.errors import UserError, reason_of
+from sacl_fast.errors import UserError, reason_and_remedy, reason_of
 from sacl_fast.files import kind_of, whole_copy, whole_file
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     try:
         names = os.listdir(folder)
     except OSError as error:
-        raise UserError(f"cannot read folder {folder}: {reason_of(error)}") from None
+        raise UserError(f"cannot read folder {folder}: {reason_and_remedy(error)}") from None
     return sorted((folder / name for name in names if _NAME.fullmatch(name)), key=step_of)
 
 
@@ -115,7 +115,7 @@ def mark_best(path: Path) -> None:
     try:
         whole_copy(path, best)
     except OSError as error:
-        raise UserError(f"cannot write checkpoint {best}: {reason_of(error)}") from error
+        raise UserError(f"cannot write checkpoint {best}: {reason_and_remedy(error)}") from error
 
 
 def load_checkpoint(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from sacl_fast.checks import counted
 from sacl_fast.config import Config
 from sacl_fast.engine.distributed import Ranks, device_name
 from sacl_fast.engine.step import TrainingStep
@@ -22,7 +23,7 @@ def describe(
     name = device_name(device)
     processes = f" x {ranks.world_size} processes" if ranks.world_size > 1 else ""
     dtype = str(step.amp_dtype or torch.float32).removeprefix("torch.")
-    yield f"{steps_per_epoch} steps an epoch, batches of {config.batch_size} images"
+    yield f"{counted(steps_per_epoch, 'step')} an epoch, batches of {config.batch_size} images"
     if (parts := config.engine.accumulate) > 1:
         each = config.batch_size // parts
         yield (

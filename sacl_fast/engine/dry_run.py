@@ -15,6 +15,7 @@ import yaml
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sacl_fast.checks import counted
 from sacl_fast.config import Config, to_dict
 from sacl_fast.data.images.open import open_sources
 from sacl_fast.engine.distributed import device_name, pick_device
@@ -48,10 +49,16 @@ def print_dry_run(config: Config) -> None:
     print(yaml.safe_dump(to_dict(config), sort_keys=False))
     print(f"encoder     {encoder_parameters / 1e6:.2f} M parameters")
     print(f"projector   {projector_parameters / 1e6:.2f} M parameters")
-    print(f"slim        {kept:,} of {filters:,} filters in {len(method.slicer.masks)} convolutions")
+    print(
+        f"slim        {kept:,} of {filters:,} filters in "
+        f"{counted(len(method.slicer.masks), 'convolution')}"
+    )
     print(f"forward     {forward / 1e9:.3f} GFLOP an image (a multiplication and addition: 2)")
     step = passes * forward * config.batch_size
-    print(f"step        {step / 1e12:.2f} TFLOP for {config.batch_size} images ({passes} forwards)")
+    print(
+        f"step        {step / 1e12:.2f} TFLOP for {counted(config.batch_size, 'image')} "
+        f"({passes} forwards)"
+    )
     del method  # which the estimate makes once more
     for name, text in _memory(config, world_size):
         print(f"{name:<11} {text}")
@@ -63,10 +70,14 @@ def print_dry_run(config: Config) -> None:
     else:
         steps = images // config.batch_size
         whole = steps * config.epochs
-        print(f"data        {images:,} images, {steps:,} steps an epoch, {whole:,} in all")
+        print(
+            f"data        {counted(images, 'image')}, {counted(steps, 'step')} an epoch, "
+            f"{whole:,} in all"
+        )
         if seconds is not None and whole:
             print(
-                f"time        about {spoken(whole * seconds)} for {config.epochs} epochs, where "
+                f"time        about {spoken(whole * seconds)} for "
+                f"{counted(config.epochs, 'epoch')}, where "
                 "images are loaded as fast (doctor --measure says whether), and evaluations besides"
             )
         for sentence in remarks(config, images):
@@ -101,7 +112,7 @@ def _time_of_a_step(config: Config, world_size: int) -> float | None:
         print(f"time        not measured: {error}")
         return None
     each = "" if world_size == 1 else f" in one of {world_size} processes, without what is sent"
-    how = f"timed on {timed} random images{each}" + (
+    how = f"timed on {counted(timed, 'random image')}{each}" + (
         "" if timed == share else ", the rest estimated"
     )
     rate = config.batch_size / seconds

@@ -15,6 +15,7 @@ from typing import TypeVar, get_args
 
 import torch
 
+from sacl_fast.checks import counted
 from sacl_fast.config import Config
 from sacl_fast.config.choices import Plan
 from sacl_fast.data.images.open import open_sources
@@ -309,7 +310,7 @@ def _flops(config: Config, step: TrainingStep) -> int:
 def _name(device: torch.device) -> str:
     if device.type != "cpu":
         return device_name(device)
-    return f"CPU, {torch.get_num_threads()} of {worker_count(-1)} cores"
+    return f"CPU, {torch.get_num_threads()} of {counted(worker_count(-1), 'core')}"
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -346,8 +347,8 @@ def _images(config: Config) -> tuple[Source, str, Config]:
     try:
         train = open_sources(config.data, config.seed, download=False).train
         if len(train) >= config.batch_size:
-            return train, f"{len(train):,} images of {config.data.source}", config
-        why = f"{len(train)} training images are no batch"
+            return train, f"{counted(len(train), 'image')} of {config.data.source}", config
+        why = f"{counted(len(train), 'training image')} make no batch"
     except UserError as error:
         why = str(error)
     data = replace(config.data, source="demo", root=None, labels="auto", limit=0)

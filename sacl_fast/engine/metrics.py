@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, Literal
 
 from sacl_fast.config import LogConfig
 from sacl_fast.engine.run_folder import METRICS
-from sacl_fast.errors import UserError, reason_of
+from sacl_fast.errors import UserError, reason_and_remedy
 from sacl_fast.files import kind_of, whole_file
 
 logger = logging.getLogger(__name__)
@@ -243,4 +243,4 @@ def _disk(path: Path, what: Literal["read", "write"]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot {what} {path}: {reason_of(error)}") from error
+        raise UserError(f"cannot {what} {path}: {reason_and_remedy(error)}") from error

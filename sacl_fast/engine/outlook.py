@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sacl_fast.checks import counted
 from sacl_fast.config import Config
 
 _UNITS = (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1))
@@ -38,7 +39,9 @@ def outlook(
     epochs = left / steps_per_epoch
     # But for the first steps, which were measured, a new run is the whole run.
     what = (
-        f"{config.epochs} epochs" if steps_done < steps_per_epoch else f"{epochs:.3g} more epochs"
+        counted(config.epochs, "epoch")
+        if steps_done < steps_per_epoch
+        else counted(epochs, "more epoch", ".3g")
     )
     time = spoken(left * config.batch_size / images_per_second)
     about = "" if time.startswith("less") else "about "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from sacl_fast.checks import check
+from sacl_fast.checks import check, counted
 from sacl_fast.config import Config
 from sacl_fast.config.run import check_parts
 from sacl_fast.data.loading.workers import worker_count
@@ -59,7 +59,8 @@ def check_run(config: Config) -> None:
     for name, asked in processes.items():
         if asked > most:
             raise UserError(
-                f"{name} is {asked}, and a process has {cores} cores here; at most {most} works, "
+                f"{name} is {asked}, and a process has {counted(cores, 'core')} here; at most "
+                f"{most} works, "
                 "and -1 takes what suits"
             )
 
@@ -73,20 +74,22 @@ def remarks(config: Config, images: int) -> Iterator[str]:
     asked, used = config.optim.warmup_epochs, config.warmup_epochs
     if used != asked:
         yield (
-            f"the warm-up of {asked} epochs (optim.warmup_epochs) is not shorter than the run of "
-            f"{config.epochs}: using a tenth of the run, {used:g} epochs"
+            f"the warm-up of {counted(asked, 'epoch', 'g')} (optim.warmup_epochs) is not "
+            f"shorter than the run of "
+            f"{config.epochs}: using a tenth of the run, {counted(used, 'epoch', 'g')}"
         )
     steps, left_out = divmod(images, config.batch_size)
     if not steps:
         yield (
-            f"0 steps an epoch: batch_size is {config.batch_size}, but there are only {images:,} "
-            f"training images; at most {images:,} works"
+            f"0 steps an epoch: batch_size is {config.batch_size}, but there "
+            f"{'is' if images == 1 else 'are'} only "
+            f"{counted(images, 'training image')}; at most {images:,} works"
         )
     elif left_out >= _LEFT_OUT * images:
         sizes = range(config.batch_size, max(2, config.batch_size // 2) - 1, -1)
         better = min(sizes, key=lambda size: images % size)
         yield (
-            f"each epoch leaves out {left_out:,} of {images:,} images "
+            f"each epoch leaves out {left_out:,} of {counted(images, 'image')} "
             f"({100 * left_out / images:.0f} %), other ones each time, since they fill no batch of "
             f"{config.batch_size}; batch_size {better} leaves out {images % better or 'none'}"
         )

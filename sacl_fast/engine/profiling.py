@@ -19,6 +19,7 @@ from typing import TypeVar
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from sacl_fast.checks import counted
 from sacl_fast.config import Config
 from sacl_fast.engine.clock import Clock
 from sacl_fast.engine.distributed import Ranks
@@ -78,7 +79,8 @@ class Profile:
         self._profiler: profile | None = None
         if asked and first is None and done < total:
             sentence = (
-                f"--profile leaves out the first {settled} steps or more, in which passes are "
+                f"--profile leaves out the first {counted(settled, 'step')} or more, in which "
+                f"passes are "
                 f"recorded, and this run has {total - done}; more epochs or a smaller "
                 "batch_size make more"
             )

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from sacl_fast.checks import counted
 from sacl_fast.config import Config, to_dict, warmup_as_trained
 from sacl_fast.data.images.fingerprint import fingerprint
 from sacl_fast.data.images.pixel_file import shrunk_to
@@ -39,7 +40,7 @@ from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.metrics import rewind_metrics
 from sacl_fast.engine.run_folder import CHECKPOINTS, METRICS, SUPERSEDED
 from sacl_fast.engine.step import TrainingStep
-from sacl_fast.errors import UserError, reason_of
+from sacl_fast.errors import UserError, reason_and_remedy, reason_of
 from sacl_fast.files import kind_of, user_path
 from sacl_fast.optim import learning_rate
 
@@ -194,7 +195,7 @@ def set_aside(folder: Path, *, after: int, spare: Path | None = None) -> None:
             aside.mkdir(parents=True, exist_ok=True)
             shutil.move(path, aside / path.name)  # checkpoints/ may be a link to another disk
         except OSError as error:
-            raise UserError(f"cannot move {path} to {aside}: {reason_of(error)}") from error
+            raise UserError(f"cannot move {path} to {aside}: {reason_and_remedy(error)}") from error
         moved.append(path.name)
     if lines := rewind_metrics(folder / METRICS, after, aside / METRICS):
         moved.append(f"{lines} line{'s' if lines > 1 else ''} of {METRICS}")
@@ -269,7 +270,7 @@ def _place_to_go_on(
     elif "data" not in state:
         logger.warning("%s does not say which images it was trained on", path)
     if there != steps_per_epoch:
-        differences.append(f"{there} steps an epoch there, {steps_per_epoch} here")
+        differences.append(f"{counted(there, 'step')} an epoch there, {steps_per_epoch} here")
     if step % there:  # the rest of the epoch would be other images
         differences += [
             f"{key} is {_lookup(state['config'], key)} there, {here} here"
@@ -301,7 +302,8 @@ def _images_differ(there: dict[str, Any], here: dict[str, Any]) -> str:
         sides = [f"shrunk to {side} px" if side else "in their own size" for side in (was, now)]
         return f"images are {sides[0]} there, {sides[1]} here"
     return (
-        f"{there['images']:,} images there and here, but not the same (their names, sizes, labels "
+        f"{counted(there['images'], 'image')} there and here, but not the same (their names, "
+        f"sizes, labels "
         "or order differ)"
     )
 

@@ -34,6 +34,7 @@ import yaml
 from torch import nn
 
 from sacl_fast.config import Config, to_dict
+from sacl_fast.data.images.root import refuse_among_images
 from sacl_fast.engine.checkpoint import list_checkpoints
 from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.lock import RunLock
@@ -74,14 +75,16 @@ def claimed_run_folder(config: Config, ranks: Ranks) -> Iterator[RunFolder]:
     nothing was written into it.
 
     Raises:
-        UserError: on all ranks. It holds a run already and ``resume`` is ``never``, another
-            process writes there, or it cannot be made or written.
+        UserError: on all ranks. It holds a run already and ``resume`` is ``never``, is among the
+            images, another process writes there, or it cannot be made or written.
     """
     with contextlib.ExitStack() as held:
         locks: list[RunLock] = []
 
         def claim() -> Path:
-            folder, created = _make(choose_run_folder(config), config)
+            chosen = choose_run_folder(config)
+            refuse_among_images(chosen or _new_runs(config), config.data)
+            folder, created = _make(chosen, config)
             if created:
                 held.callback(_remove_if_empty, folder)
             locks.append(RunLock(folder))
@@ -112,7 +115,7 @@ def choose_run_folder(config: Config) -> Path | None:
     if config.resume == "never":
         return None
     if config.resume == "auto":
-        unfinished = _unfinished_runs(Path("runs") / config.preset)
+        unfinished = _unfinished_runs(_new_runs(config))
         return unfinished[-1] if unfinished else None
     given = user_path(config.resume, "resume")
     for checkpoints in (given.parent, given, given / CHECKPOINTS):
@@ -156,9 +159,14 @@ def size_of_checkpoint(model: nn.Module, optimizer: str) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
+def _new_runs(config: Config) -> Path:
+    """Where the folders of runs are that no ``out`` names."""
+    return Path("runs") / config.preset
+
+
 def _make(folder: Path | None, config: Config) -> tuple[Path, bool]:
     """The folder, or a new one, and whether it was made here."""
-    stamp = Path("runs") / config.preset / datetime.now().strftime("%Y%m%d-%H%M%S")
+    stamp = _new_runs(config) / datetime.now().strftime("%Y%m%d-%H%M%S")
     number = 1
     while True:
         wanted = folder or (stamp if number == 1 else stamp.with_name(f"{stamp.name}-{number}"))

@@ -273,7 +273,7 @@ class Run:
 
     def _finish(self) -> None:
         if self.resumed is not None and self.resumed.finished:
-            self.console.message(f"all {self.config.epochs} epochs were done before")
+            self.console.message(f"all epochs ({self.config.epochs}) were done before")
         self.ranks.on_first(self._save_encoders)
         self._say_if_lost()
 
@@ -304,7 +304,7 @@ class Run:
         self.knn = {name: value for name, value in figures.items() if name.startswith("knn")}
         self.label_free = {k: v for k, v in figures.items() if k not in self.knn}
         self.monitor.report_evaluation(self.steps_done, epochs_done, self.knn, self.label_free)
-        return self.best.is_met(figures, trained=self.steps_done > 0)
+        return self.best.is_met(figures, epochs_done, self.config.warmup_epochs)
 
     # What is kept
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sacl_fast.checks import Count, Positive, checked
+from sacl_fast.checks import Count, Positive, checked, counted
 from sacl_fast.errors import UserError
 
 
@@ -164,7 +164,7 @@ def _check_set(name: str, features: Tensor, labels: Tensor, num_classes: int) ->
     if low < 0 or high >= num_classes:
         raise UserError(
             f"kNN {name}: labels go from {low} to {high}; 0 to {num_classes - 1} work "
-            f"({num_classes} classes)"
+            f"({counted(num_classes, 'class')})"
         )
     if not features.isfinite().all():
         raise UserError(

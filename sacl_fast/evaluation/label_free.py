@@ -11,6 +11,10 @@ of each, so that directions in which views of one image differ count for little.
 Unlike there, no epsilon is added to p (0 log 0 is 0), and what makes S_w invertible is relative to
 it: 1e-4 of its mean variance, so that LiDAR does not depend on the features' scale. With few
 images both are low whatever the encoder: at most N, and n - 1.
+
+Both are measured on the encoder's features here, since those are what is used afterwards; Garrido
+et al. measure embeddings, after the projector. What is known of how they order epochs is in
+docs/training.md.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from sacl_fast.config import Config, ViewsConfig
 from sacl_fast.config.choices import Width
 from sacl_fast.config.evaluation import Evaluation
 from sacl_fast.encoders.recalibrate import recalibrated
-from sacl_fast.errors import UserError, reason_of
+from sacl_fast.errors import UserError, reason_and_remedy, reason_of
 from sacl_fast.evaluation.trained import Trained, fresh_encoder, fresh_slicer
 from sacl_fast.files import kind_of, user_path
 
@@ -128,7 +128,9 @@ def supervised_encoder(config: Config, source: str) -> tuple[nn.Module, ViewsCon
         try:
             state = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
         except Exception as error:  # torch's, pickle's or safetensors's
-            raise UserError(f"no weights can be read from {path}: {reason_of(error)}") from error
+            raise UserError(
+                f"no weights can be read from {path}: {reason_and_remedy(error)}"
+            ) from error
     encoder = fresh_encoder(config)
     try:
         missing = encoder.load_state_dict(state, strict=False).missing_keys

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sacl_fast.checks import counted
 from sacl_fast.config import Config, to_dict
 from sacl_fast.config.evaluation import LinearEvaluation
 from sacl_fast.data.loading.batch import Normalise
@@ -123,7 +124,7 @@ def train_layers(
     done = state.restore(layers)
     labels = torch.from_numpy(images.train.labels)
     tell = progress.steps(
-        f"linear layers on {len(layers)} encoders: {settings.epochs} epochs", steps, done
+        f"linear layers on {len(layers)} encoders: {counted(settings.epochs, 'epoch')}", steps, done
     )
     timer = _Timer(steps - done, settings.epochs - done // per_epoch, device)
     batches = loader.batches(done)
@@ -209,9 +210,10 @@ class _Timer:
         elif self._done == 1 + _TIMED:
             each = (self._now() - self._began) / _TIMED
             logger.info(
-                "%d epochs will take about %s (%.3g s a step, measured on the first %d of %s); "
+                "%s will take about %s (%.3g s a step, measured on the first %d of %s); "
                 "--fast takes the time of one",
-                self._epochs, _duration(each * self._steps), each, _TIMED, f"{self._steps:,}",
+                counted(self._epochs, "epoch"), _duration(each * self._steps), each, _TIMED,
+                f"{self._steps:,}",
             )  # fmt: skip
 
     def _now(self) -> float:

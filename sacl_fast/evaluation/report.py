@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Picture
 
 from sacl_fast import _version
+from sacl_fast.checks import counted
 from sacl_fast.engine.glyphs import drawable
 from sacl_fast.errors import UserError, reason_of
 from sacl_fast.evaluation.scores import Figure, Result
@@ -86,7 +87,7 @@ def markdown(result: Result) -> str:
     rows = table(result)
     lines = [f"# {result.method}: {result.path}", "", result.verdict, ""]
     lines += _markdown_table(rows)
-    tested = f"{result.test_images:,} images" + (
+    tested = f"{counted(result.test_images, 'image')}" + (
         " of the training images, held out for want of validation images"
         if result.held_out
         else ", those for validation"
@@ -148,19 +149,19 @@ def as_dict(result: Result) -> dict[str, Any]:
 
 
 def _how(result: Result) -> str:
-    settings, images = result.settings, f"{result.train_images:,} training images"
+    settings, images = result.settings, f"{counted(result.train_images, 'training image')}"
     if result.method == "knn":
         k, temperature = settings["eval"]["k"], settings["eval"]["temperature"]
         return f"Weighted kNN among {images}, k {k}, temperature {temperature:g}."
     if result.method == "finetune":
         return (
-            f"All weights trained on {images}: {settings['steps']:,} steps of "
+            f"All weights trained on {images}: {counted(settings['steps'], 'step')} of "
             f"{settings['batch_size']}, learning rate {settings['lr']:g}, {settings['size']} px."
         )
     if result.method == "linear":
         return (
             f"A linear layer trained on {images} (random resized crop and flip) by "
-            f"{settings['epochs']} epochs of SGD."
+            f"{counted(settings['epochs'], 'epoch')} of SGD."
         )
     if result.method == "linear-fast":
         return (

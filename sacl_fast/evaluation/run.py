@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sacl_fast.checks import counted
 from sacl_fast.config import Config, ViewsConfig, to_dict
 from sacl_fast.config.evaluation import (
     Evaluation,
@@ -26,6 +27,7 @@ from sacl_fast.config.evaluation import (
 )
 from sacl_fast.data.images.given import Given
 from sacl_fast.data.images.open import open_sources
+from sacl_fast.data.images.root import refuse_among_images
 from sacl_fast.data.loading.evaluation import EvalLoader
 from sacl_fast.engine.distributed import pick_device
 from sacl_fast.engine.preflight import check_run
@@ -124,10 +126,13 @@ def _evaluate(
         **dict(data=settings.data, eval=settings.eval, precision=settings.precision),
     )
     check_run(config)
+    given = given or Given()
     if folder is not None:
+        if given.source is None:
+            refuse_among_images(folder, config.data)
         _check_folder(folder)
     amp_dtype = autocast_dtype(config.precision, device)
-    splits = open_sources(config.data, config.seed, given=given or Given())
+    splits = open_sources(config.data, config.seed, given=given)
     own = isinstance(settings, KnnEvaluation)
     images = choose_images(
         splits,
@@ -197,14 +202,15 @@ def _check_images(images: ChosenImages, settings: Evaluation) -> None:
     tested = np.unique(images.test.labels[images.test_index])
     if isinstance(settings, KnnEvaluation) and settings.eval.k > count:
         raise UserError(
-            f"eval.k is {settings.eval.k}, but there are only {count:,} training images to choose "
+            f"eval.k is {settings.eval.k}, but there are only "
+            f"{counted(count, 'training image')} to choose "
             f"neighbours from; at most {count:,} works"
         )
     if isinstance(settings, FewShotEvaluation) and max(settings.per_class) > there[tested].min():
         fewest = tested[there[tested].argmin()]
         raise UserError(
             f"per_class is {max(settings.per_class)}, but class {classes[fewest]} has only "
-            f"{there[fewest]} training images; at most {there[fewest]} works"
+            f"{counted(int(there[fewest]), 'training image')}; at most {there[fewest]} works"
         )
 
 
@@ -238,7 +244,7 @@ def _by_protocol(
         loader = EvalLoader(
             images.test, images.test_index, replace(config, views=network.views), device
         )
-        title = f"{network.name}: {len(images.test_index):,} validation images"
+        title = f"{network.name}: {counted(len(images.test_index), 'validation image')}"
         features, labels = extract_features(
             layer.encoder,
             progress.over(loader, title, len(loader)),
@@ -265,7 +271,7 @@ def _features(
         ("validation", images.test, images.test_index),
     ):
         loader = EvalLoader(source, index, config, device)
-        title = f"{network.name}: features of {len(index):,} {title} images"
+        title = f"{network.name}: features of {counted(len(index), f'{title} image')}"
         of_split.append(
             extract_features(
                 encoder,

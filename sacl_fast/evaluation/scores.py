@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from sacl_fast.checks import counted
+
 METHODS = {
     "knn": "kNN",
     "linear": "linear",
@@ -105,7 +107,7 @@ class Result:
             what.append(self.main)
         if first.name != "dense":
             what.append(f"{first.name} encoder")
-        what.append(f"{self.test_images:,} images")
+        what.append(counted(self.test_images, "image"))
         where = ", ".join(what)
         gain = self.gain(first)
         if gain is None:

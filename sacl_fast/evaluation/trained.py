@@ -39,7 +39,7 @@ from sacl_fast.encoders import build_encoder, load_encoder, read_encoder_metadat
 from sacl_fast.encoders.recalibrate import recalibrated
 from sacl_fast.engine.checkpoint import UnusableCheckpoint, list_checkpoints, load_checkpoint
 from sacl_fast.engine.run_folder import CHECKPOINTS, CONFIG, ENCODERS
-from sacl_fast.errors import UserError, reason_of
+from sacl_fast.errors import UserError, reason_and_remedy, reason_of
 from sacl_fast.files import kind_of, user_path
 from sacl_fast.slim.slicer import Slicer
 
@@ -217,7 +217,7 @@ def _children(folder: Path) -> list[Path]:
     try:
         return sorted(child for child in folder.iterdir() if child.is_dir())
     except OSError as error:
-        raise UserError(f"cannot read folder {folder}: {reason_of(error)}") from None
+        raise UserError(f"cannot read folder {folder}: {reason_and_remedy(error)}") from None
 
 
 def _open_encoders_of(folder: Path) -> Trained:

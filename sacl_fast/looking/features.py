@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sacl_fast.checks import counted
 from sacl_fast.config import Config, ViewsConfig, to_dict
 from sacl_fast.config.evaluation import Evaluation
 from sacl_fast.config.looking import FeaturesConfig
@@ -210,7 +211,7 @@ def _extract(
     ):
         for split, source, chosen in shares:
             loader = EvalLoader(source, chosen, config, device)
-            title = f"features of {len(chosen):,} {_TITLES[split]} images"
+            title = f"features of {counted(len(chosen), f'{_TITLES[split]} image')}"
             for images, positions in progress.over(loader.indexed(), title, len(loader)):
                 with autocast(device, amp_dtype):
                     found = encoder(images)
@@ -254,5 +255,6 @@ def _spool(folder: Path | None) -> Iterator[BinaryIO]:
     except OSError as error:
         where = folder or tempfile.gettempdir()
         raise UserError(
-            f"cannot write the features into a temporary file in {where}: {reason_of(error)}"
+            f"cannot write the features into a temporary file in {where}: {reason_of(error)}; a "
+            "folder that can be written and has room works"
         ) from error

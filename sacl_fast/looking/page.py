@@ -12,6 +12,7 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from sacl_fast import _version
+from sacl_fast.checks import counted
 from sacl_fast.config.looking import FeaturesConfig
 from sacl_fast.data.images.decode import BadImage
 from sacl_fast.evaluation.progress import EvaluationProgress
@@ -155,7 +156,7 @@ def picture_of(found: Features, look: Look) -> bytes:
     groups = f"by {'k-means cluster' if look.clustered else 'class'}"
     count = len(look.plotted)
     some = "" if count == len(found) else f"{count:,} of "
-    title = f"{look.plane.title} of features, {some}{len(found):,} images, {groups}"
+    title = f"{look.plane.title} of features, {some}{counted(len(found), 'image')}, {groups}"
     return scatter_png(look.plane, look.groups[look.plotted], look.names, title)
 
 
@@ -180,7 +181,8 @@ def page_of(found: Features, look: Look, settings: FeaturesConfig) -> bytes:
     described = f"{said['encoder']}, {said.get('width', 'dense')} encoder"
     body = [
         f"<header><h1>{html.text(title)}</h1>",
-        f'<p class="soft">{len(found):,} images, {found.features.shape[1]:,} features of '
+        f'<p class="soft">{counted(len(found), "image")}, '
+        f"{counted(found.features.shape[1], 'feature')} of "
         f"{html.text(described)}</p></header><main>",
         _figures(found, look),
         _explorer(look),
@@ -206,7 +208,7 @@ def purity_line(look: Look) -> str:
         return ""
     return (
         f"{of.same.mean:.1f} % of the {of.k} nearest neighbours are of the image's own class "
-        f"({of.chance:.1f} % by chance; {of.images:,} images)"
+        f"({of.chance:.1f} % by chance; {counted(of.images, 'image')})"
     )
 
 
@@ -216,7 +218,10 @@ def _figures(found: Features, look: Look) -> str:
         items += [
             (f"of the {of.k} nearest are of the same class", f"{of.same.mean:.1f} %"),
             ("by chance", f"{of.chance:.1f} %"),
-            (f"kNN accuracy (k {of.k}, {of.images:,} images)", f"{of.accuracy.mean:.1f} %"),
+            (
+                f"kNN accuracy (k {of.k}, {counted(of.images, 'image')})",
+                f"{of.accuracy.mean:.1f} %",
+            ),
         ]
     if look.clustered:
         items.append(("clusters, for want of labels", str(len(look.names))))
@@ -267,7 +272,7 @@ def _alike(found: Features, look: Look) -> str:
     if not look.alike:
         return ""
     rows = [
-        f"<h2>{len(look.alike):,} pairs that look alike</h2>",
+        f"<h2>Pairs that look alike: {len(look.alike):,}</h2>",
         "<p>Neighbours whose pixels hardly differ: duplicates, or nearly so"
         + (f"; the first {_PAIRS}" if len(look.alike) > _PAIRS else "")
         + ".</p>",

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from sacl_fast.checks import counted
 from sacl_fast.config.choices import Projection
 from sacl_fast.errors import UserError
 from sacl_fast.looking.features import Features
@@ -48,7 +49,9 @@ def plane_of(found: Features, chosen: np.ndarray, kind: Projection, seed: int) -
         named = tuple(f"component {i}: {s:.1%} of the variance" for i, s in enumerate(shares, 1))
         return Plane(points, (named[0], named[1]), "PCA")
     if len(chosen) < 4:
-        raise UserError(f"UMAP of {len(chosen)} images says nothing; 4 or more work, as does PCA")
+        raise UserError(
+            f"UMAP of {counted(len(chosen), 'image')} says nothing; 4 or more work, as does PCA"
+        )
     reducer = _umap().UMAP(
         n_components=2, metric="cosine", random_state=seed, n_neighbors=min(15, len(chosen) - 1)
     )

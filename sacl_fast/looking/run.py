@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from sacl_fast.checks import counted
 from sacl_fast.config.looking import FeaturesConfig
+from sacl_fast.data.images.root import refuse_among_images
 from sacl_fast.errors import UserError, reason_of
 from sacl_fast.evaluation.trained import Trained
 from sacl_fast.files import kind_of, user_path, whole_file
@@ -38,6 +40,7 @@ def look_at_trained(trained: Trained, settings: FeaturesConfig, *, quiet: bool =
     default = (trained.folder or trained.path.parent) / "features.npz"
     path = default if settings.out is None else user_path(settings.out, "out")
     check_writable(path)
+    refuse_among_images(path.parent, settings.data)
     ends = (f"_{settings.project}.png", "_neighbours.png", ".html") if settings.pages else ()
     pages = [path.with_name(path.stem + end) for end in ends]
     check_new([path, *pages], again=path.absolute() == default.absolute())
@@ -46,10 +49,11 @@ def look_at_trained(trained: Trained, settings: FeaturesConfig, *, quiet: bool =
     with made_folder(path.parent):
         found = features_of_trained(trained, settings, path.parent, quiet=quiet)
         write_features(found, path)
-    left_out = f"; {len(found.bad):,} unreadable ones left out" if found.bad else ""
+    left_out = f"; {counted(len(found.bad), 'unreadable one')} left out" if found.bad else ""
     length = "of length 1" if settings.normalise else "as the encoder gives them"
     lines = [
-        f"{len(found):,} images{left_out}; {found.features.shape[1]:,} features each, {length}"
+        f"{counted(len(found), 'image')}{left_out}; "
+        f"{counted(found.features.shape[1], 'feature')} each, {length}"
     ]
     if not settings.pages:
         return Written([path], lines)
@@ -57,7 +61,7 @@ def look_at_trained(trained: Trained, settings: FeaturesConfig, *, quiet: bool =
     if said := purity_line(look):
         lines.append(said)
     if look.alike:
-        lines.append(f"{len(look.alike):,} pairs of the images shown look alike: duplicates?")
+        lines.append(f"of the images shown, {counted(len(look.alike), 'pair')} may be duplicates")
     contents = (picture_of(found, look), grid_of(found, look), page_of(found, look, settings))
     for page, content in zip(pages, contents, strict=True):
         write_whole(page, content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from sacl_fast.checks import counted
 from sacl_fast.config.file import read_config_file
 from sacl_fast.engine.metrics import read_metrics
 from sacl_fast.engine.plots import series
@@ -43,15 +45,22 @@ def open_runs(paths: Sequence[str]) -> list[Run]:
     Raises:
         UserError: one of them is no run folder.
     """
-    folders = list(dict.fromkeys(user_path(path, "the run folder").absolute() for path in paths))
-    for folder in folders:
+    given: dict[str, list[str]] = {}  # links followed, to the paths that lead there
+    for path in paths:
+        folder = user_path(path, "the run folder").absolute()
         if kind_of(folder) != "folder":
             raise UserError(f"{folder} is no folder; the folder of a run works")
         if not any(kind_of(folder / name) == "file" for name in (CONFIG, METRICS)):
             raise UserError(
                 f"{folder} holds no run: neither {CONFIG} nor {METRICS}; the folder of a run works"
             )
-    return [_open(f, name) for f, name in zip(folders, _names(folders), strict=True)]
+        given.setdefault(os.path.realpath(folder), []).append(str(path))
+    folders = [user_path(same[0], "the run folder").absolute() for same in given.values()]
+    runs = [_open(f, name) for f, name in zip(folders, _names(folders), strict=True)]
+    for run, (_, *again) in zip(runs, given.values(), strict=True):
+        if again:
+            run.notes.append(f"given more than once ({', '.join(again)}), and shown once")
+    return runs
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -82,13 +91,13 @@ def _open(folder: Path, name: str) -> Run:
             lines = read_metrics(folder / METRICS)
             damaged = (folder / METRICS).read_bytes().count(b"\n") - len(lines)
             if damaged > 0:
-                notes.append(f"{damaged} lines of {METRICS} are damaged and left out")
+                notes.append(f"{counted(damaged, 'damaged line')} of {METRICS} left out")
         except UserError as error:
             notes.append(str(error))
             lines = []
         rows, unusable = _numbers(lines)
         if unusable:
-            notes.append(f"{unusable} of {len(lines)} readings cannot be used")
+            notes.append(f"{unusable} of {counted(len(lines), 'reading')} cannot be used")
         elif not rows:
             notes.append("no readings yet")
     figures = _figures(folder, settings, rows, notes)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from sacl_fast.config import Config, to_dict
 from sacl_fast.config.finetune import FinetuneConfig
 from sacl_fast.data.images.open import open_sources
+from sacl_fast.data.images.root import refuse_among_images
 from sacl_fast.data.loading.evaluation import EvalLoader
 from sacl_fast.engine.checkpoint import list_checkpoints
 from sacl_fast.engine.convolutions import tried_algorithms
@@ -91,6 +92,7 @@ def finetune(trained: Trained, settings: FinetuneConfig, *, quiet: bool = False)
     if settings.out is not None:
         folder = user_path(settings.out, "out")
     trained.check_width(settings.width)
+    refuse_among_images(folder, config.data)
     _check_resume(folder, settings)
     splits = open_sources(config.data, config.seed)
     images = choose_images(splits, config.seed)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sacl_fast.checks import counted
 from sacl_fast.config import Config, LogConfig, to_dict
 from sacl_fast.config.finetune import FinetuneConfig
 from sacl_fast.data.loading.batch import Normalise
@@ -172,7 +173,7 @@ class Training:
         """
         total = self.settings.steps
         with self.console, self.stop.by_signals(self.console.message):
-            self.console.message(f"{name}: {total - self.step:,} steps, {self.folder}")
+            self.console.message(f"{name}: {counted(total - self.step, 'step')}, {self.folder}")
             try:
                 if self.step < total:
                     self._train()

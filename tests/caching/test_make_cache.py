@@ -20,6 +20,7 @@ from sacl_fast.caching.make import make_cache
 from sacl_fast.data.images.fingerprint import fingerprint
 from sacl_fast.data.images.open import open_sources
 from sacl_fast.data.images.pixel_file import PixelFile, shrunk_to
+from sacl_fast.data.images.pixel_format import START
 from sacl_fast.data.images.source import ArraySource, Splits
 from sacl_fast.engine.resume import data_record
 from sacl_fast.errors import UserError
@@ -210,11 +211,32 @@ def test_a_source_is_pickled_by_its_path(tmp_path: Path) -> None:
 
 def test_too_many_unreadable_images(tmp_path: Path) -> None:
     root = all_kinds(tmp_path / "x")
-    with pytest.raises(UserError, match=r"unreadable, which is too many .*data.max_bad_share is"):
+    said = r"unreadable, which is too many .*data.max_bad_share is.* kept in .*/y.partial: with a"
+    with pytest.raises(UserError, match=said):
         cached(root, tmp_path / "y", max_bad_share=0.1)
-    assert not (tmp_path / "y").exists()
+    assert not (tmp_path / "y").exists() and (tmp_path / "y.partial").exists()
     kept = cached(root, tmp_path / "y").read_bytes()  # what was done is gone on from
     assert kept == cached(root, tmp_path / "z").read_bytes()
+
+
+def test_of_unreadable_images_alone_nothing_is_kept(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / "x").mkdir(exist_ok=True)
+        (tmp_path / "x" / f"{name}.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="2 of 2 images are unreadable") as error:
+        cached(tmp_path / "x", tmp_path / "y", max_bad_share=1.0)
+    assert "partial" not in str(error.value) and not (tmp_path / "y.partial").exists()
+
+
+def test_what_is_kept_is_named_whatever_ended_it(tmp_path: Path) -> None:
+    config, pixels = config_of(root=str(all_kinds(tmp_path / "x"))), tmp_path / "y.partial/pixels"
+
+    def check() -> None:
+        if pixels.exists() and pixels.stat().st_size > START:
+            raise UserError("a worker was killed")
+
+    with pytest.raises(UserError, match=r"killed; what is done is kept in .*/y.partial"):
+        make_cache(open_sources(config.data, 0), tmp_path / "y", config, check=check, quiet=True)
 
 
 def test_real_photographs(data_folder: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from sacl_fast.checks import counted
 from sacl_fast.cli import parse_config
 from sacl_fast.config import Config, DaliConfig, DataConfig, OptimConfig, ProjectorConfig
 from sacl_fast.data.loading.workers import worker_count
@@ -58,8 +59,8 @@ def test_every_run_has_a_rate_that_falls(name, epochs):
         assert not said and preset.warmup_epochs == preset.optim.warmup_epochs
     else:
         assert preset.warmup_epochs == epochs / 10 and len(said) == 1
-        assert f"warm-up of {preset.optim.warmup_epochs} epochs" in said[0]
-        assert f"using a tenth of the run, {epochs / 10:g} epochs" in said[0]
+        assert f"warm-up of {counted(preset.optim.warmup_epochs, 'epoch')} " in said[0]
+        assert f"using a tenth of the run, {counted(epochs / 10, 'epoch', 'g')}" in said[0]
 
 
 def test_no_warm_up_stays_none():
@@ -100,7 +101,7 @@ def test_a_dry_run_says_so_too(capsys):
     config = replace(config, data=replace(config.data, limit=94))
     print_dry_run(config)
     said = capsys.readouterr().out
-    assert "warning     the warm-up of 1 epochs" in said and "leaves out 30 of 94 images" in said
+    assert "warning     the warm-up of 1 epoch " in said and "leaves out 30 of 94 images" in said
     print_dry_run(replace(config, data=replace(config.data, limit=40)))
     assert "0 steps an epoch" in capsys.readouterr().out
 

@@ -170,6 +170,24 @@ def test_a_folder_of_something_else_is_not_written_into(folder, noisy, tmp_path,
     for out in (tmp_path / "results", tmp_path / "results", folder):
         said(capsys, "eval", "knn", folder, "--no-control", "--out", out)
 
+    # Nor is a new folder made among the images that a command reads, by whichever path.
+    (tmp_path / "link").symlink_to(noisy / "train")
+    before = sorted(noisy.rglob("*"))
+    of_images = ["--data.root", noisy]
+    for command, out in (
+        (["eval", "knn", folder], [noisy / "train/new"]),
+        (["finetune", folder], [tmp_path / "link" / "new"]),
+        (["features", folder], [noisy / "new_val/x.npz"]),
+        (["export", folder], [noisy / "train/one/new"]),
+        (["train", "demo", "--data.source", "folder", *of_images], [noisy / "train"]),
+        (["views", "demo", "--data.source", "folder", *of_images], [noisy / "new.png"]),
+        (["cache", noisy / "train"], [noisy / "train/new.png"]),
+    ):
+        option = [] if command[0] in ("export", "cache") else ["--out"]
+        told = refused(capsys, *command, *option, *out)
+        assert f"is within the images of data.root ({noisy}" in told, command
+    assert sorted(noisy.rglob("*")) == before
+
 
 def test_the_slim_encoder_alone_without_a_control(folder, capsys):
     told = said(capsys, "eval", "knn", folder, "--no-control", "--eval.encoders", "slim")

@@ -79,7 +79,7 @@ def test_figures_and_settings_that_differ(tmp_path, capsys):
     assert figures["images/s (median)"] == ["110", "105"]
     assert figures["time"] == ["0:00:20", "0:00:08"]
     assert settings_table(runs) == [["setting", "a", "b"], ["batch_size", "64", "32"]]
-    assert not runs[0].notes and not runs[1].notes
+    assert runs[0].notes == [f"given more than once ({a}/), and shown once"] and not runs[1].notes
     assert main(["report", str(a), str(b)]) == 0
     told = capsys.readouterr().out
     assert "52.0 (epoch 1)" in told and "batch_size" in told and "written" not in told
@@ -136,7 +136,7 @@ def test_a_resumed_run_of_damaged_lines_and_other_metrics(tmp_path):
     assert losses[8] == 5.0 and losses[3] is None and losses[9] is None and losses[12] is None
     assert found.figures["loss, last"] == "5" and found.figures["time"] == "0:00:08"
     notes = " ".join(found.notes)
-    assert "2 lines of metrics.jsonl are damaged" in notes
+    assert "2 damaged lines of metrics.jsonl left out" in notes
     assert "2 of 15 readings cannot be used" in notes
     assert "1:59:51 without readings" in notes
     assert curves_png([found])
@@ -165,6 +165,17 @@ def test_runs_of_which_little_is_there(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "no readings yet" in told and "eval/knn.json cannot be understood" in told
     assert html_of(runs) and "no config.yaml" in markdown_of(runs, "x.png").replace("\\", "")
+
+
+def test_a_run_is_not_compared_with_itself(tmp_path, monkeypatch, capsys):
+    (tmp_path / "link").symlink_to(make_run(tmp_path / "a", *curve(2)))
+    make_run(tmp_path / "b", *curve(2))
+    monkeypatch.chdir(tmp_path)
+    for again in ("a", "./a", "link/", str(tmp_path / "a")):
+        assert main(["report", "a", again, "b"]) == 0
+        said = capsys.readouterr().out
+        assert said.split("\n")[0].split() == ["a", "b"]
+        assert f"a: given more than once ({again}), and shown once" in said
 
 
 def test_runs_of_the_same_name_and_names_that_break_a_page(tmp_path):

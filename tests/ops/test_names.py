@@ -100,7 +100,7 @@ def strangers(found: set[str], *others: str) -> list[str]:
 
 def test_no_file_has_another_name():
     shared = {"kernels", "isa_avx2", "isa_avx512", "isa_baseline"}
-    benchmarks = {"ceilings", "data", "memory", "slim", "step", "traffic"}
+    benchmarks = {"ceilings", "data", "formats", "memory", "slim", "step", "traffic"}
     assert not strangers(names("csrc/cpu/*.cpp"), *shared)
     assert not strangers(names("csrc/cpu/*_kernels.inl"))
     assert not strangers(names("csrc/cuda/*.cpp"))

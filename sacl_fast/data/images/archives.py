@@ -23,7 +23,7 @@ from typing import IO, NamedTuple
 from sacl_fast.data.images.cache import cache_key, exclusive, make_part
 from sacl_fast.data.images.damage import DAMAGED
 from sacl_fast.data.images.tar import TooMuch, WholeTar, unended
-from sacl_fast.errors import UserError, reason_of
+from sacl_fast.errors import UserError, reason_and_remedy, reason_of
 from sacl_fast.files import whole_file
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ def _extract(archive: Path, folder: Path) -> bool:
     try:
         file = archive.open("rb")
     except OSError as error:
-        raise UserError(f"cannot read {archive}: {reason_of(error)}") from None
+        raise UserError(f"cannot read {archive}: {reason_and_remedy(error)}") from None
     try:
         with file:
             return _write(members(file, folder, min(most, free)), folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sacl_fast.checks import counted
 from sacl_fast.config import DataConfig
 from sacl_fast.data.images.decode import file_identity
 from sacl_fast.data.images.manifest import ends_of, is_image, packed, unpacked
@@ -82,8 +83,8 @@ def read_file_list(path: Path, config: DataConfig) -> FileListSource:
         classes.append(rest[0] if rest else "")
     if comments:
         logger.warning(
-            "%d lines of %s begin with # and do not count: %s; ./%s would",
-            *(len(comments), path, few(comments, 3), comments[0]),
+            "left out %s of %s, with # in front: %s; ./%s would count",
+            *(counted(len(comments), "line"), path, few(comments, 3), comments[0]),
         )
     if not paths:
         raise UserError(f"the list {path} names no images; one path in each line works")
@@ -98,8 +99,8 @@ def _labels(path: Path, given: list[str], config: DataConfig) -> tuple[np.ndarra
     missing = given.count("")
     if missing and names and config.labels != "none":
         logger.warning(
-            "no labels: %d of %d lines of %s have no class (such as that of image %d)",
-            *(missing, len(given), path, given.index("") + 1),
+            "no labels: %d of %s of %s have no class (such as that of image %d)",
+            *(missing, counted(len(given), "line"), path, given.index("") + 1),
         )
     if config.labels == "none" or missing or len(names) < 2:
         return np.full(len(given), -1), ()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sacl_fast.checks import counted
 from sacl_fast.config import DataConfig
 from sacl_fast.data.images import archives
 from sacl_fast.data.images.cache import cache_folder
@@ -105,7 +106,7 @@ def _labelled(manifest: Manifest, config: DataConfig) -> FolderSource:
     classes = tuple(dict.fromkeys(top[manifest.counts > 0].tolist()))  # sorted, as folders are
     if rule == "folder" and "" in classes:
         raise UserError(
-            f"data.labels is folder, but {manifest.counts[0]} images lie directly in "
+            f"data.labels is folder, but some images ({manifest.counts[0]:,}) lie directly in "
             f"{manifest.root} (such as {manifest.name(0)}); every image in a class folder works, "
             "and so does data.labels none"
         )
@@ -133,7 +134,7 @@ def _validation(manifest: Manifest, train: FolderSource) -> FolderSource:
         found = few(unknown)
         what = f"the folder {found}, which is" if len(unknown) == 1 else f"{found}, which are"
         if unknown[0] == "":
-            what = f"{manifest.counts[0]} images without a class folder, which is"
+            what = f"{counted(int(manifest.counts[0]), 'image')} without a class folder, which is"
         raise UserError(
             f"{manifest.root} holds {what} none of the class folders of {train.manifest.root} "
             f"({few(train.classes)}); the same class folders in both work, so do class names in "
@@ -154,7 +155,8 @@ def _annotated(path: Path, manifest: Manifest, classes: Sequence[str]) -> np.nda
     missing = [name for name in names if class_of.get(name) not in position]
     if missing:
         raise UserError(
-            f"{path} has no class of the training images for {len(missing)} of {len(names)} images "
+            f"{path} has no class of the training images for {len(missing)} of "
+            f"{counted(len(names), 'image')} "
             f"({few(missing, 3)}); data.labels none works (no kNN evaluation)"
         )
     return np.array([position[class_of[name]] for name in names], np.int64)

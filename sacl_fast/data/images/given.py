@@ -2,10 +2,7 @@
 
 ``source[index]`` is an image; or a tuple that begins with one and has its label next; or a mapping
 with both, as rows of a Hugging Face ``datasets.Dataset`` are. An image is one of Pillow's, of any
-mode, or an array (H, W, 3) or (H, W) of uint8. A label is a whole number from 0 on, or a text.
-
-Labels are taken from where they cost nothing: a column of a Hugging Face data set, or an attribute
-``targets`` or ``labels`` (N), as torchvision's data sets have it. Else every item is read once.
+mode, or an array (H, W, 3) or (H, W) of uint8. What a label is: ``given_labels``.
 
 Worker processes are forked, so nothing is pickled. What ``__init__`` opened (a file, a connection)
 is shared among them, position in the file included: data sets that read from one open it anew
@@ -14,8 +11,7 @@ where the process is another. What is not a ``Source`` is never asked by two thr
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -25,32 +21,15 @@ from PIL import Image
 from sacl_fast.checks import shown
 from sacl_fast.config import DataConfig
 from sacl_fast.data.images.decode import BadImage
-from sacl_fast.data.images.given_item import (
-    LABEL_KEYS,
-    first_key,
-    item_of,
-    label_in,
-    pixels_of,
-    plain_label,
-)
+from sacl_fast.data.images.given_item import item_of, label_in, pixels_of, plain_label
+from sacl_fast.data.images.given_labels import NO_LABELS, Labels, labels_of
 from sacl_fast.data.images.source import Source, Splits, Subset
 from sacl_fast.data.images.splits import few
 from sacl_fast.errors import UserError
 
-logger = logging.getLogger(__name__)
-
 _IDENTIFIED = 64  # images whose pixels tell a data set from another
 _READ_TWICE = 4
-_NO_LABELS = "data.labels none does without labels"
 _OF_A_SOURCE = ("classes", "labels", "decoded", "load", "read", "label", "name", "identity")
-
-
-class Labels(NamedTuple):
-    """What a data set says of its images' classes."""
-
-    values: list[int] | list[str]
-    names: tuple[str, ...] | None
-    """Of whole numbers."""
 
 
 class Given(NamedTuple):
@@ -78,16 +57,21 @@ class GivenSource:
         self.classes: tuple[str, ...] = ()
         self._count = _count(items, title)
         self.labels = np.full(self._count, -1)
+        self.beside: dict[int, Any] = {}
+        """Of some readable images, spread over the data set: what stands in the label's place."""
         self._broken: dict[int, str] = {}
         chosen = np.unique(np.linspace(0, self._count - 1, _IDENTIFIED).round().astype(int))
-        self.example = _first_readable(items, title, chosen.tolist())
-        self._identities = {index: self._identity(index) for index in chosen.tolist()}
+        self._identities = {index: self._look(index) for index in chosen.tolist()}
+        if not self.beside:
+            why = self._broken[0]
+            raise UserError(f"{title} holds no image that can be read, for {self.name(0)}: {why}")
         for index in chosen[:: -(-len(chosen) // _READ_TWICE)].tolist():
-            if self._identity(index) != self._identities[index]:
+            if self._look(index) != self._identities[index]:
                 raise UserError(
                     f"{self.name(index)} is another image each time it is read; {title} without "
                     "random transforms works, since views of each image are drawn from it anyway"
                 )
+        self._broken.clear()
 
     def __len__(self) -> int:
         return self._count
@@ -112,22 +96,24 @@ class GivenSource:
         return self._identities.get(index, b"")
 
     def read_label(self, index: int) -> Any:
-        """The label in the item; None, and the image unreadable, where the item is."""
+        """What stands in the label's place of an item; where that cannot be read, the image is
+        unreadable from then on, and has the label of another."""
         try:
             return label_in(item_of(self.items, index))
         except BadImage as error:
             self._broken[index] = str(error)
-            return None
+            labels = (value for value in self.beside.values() if plain_label(value) is not None)
+            return next(labels, None)
 
-    def is_broken(self, index: int) -> bool:
-        """Whether ``read_label`` found the item unreadable."""
-        return index in self._broken
-
-    def _identity(self, index: int) -> bytes:
+    def _look(self, index: int) -> bytes:
+        """What tells the image from another; its label is noted."""
         try:
-            pixels = pixels_of(item_of(self.items, index))
-        except BadImage:
+            item = item_of(self.items, index)
+            pixels = pixels_of(item)
+        except BadImage as error:
+            self._broken[index] = str(error)
             return b"unreadable"
+        self.beside[index] = label_in(item)
         return b"%d %d " % pixels.shape[:2] + pixels.tobytes()
 
 
@@ -160,15 +146,15 @@ def given_splits(config: DataConfig, given: Given) -> Splits | None:
     if config.labels == "none":
         return Splits(_unlabelled(train), None)
     if isinstance(train, GivenSource):
-        _set_labels(train, _labels_of(train), None)
+        _set_labels(train, labels_of(train), None)
     if held_out is None or not train.classes:
         return Splits(train, None)
     if isinstance(held_out, GivenSource):
-        _set_labels(held_out, _labels_of(held_out), train.classes)
+        _set_labels(held_out, labels_of(held_out), train.classes)
     elif held_out.classes != train.classes:
         raise UserError(
             f"val has the classes ({few(held_out.classes)}) and source ({few(train.classes)}); the "
-            f"same ones work, and {_NO_LABELS}"
+            f"same ones work, and {NO_LABELS}"
         )
     return Splits(train, held_out)
 
@@ -221,91 +207,7 @@ def _count(items: Any, title: str) -> int:
     return count
 
 
-def _first_readable(items: Any, title: str, indices: Sequence[int]) -> Any:
-    """The first of some items that holds an image."""
-    why = ""
-    for index in indices:
-        try:
-            item = item_of(items, index)
-            pixels_of(item)
-        except BadImage as error:
-            why = why or f"{title}[{index}]: {error}"
-        else:
-            return item
-    raise UserError(f"{title} holds no image that can be read, for {why}")
-
-
 # --- labels ---------------------------------------------------------------------------------------
-
-
-def _labels_of(source: GivenSource) -> Labels | None:
-    """The labels of all images, None where there are none."""
-    found = _cheap_labels(source.items, len(source))
-    if found is not None:
-        values, names = found
-        return Labels(_plain(values, source), names)
-    if plain_label(label_in(source.example)) is None:
-        return None
-    logger.info(
-        "reading the %d items of %s once, for their labels; an attribute targets (N) saves that",
-        len(source), source.title,
-    )  # fmt: skip
-    values = [source.read_label(index) for index in range(len(source))]
-    instead = label_in(source.example)  # where an item cannot be read, which nothing then does
-    values = [instead if source.is_broken(index) else v for index, v in enumerate(values)]
-    return Labels(_plain(values, source), _names(source.items))
-
-
-def _cheap_labels(items: Any, count: int) -> tuple[Iterable[Any], tuple[str, ...] | None] | None:
-    features = getattr(items, "features", None)
-    if isinstance(features, Mapping) and (key := first_key(features, LABEL_KEYS)) is not None:
-        values = list(items[key])
-        if len(values) == count and plain_label(values[0]) is not None:
-            return values, _unique(getattr(features[key], "names", None))
-    inner, indices = getattr(items, "dataset", None), getattr(items, "indices", None)
-    if inner is not None and isinstance(indices, Sequence) and len(indices) == count:
-        found = _cheap_labels(inner, len(inner))  # torch.utils.data.Subset
-        if found is None:
-            return None
-        values = list(found[0])
-        return [values[index] for index in indices], found[1]
-    for name in ("targets", "labels"):
-        values = getattr(items, name, None)
-        if values is not None and hasattr(values, "__len__") and len(values) == count:
-            values = list(values)
-            if plain_label(values[0]) is not None:
-                return values, _names(items)
-    return None
-
-
-def _names(items: Any) -> tuple[str, ...] | None:
-    return _unique(getattr(items, "classes", None))
-
-
-def _unique(names: Any) -> tuple[str, ...] | None:
-    """Names of classes, if that is what they are."""
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        return None
-    return tuple(names) if names and len(set(names)) == len(names) else None
-
-
-def _plain(values: Iterable[Any], source: GivenSource) -> list[int] | list[str]:
-    plain: list[Any] = []
-    for index, value in enumerate(values):
-        found = plain_label(value)
-        if found is None or (isinstance(found, int) and found < 0):
-            raise UserError(
-                f"the label of {source.name(index)} is {shown(value)}; a whole number from 0 on, "
-                f"or a text, works, and {_NO_LABELS}"
-            )
-        plain.append(found)
-    kinds = {type(value) for value in plain}
-    if len(kinds) > 1:
-        raise UserError(
-            f"some labels of {source.title} are numbers and some are texts; one of the two works, "
-            f"and {_NO_LABELS}"
-        )
-    return plain
 
 
 def _set_labels(
@@ -316,7 +218,7 @@ def _set_labels(
         if classes:
             raise UserError(
                 f"{source.title} has no labels, but source has; labels in both work, and "
-                f"{_NO_LABELS}"
+                f"{NO_LABELS}"
             )
         return
     names = _named(source, labels, classes)
@@ -328,7 +230,7 @@ def _set_labels(
         if unknown := sorted(set(names) - set(classes)):
             raise UserError(
                 f"{source.title} has the label {few(unknown, 3)}, which is none of source's "
-                f"({few(classes)}); the same classes in both work, and {_NO_LABELS}"
+                f"({few(classes)}); the same classes in both work, and {NO_LABELS}"
             )
         source.classes = classes
     position = {name: index for index, name in enumerate(source.classes)}
@@ -348,7 +250,7 @@ def _named(source: GivenSource, labels: Labels, classes: tuple[str, ...] | None)
     if largest >= len(names):
         raise UserError(
             f"{source.title} has the label {largest}, but {len(names)} names of classes; labels "
-            f"from 0 to {len(names) - 1} work, and {_NO_LABELS}"
+            f"from 0 to {len(names) - 1} work, and {NO_LABELS}"
         )
     return [names[int(value)] for value in labels.values]
 

@@ -16,6 +16,8 @@ from sacl_fast.errors import reason_of
 
 _IMAGE_KEYS = ("image", "img")
 LABEL_KEYS = ("label", "labels", "target", "class", "fine_label")
+MISSING = type("Missing", (), {"__repr__": lambda _: "missing"})()
+"""In a label's place: there is no such place."""
 _WORKS = "an image of Pillow's or an array (H, W, 3) of uint8 works"
 
 
@@ -66,13 +68,13 @@ def _image_in(item: Any) -> Any:
 
 
 def label_in(item: Any) -> Any:
-    """What stands in the label's place; None where nothing does."""
+    """What stands in the label's place; ``MISSING`` where there is none."""
     if isinstance(item, (tuple, list)):
-        return item[1] if len(item) > 1 else None
+        return item[1] if len(item) > 1 else MISSING
     if isinstance(item, Mapping):
         key = first_key(item, LABEL_KEYS)
-        return None if key is None else item[key]
-    return None
+        return MISSING if key is None else item[key]
+    return MISSING
 
 
 def first_key(item: Iterable[Any], keys: Sequence[str]) -> str | None:
@@ -84,9 +86,8 @@ def plain_label(value: Any) -> int | str | None:
     """A label as a number or a text; None where it is neither."""
     if isinstance(value, str):
         return str(value)
-    if isinstance(value, numbers.Integral):
-        return int(value)
     item: Callable[[], Any] | None = getattr(value, "item", None)
     if item is not None and getattr(value, "ndim", None) == 0:  # of numpy or torch
-        return int(whole) if isinstance(whole := item(), numbers.Integral) else None
-    return None
+        value = item()
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return int(value) if whole else None

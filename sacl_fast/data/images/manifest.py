@@ -23,9 +23,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sacl_fast.checks import counted
 from sacl_fast.data.images.cache import cache_key, make_part
 from sacl_fast.data.images.damage import DAMAGED
-from sacl_fast.errors import UserError, reason_of
+from sacl_fast.errors import UserError, reason_and_remedy, reason_of
 from sacl_fast.files import whole_file
 
 logger = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ def list_images(root: Path, cache: Path | None = None, cache_from: int = 10_000)
     found = sorted(_walk(path), key=lambda folder: folder.path.split("/"))
     manifest = _manifest(path, found)
     seconds = time.perf_counter() - ticks
-    logger.info("listed %d images below %s in %.1f s", len(manifest), path, seconds)
+    logger.info("listed %s below %s in %.1f s", counted(len(manifest), "image"), path, seconds)
     settled = max(folder.times_ns[0] for folder in found) < began - _SETTLED_NS
     if cache and kept and settled and len(manifest) >= cache_from:
         try:
@@ -140,8 +141,8 @@ def _told(manifest: Manifest) -> Manifest:
         images = any(kind[1:] in _UNREAD for kind, _ in manifest.skipped)
         logger.log(
             logging.WARNING if images else logging.INFO,
-            "skipped %d files below %s that are no images by their names: %s (images end in %s)",
-            sum(count for _, count in manifest.skipped),
+            "skipped %s below %s, no images by name: %s (images end in %s)",
+            counted(sum(count for _, count in manifest.skipped), "file"),
             manifest.root,
             describe_kinds(manifest.skipped),
             ", ".join(EXTENSIONS),
@@ -195,7 +196,9 @@ def _walk(root: str) -> Iterator[_Folder]:
             with os.scandir(absolute) as entries:
                 visible = [entry for entry in entries if not entry.name.startswith(".")]
         except OSError as error:
-            raise UserError(f"cannot read the folder {absolute}: {reason_of(error)}") from None
+            raise UserError(
+                f"cannot read the folder {absolute}: {reason_and_remedy(error)}"
+            ) from None
         identity = (status.st_dev, status.st_ino)
         if identity in above:
             continue

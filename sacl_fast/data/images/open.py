@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from sacl_fast.checks import counted
 from sacl_fast.config import DataConfig
 from sacl_fast.config.choices import SourceName
 from sacl_fast.data.images.cifar import open_cifar
@@ -48,8 +49,10 @@ def open_sources(
     """
     splits = given_splits(config, given) or SOURCES[config.source](config, download)
     train = _limited(splits.train, config.limit, seed)
-    val = "no" if splits.val is None else len(splits.val)
-    logger.info("%d training images, %s validation images", len(train), val)
+    val = "no validation images"
+    if splits.val is not None:
+        val = counted(len(splits.val), "validation image")
+    logger.info("%s, %s", counted(len(train), "training image"), val)
     logger.info("%s", _described_labels(train.classes, config))
     return Splits(train, splits.val)
 
@@ -64,7 +67,8 @@ def _described_labels(classes: Sequence[str], config: DataConfig) -> str:
         "cache": "those of the images that it was made of",
     }.get(config.source, f"those of {config.source}")
     return (
-        f"labels for kNN evaluation: {len(classes)} classes ({few(classes)}), which are {origin}; "
+        f"labels for kNN evaluation: {counted(len(classes), 'class')} ({few(classes)}), which "
+        f"are {origin}; "
         "data.labels none does without"
     )
 

@@ -35,7 +35,7 @@ from sacl_fast.data.images.pixel_format import (
     unpack_header,
 )
 from sacl_fast.data.images.source import Source, Splits, Subset
-from sacl_fast.errors import UserError, reason_of
+from sacl_fast.errors import UserError, reason_and_remedy, reason_of
 from sacl_fast.files import kind_of, user_path
 
 logger = logging.getLogger(__name__)
@@ -240,7 +240,7 @@ def _opened(path: Path) -> _Opened:
                 raise UserError(f"the index of {path} is damaged: its checksum differs; {_AGAIN}")
             memory = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     except (OSError, OverflowError, MemoryError) as error:
-        raise UserError(f"cannot read {path}: {reason_of(error)}") from None
+        raise UserError(f"cannot read {path}: {reason_and_remedy(error)}") from None
     pixels = np.frombuffer(memory, np.uint8)[START : header.index_offset]
     try:
         index = Index.from_npz(data)

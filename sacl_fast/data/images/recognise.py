@@ -8,7 +8,7 @@ from pathlib import Path
 from sacl_fast.config.choices import SourceName
 from sacl_fast.data.images.pixel_file import is_cache
 from sacl_fast.data.images.voc import find_voc
-from sacl_fast.errors import UserError, reason_of
+from sacl_fast.errors import UserError, reason_and_remedy
 from sacl_fast.files import kind_of
 
 _CIFAR: dict[str, SourceName] = {
@@ -36,7 +36,7 @@ def source_of(root: Path) -> SourceName:
     try:
         names = [name for name in os.listdir(root) if not name.startswith(".")]
     except OSError as error:
-        raise UserError(f"cannot read the folder {root}: {reason_of(error)}") from None
+        raise UserError(f"cannot read the folder {root}: {reason_and_remedy(error)}") from None
     shards = [name for name in names if name.endswith(".tar")]
     folders = any(kind_of(root / name) == "folder" for name in names if name not in shards)
     return "webdataset" if shards and not folders else "folder"

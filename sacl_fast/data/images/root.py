@@ -9,8 +9,8 @@ from pathlib import Path
 from sacl_fast.config import DataConfig
 from sacl_fast.data.images import archives
 from sacl_fast.data.images.pixel_file import is_cache
-from sacl_fast.data.images.splits import few
-from sacl_fast.errors import UserError, reason_of
+from sacl_fast.data.images.splits import are_beside, few
+from sacl_fast.errors import UserError, reason_and_remedy
 from sacl_fast.files import kind_of, user_path
 
 LIST_SUFFIX = ".txt"
@@ -38,6 +38,32 @@ def existing_root(config: DataConfig) -> Path:
     return root
 
 
+def refuse_among_images(
+    out: Path, config: DataConfig, works: str = "--out names a folder elsewhere"
+) -> None:
+    """Raise UserError where a file in the folder ``out``, which need not be there, would be read as
+    an image, a class or a split of ``data.root`` by whatever opens that next.
+
+    Hidden folders are not read, nor are those beside the splits; nor is anything but the shards,
+    lists and files of their own in other sources.
+    """
+    if config.source not in ("folder", "webdataset") or not config.root:
+        return
+    root = user_path(config.root, "data.root")
+    if kind_of(root) != "folder":
+        return
+    folder, whole = (Path(os.path.realpath(path)) for path in (out, root))
+    if not folder.is_relative_to(whole):
+        return
+    parts = folder.relative_to(whole).parts
+    if any(part.startswith(".") for part in parts) or (parts and are_beside(parts[0], whole)):
+        return
+    raise UserError(
+        f"{out} is within the images of data.root ({root}), where what is written would be taken "
+        f"for images or a class; {works}"
+    )
+
+
 def check_downloadable(config: DataConfig, root: Path, title: str, own: Collection[str]) -> None:
     """Raise UserError where ``root``, which ``data.root`` names, holds other things than a download
     does: nothing is to be put among the images of a user, or trained on in their place.
@@ -51,7 +77,7 @@ def check_downloadable(config: DataConfig, root: Path, title: str, own: Collecti
     try:
         names = sorted(name for name in os.listdir(root) if not name.startswith("."))
     except OSError as error:
-        raise UserError(f"cannot read the folder {root}: {reason_of(error)}") from None
+        raise UserError(f"cannot read the folder {root}: {reason_and_remedy(error)}") from None
     if names and not {*names} & {*own}:
         raise UserError(
             f"data.source is {config.source}, but {config.root or root} holds {few(names, 3)}, "

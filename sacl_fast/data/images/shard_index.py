@@ -23,7 +23,7 @@ from sacl_fast.data.images.cache import cache_key, make_part
 from sacl_fast.data.images.damage import DAMAGED
 from sacl_fast.data.images.decode import BadImage, read_bytes
 from sacl_fast.data.images.tar import BLOCK, WholeTar, unended
-from sacl_fast.errors import UserError, reason_of
+from sacl_fast.errors import UserError, reason_and_remedy, reason_of
 from sacl_fast.files import kind_of, whole_file
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def find_shards(root: Path) -> list[Path]:
     try:
         names = sorted(name for name in os.listdir(root) if not name.startswith("."))
     except OSError as error:
-        raise UserError(f"cannot read the folder {root}: {reason_of(error)}") from None
+        raise UserError(f"cannot read the folder {root}: {reason_and_remedy(error)}") from None
     shards = [root / name for name in names if name.lower().endswith(".tar")]
     if not shards:
         raise UserError(f"no shards in {root}: files that end in .tar count")
@@ -111,7 +111,7 @@ def index_shards(root: Path) -> Iterator[Path]:
             with whole_file(path) as file:
                 file.write(data)
         except OSError as error:
-            raise UserError(f"cannot write {path}: {reason_of(error)}") from None
+            raise UserError(f"cannot write {path}: {reason_and_remedy(error)}") from None
         yield path
 
 
@@ -183,7 +183,7 @@ def _read(shard: Path) -> tuple[list[Sample], bool]:
     try:
         file = shard.open("rb")
     except OSError as error:
-        raise UserError(f"cannot read the shard {shard}: {reason_of(error)}") from None
+        raise UserError(f"cannot read the shard {shard}: {reason_and_remedy(error)}") from None
     try:
         with file:
             whole = WholeTar(file, plain=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sacl_fast.data.images.manifest import is_folder, is_image
-from sacl_fast.errors import UserError, reason_of
+from sacl_fast.errors import UserError, reason_and_remedy
 
 logger = logging.getLogger(__name__)
 
@@ -69,19 +69,19 @@ def few(names: Sequence[str], show: int = 5) -> str:
     return ", ".join(names[:show]) + more
 
 
+def are_beside(name: str, root: Path) -> bool:
+    """Whether ``root`` holds splits, and what is in a folder ``name`` in it is of none of them, nor
+    would be if that were made."""
+    named = _named_splits(root)
+    return named is not None and name not in named and not words_of(name) & _BOTH
+
+
 def _splits_in(root: Path) -> SplitFolders | None:
-    names = _look(root)[0]
-    train = _first(root, names, TRAIN)
-    val = _first(root, names, VAL) if train else None
-    if train is None:
-        # Words count only where both are found: train_steam and train_diesel are classes.
-        said = {name: words_of(name) for name in names}
-        trains = [name for name in names if said[name] & {*TRAIN} and not said[name] & {*VAL}]
-        vals = [(word, name) for word in VAL for name in names if word in said[name]]
-        if len(trains) != 1 or not vals:
-            return None
-        train, val = trains[0], vals[0][1]
-    unused = [name for name in names if name not in (train, val)]
+    named = _named_splits(root)
+    if named is None:
+        return None
+    train, val = named
+    unused = [name for name in _look(root)[0] if name not in named]
     if unused:
         unknown = any(not words_of(name) & _BOTH for name in unused)
         logger.log(
@@ -90,6 +90,19 @@ def _splits_in(root: Path) -> SplitFolders | None:
             *(root / train, root / val if val else "none", few(unused)),
         )
     return SplitFolders(_unwrapped(root / train), _unwrapped(root / val) if val else None)
+
+
+def _named_splits(root: Path) -> tuple[str, str | None] | None:
+    """The folders in ``root`` for training and for validation, by their names."""
+    names = _look(root)[0]
+    train = _first(root, names, TRAIN)
+    if train is not None:
+        return train, _first(root, names, VAL)
+    # Words count only where both are found: train_steam and train_diesel are classes.
+    said = {name: words_of(name) for name in names}
+    trains = [name for name in names if said[name] & {*TRAIN} and not said[name] & {*VAL}]
+    vals = [(word, name) for word in VAL for name in names if word in said[name]]
+    return (trains[0], vals[0][1]) if len(trains) == 1 and vals else None
 
 
 def _first(root: Path, names: list[str], known: Sequence[str]) -> str | None:
@@ -134,5 +147,5 @@ def _look(root: Path) -> tuple[list[str], bool]:
                 else:
                     images = images or is_image(entry.name) or entry.name.endswith(".tar")
     except OSError as error:
-        raise UserError(f"cannot read the folder {root}: {reason_of(error)}") from None
+        raise UserError(f"cannot read the folder {root}: {reason_and_remedy(error)}") from None
     return sorted(names), images

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from sacl_fast.checks import counted
 from sacl_fast.config import DataConfig
 from sacl_fast.data.images import archives
 from sacl_fast.data.images.cache import cache_folder, exclusive
@@ -23,7 +24,7 @@ from sacl_fast.data.images.root import check_downloadable, existing_root
 from sacl_fast.data.images.source import FileSource, Source, Splits, Subset
 from sacl_fast.data.images.splits import few
 from sacl_fast.data.images.text import read_text
-from sacl_fast.errors import UserError, reason_of
+from sacl_fast.errors import UserError, reason_and_remedy, reason_of
 from sacl_fast.files import kind_of, user_path
 
 VOC_CLASSES = (
@@ -123,7 +124,8 @@ def _split(root: Path, split: str, most: int) -> VocSource:
     missing = [name for name in names if kind_of(pictures / f"{name}.jpg") != "file"]
     if missing:
         raise UserError(
-            f"{len(missing)} of the {len(names):,} images that {path} names are not in {pictures} "
+            f"{pictures} lacks {len(missing)} of the {counted(len(names), 'image')} that "
+            f"{path} names "
             f"({few([f'{name}.jpg' for name in missing], 3)})"
         )
     rows = [_classes_in(root / "Annotations" / f"{name}.xml") for name in names]
@@ -140,7 +142,7 @@ def _classes_in(path: Path) -> np.ndarray:
             difficult = (item.findtext("difficult") or "0").strip() == "1"
             row[position] = -1 if difficult and row[position] != 1 else 1
     except (BadImage, ElementTree.ParseError, LookupError) as error:
-        raise UserError(f"annotation {path} cannot be read: {reason_of(error)}") from None
+        raise UserError(f"annotation {path} cannot be read: {reason_and_remedy(error)}") from None
     except ValueError:
         known = ", ".join(VOC_CLASSES[:3])
         raise UserError(

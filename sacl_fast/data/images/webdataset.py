@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from sacl_fast.checks import counted
 from sacl_fast.config import DataConfig
 from sacl_fast.data.images.cache import cache_folder
 from sacl_fast.data.images.damage import DAMAGED
@@ -111,9 +112,9 @@ def open_shards(
         )
     if unused:
         logger.warning(
-            "ignored %d images in the shards of %s: their samples have another by the name before "
+            "ignored %s in the shards of %s: their samples have another by the name before "
             "the first dot (%s)",
-            *(len(unused), where, few(unused, 3)),
+            *(counted(len(unused), "image"), where, few(unused, 3)),
         )
     shard_of, offsets, sizes = np.array(rows, np.int64).T
     if classes is None:
@@ -154,8 +155,8 @@ def _classes(names: Sequence[str | None], where: Path) -> tuple[str, ...]:
     found = {name for name in names if name is not None}
     if len(found) > 1 and None in names:
         logger.warning(
-            "no labels: %d of %d images in the shards of %s have no .%s of their name beside them",
-            *(names.count(None), len(names), where, _LABEL),
+            "no labels: %d of %s in the shards of %s have no .%s of their name beside them",
+            *(names.count(None), counted(len(names), "image"), where, _LABEL),
         )
     return () if None in names or len(found) < 2 else tuple(sorted(found, key=_natural))
 

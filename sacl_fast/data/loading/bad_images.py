@@ -3,14 +3,19 @@
 A batch may meet more of them than it drew: where an image cannot be read, its neighbours are tried,
 so a folder that is gone is found whole at once. So there are two limits: one on all unreadable
 images that were met, and one on those that were drawn, which allows for chance.
+
+Training, evaluation and other readers of one source count for themselves, since each reads other
+images, and name an image between them once: what was named is kept with the source.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from weakref import WeakKeyDictionary
 
-from sacl_fast.data.images.source import Source
+from sacl_fast.checks import counted
+from sacl_fast.data.images.source import Source, Subset
 from sacl_fast.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -18,6 +23,8 @@ logger = logging.getLogger(__name__)
 _NAMED = 5  # each in a line of its own; then a line whenever they have doubled
 # As many unreadable images, or more, come by chance once in a million samples.
 _RARE = math.log(1e6)
+_NAMED_OF: WeakKeyDictionary[Source, set[int]] = WeakKeyDictionary()
+"""Of each source, itself no subset of one: the images that the log has named."""
 
 
 class BadImages:
@@ -32,6 +39,8 @@ class BadImages:
         self.count = len(source) if sample is None else sample
         self.reasons: dict[int, str] = {}
         """Index to reason."""
+        self._whole = _whole_source(source)
+        self._named = _named_of(self._whole)
         self._drawn = self._missed = 0
 
     def add(self, found: list[tuple[int, str]]) -> None:
@@ -46,7 +55,7 @@ class BadImages:
         most = self.max_share * self.count
         too_many = bad > most if self.sample is None else _is_rare(bad, self.count, self.max_share)
         if too_many or bad == self.count:
-            raise UserError(self._sentence(f"at least {bad} of {self.count} images"))
+            raise UserError(self._sentence(f"at least {bad} of {counted(self.count, 'image')}"))
 
     def drew(self, count: int, missed: int) -> None:
         """Count a batch: of ``count`` images drawn at random, ``missed`` were unreadable. UserError
@@ -59,15 +68,18 @@ class BadImages:
             )
 
     def _name(self, index: int, reason: str) -> None:
-        name, nth = self.source.name(index), len(self.reasons)
+        """Tell of an image that no reader has met before."""
+        name, place = self.source.name(index), _place(self.source, index)
+        if place in self._named:
+            return
+        self._named.add(place)
+        nth, count = len(self._named), len(self._whole)
         if nth <= _NAMED:
-            logger.warning(
-                "skipped unreadable image %s: %s (%d of %d)", name, reason, nth, self.count
-            )
+            logger.warning("skipped unreadable image %s: %s (%d of %d)", name, reason, nth, count)
         elif nth % _NAMED == 0 and (nth // _NAMED).bit_count() == 1:
             logger.warning(
                 "skipped %d unreadable images of %d so far, the last %s: %s",
-                *(nth, self.count, name, reason),
+                *(nth, count, name, reason),
             )
 
     def _sentence(self, which: str) -> str:
@@ -77,6 +89,26 @@ class BadImages:
             f"{which} are unreadable, which is too many (data.max_bad_share is "
             f"{self.max_share:g}): {', '.join(names)}{more}"
         )
+
+
+def _whole_source(source: Source) -> Source:
+    while isinstance(source, Subset):
+        source = source.source
+    return source
+
+
+def _place(source: Source, index: int) -> int:
+    """Where in the whole source an image is."""
+    while isinstance(source, Subset):
+        source, index = source.source, int(source.indices[index])
+    return index
+
+
+def _named_of(whole: Source) -> set[int]:
+    try:
+        return _NAMED_OF.setdefault(whole, set())
+    except TypeError:  # somebody's source, which has no weak references or no hash
+        return set()
 
 
 def _is_rare(bad: int, drawn: int, share: float) -> bool:

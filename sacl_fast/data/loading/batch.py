@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sacl_fast.checks import counted
 from sacl_fast.config import Config, ViewsConfig
 from sacl_fast.data.views.draw import epoch_order
 from sacl_fast.errors import UserError
@@ -71,9 +72,10 @@ def _check_batch(count: int, batch: int, world_size: int) -> None:
             f"(batch_size {2 * world_size})"
         )
     if batch > count:
-        works = f"at most {count}" if count >= 2 else "2 or more images and batch_size 2"
+        works = f"at most {count:,}" if count >= 2 else "2 or more images and batch_size 2"
         raise UserError(
-            f"batch_size is {batch}, but there are only {count} training images; {works} works"
+            f"batch_size is {batch}, but there {'is' if count == 1 else 'are'} only "
+            f"{counted(count, 'training image')}; {works} works"
         )
 
 

@@ -140,5 +140,5 @@ def test_what_does_not_count_is_said(image_folder: Path, caplog: pytest.LogCaptu
     (image_folder / "#1.png").write_bytes(b"")
     (image_folder / "l.txt").write_text("#1.png\n# a word\ndark/03.png\ta\ndark/04.png\n")
     assert len(opened(image_folder / "l.txt")) == 1 + 1
-    assert "1 lines of" in caplog.text and "./#1.png would" in caplog.text
+    assert "left out 1 line of" in caplog.text and "./#1.png would" in caplog.text
     assert "no labels: 1 of 2 lines" in caplog.text

@@ -96,7 +96,7 @@ def test_no_images(tmp_path: Path) -> None:
 def test_folder_labels_that_are_none(tmp_path: Path) -> None:
     paint(tmp_path / "x", "a/1.png", "b/1.png", "2.png")
     message = error(tmp_path / "x", labels="folder")
-    assert "1 images lie directly" in message and "2.png" in message
+    assert "some images (1) lie directly" in message and "2.png" in message
     paint(tmp_path / "y", "only/1.png", "only/2.png")
     assert "one class folder only, only" in error(tmp_path / "y", labels="folder")
 
@@ -116,7 +116,7 @@ def test_skipped_kinds_are_said(tmp_path: Path, info: pytest.LogCaptureFixture) 
     root = paint(tmp_path / "x", "a/1.png", "b/1.png")
     (root / "a/2.HEIC").touch()
     opened(root)
-    assert "skipped 1 files" in said(info) and "1 .heic" in said(info)
+    assert "skipped 1 file below" in said(info) and "1 .heic" in said(info)
     for picture in root.rglob("*.png"):
         picture.unlink()
     assert "no images in" in (message := error(root)) and "there are 1 .heic" in message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from typing import Any
 
 import numpy as np
@@ -149,6 +150,54 @@ def test_labels(items: Any, names: tuple[str, ...], labels: list[int]) -> None:
     assert without.classes == () and set(without.labels.tolist()) == {-1}
 
 
+MANY = [(PIXELS[i % 6], i) for i in range(65)]
+
+
+@pytest.mark.parametrize(
+    ("items", "said"),
+    [
+        (pairs([0.5] * 6), r"source\[0\] has 0.5 in its label's place; a whole number"),
+        (pairs([None, 0.5] * 3), r"source\[0\] has None in its label's place"),
+        (pairs([True, False] * 3), r"source\[0\] has True in"),
+        (pairs(np.array([True, False] * 3)), r"has (np.)?True_? in"),
+        (pairs([np.float64(1)] * 6), r"1.0\)? in"),
+        (pairs([np.array([0, 1])] * 6), r"array\(\[0, 1\]\) in"),
+        (pairs([torch.tensor([3])] * 6), r"tensor\(\[3\]\) in"),
+        (pairs([torch.tensor(True)] * 6), r"tensor\(True\) in"),
+        (pairs([{"boxes": []}] * 6), r"{'boxes': \[\]} in"),
+        (pairs(list(PIXELS)), r"has array\(.* in its label's place"),
+        ([{"image": p, "label": 0.5} for p in PIXELS], r"has 0.5 in"),
+        # What is beside the items does not count where the items have other things.
+        (Items(pairs([{}] * 6), targets=[f"{i}.xml" for i in range(6)]), r"has {} in"),
+        (pairs([-1] * 6), "all labels of source are -1"),
+        (Items(list(PIXELS), labels=np.full(6, -1)), "all labels of source are -1"),
+        (MANY, r"each image of source has a label of its own \(source\[0\] has 0\)"),
+        ([(p, f"{i}.jpg") for p, i in MANY], r"a label of its own \(source\[0\] has '0.jpg'\)"),
+    ],
+)
+def test_what_is_no_label_is_said(items: Any, said: str, caplog) -> None:
+    source = opened(items).train
+    assert source.classes == () and set(source.labels.tolist()) == {-1}
+    line = next(r.getMessage() for r in caplog.records if r.levelname == "WARNING")
+    assert re.match(f"source counts as unlabelled: .*{said}", line) and "\n" not in line
+    caplog.clear()
+    opened(items, labels="none")
+    assert not caplog.records
+
+
+def test_where_there_is_no_place_for_labels_nothing_is_said(caplog) -> None:
+    for items in (PIXELS, [(p,) for p in PIXELS], [{"image": p} for p in PIXELS]):
+        assert opened(items).train.classes == ()
+    assert not caplog.records
+
+
+def test_the_items_say_what_their_labels_are() -> None:
+    """An attribute that says otherwise, as where labels are transformed, is not gone by."""
+    source = opened(Items(pairs([5, 5, 5, 7, 7, 7]), targets=LABELS)).train
+    assert source.classes == ("5", "7") and source.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert opened(MANY[:64]).train.classes == tuple(str(i) for i in range(64))
+
+
 def test_labels_beside_the_items_cost_no_reading() -> None:
     many = [(p, i % 2) for i, p in enumerate(np.repeat(PIXELS, 50, 0))]
     cheap, dear = Items(many, targets=[label for _, label in many]), Items(many)
@@ -211,6 +260,10 @@ class Changing(Items):
         (pairs([0, 1, -1, 0, 0, 0]), None, {}, r"label of source\[2\] is -1"),
         (pairs([0, 1, "a", 0, 0, 0]), None, {}, "some labels of source are numbers"),
         (pairs([0, 1, None, 0, 0, 0]), None, {}, r"label of source\[2\] is None"),
+        (pairs([None, 1, 0, 0, 0, 0]), None, {}, r"label of source\[0\] is None"),
+        (pairs([0, 1, True, 0, 0, 0]), None, {}, r"label of source\[2\] is True"),
+        ([*pairs(), PIXELS[0]], None, {}, r"label of source\[6\] is missing; a whole number"),
+        (Items(pairs([0, None] * 3), targets=LABELS), None, {}, r"source\[1\] is None"),
         (Items(pairs(), targets=LABELS, classes=["x", "y"]), None, {}, "the label 2, but 2 names"),
         (pairs(), list(PIXELS), {}, "val has no labels, but source has"),
         (pairs(), pairs([0, 1, 9, 9, 8, 0]), {}, "val has the label 8, 9, which is none"),

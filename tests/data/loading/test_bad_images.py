@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import pytest
 
-from sacl_fast.data.images.source import ArraySource
+from sacl_fast.data.images.source import ArraySource, Subset
 from sacl_fast.data.loading.bad_images import BadImages
 from sacl_fast.errors import UserError
 
@@ -34,6 +34,21 @@ def test_the_first_are_named_and_the_rest_summed_up(caplog: pytest.LogCaptureFix
     ]  # fmt: skip
     assert lines[5] == ("skipped 10 unreadable images of 10000 so far, the last x[9]: no such file")
     assert len(bad.reasons) == 3000
+
+
+def test_an_image_is_named_by_the_first_of_all_readers_that_meets_it(caplog) -> None:
+    whole = source(100)
+    held_out, rest = Subset(whole, np.arange(10, 20)), Subset(whole, np.arange(90))
+    readers = [BadImages(s, 0.5) for s in (whole, held_out, Subset(rest, np.arange(5, 15)))]
+    readers[0].add(found(11, 12))
+    readers[1].add(found(1, 2, 3))  # 11, 12, 13
+    readers[2].add(found(0, 6, 9))  # 5, 11, 14
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        f"skipped unreadable image x[{i}]" for i in (11, 12, 13, 5, 14)
+    ]
+    assert [len(bad.reasons) for bad in readers] == [2, 3, 3]
+    BadImages(source(100), 0.5).add(found(11))  # another source
+    assert "x[11]" in caplog.records[-1].getMessage() and len(caplog.records) == 6
 
 
 @pytest.mark.parametrize(("share", "most"), [(0.0, 0), (0.1, 10), (0.105, 10), (1.0, 99)])
