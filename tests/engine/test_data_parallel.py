@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,12 +53,13 @@ def views(step: int) -> tuple[Tensor, Tensor]:
 
 
 def never_wait() -> None:
-    for name, precision, mode in (  # every two of them together
+    pairs: tuple[tuple[Any, Any, Any], ...] = (  # every two settings together
         ("lars", "fp32", "mask"),
         ("lars", "bf16", "skip"),
         ("adamw", "fp32", "skip"),
         ("adamw", "bf16", "mask"),
-    ):
+    )
+    for name, precision, mode in pairs:
         optim = replace(CONFIG.optim, name=name)
         step = step_of(
             replace(CONFIG, optim=optim, precision=precision, slim=SlimConfig(mode=mode))
