@@ -161,7 +161,8 @@ def test_options_of_the_other_linear_evaluation_are_refused(capsys, options, hin
         LinearEvaluation(fast=True, epochs=2)
 
 
-def test_a_folder_of_something_else_is_not_written_into(folder, noisy, tmp_path, capsys):
+def test_a_folder_of_something_else_is_not_written_into(config, noisy, tmp_path, capsys):
+    folder = train(config).folder
     shutil.copytree(noisy, tmp_path / "photos")
     before = sorted((tmp_path / "photos").rglob("*"))
     told = refused(capsys, "eval", "knn", folder, "--out", tmp_path / "photos")
