@@ -15,7 +15,7 @@ CXX_FILES = $(shell find csrc tests/cuda -name '*.cpp' -o -name '*.h' -o -name '
 TESTS ?= tests
 # What is measured on a GPU: make bench-gpu GPU='--stages B C --minutes 5'
 GPU ?=
-PYTEST = OMP_NUM_THREADS=1 $(1)/python -m pytest -n 2 $(TESTS)
+PYTEST = OMP_NUM_THREADS=1 $(1)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 .PHONY: demo test test-newest bench-gpu lint clean
 

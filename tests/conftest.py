@@ -11,17 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sacl_fast.config import (
-    Config,
-    DataConfig,
-    EncoderConfig,
-    EvalConfig,
-    LogConfig,
-    OptimConfig,
-    ProjectorConfig,
-    ViewConfig,
-    ViewsConfig,
-)
+from sacl_fast.config import Config
+from tests.tiny import tiny_run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -71,16 +62,4 @@ def image_folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def tiny(image_folder: Path, tmp_path: Path) -> Config:
     """A run of a few seconds: three steps an epoch, a reading at each."""
-    return Config(
-        out=str(tmp_path / "run"),
-        epochs=2,
-        batch_size=16,
-        device="cpu",
-        data=DataConfig(root=str(image_folder), workers=0),
-        views=ViewsConfig(size=16, a=ViewConfig(), b=ViewConfig(solarize=0.2)),
-        encoder=EncoderConfig(name="resnet20", width=0.25, drop_path=0.2),
-        projector=ProjectorConfig(hidden=16, out=24),
-        optim=OptimConfig(lr=1.0, warmup_epochs=1),
-        log=LogConfig(every=1, tensorboard=False),
-        eval=EvalConfig(every=1, recalibrate_batches=2, batch_size=16),
-    )
+    return tiny_run(image_folder, tmp_path / "run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,12 +18,15 @@ from sacl_fast.files import whole_file
 
 logger = logging.getLogger(__name__)
 
+_PAUSE = 10.0  # s between drawings of the curves; one takes 0.3 s, an epoch may take less
+
 
 class Pictures:
     """Those of one run; ``drawn`` by the first rank."""
 
     def __init__(self, config: Config, folder: Path, source: Source, *, drawn: bool) -> None:
         self._config, self._folder, self._source, self._drawn = config, folder, source, drawn
+        self._curves_due, self._curves_at = False, time.monotonic()
 
     def draw_views(self) -> None:
         """Both views of some images."""
@@ -34,8 +38,16 @@ class Pictures:
         self._draw(VIEWS, draw)
 
     def draw_curves(self) -> None:
-        """The metrics so far."""
-        self._draw(CURVES, lambda path: plot_curves(read_metrics(self._folder / METRICS), path))
+        """The metrics so far; by ``close`` where it is soon after the last time."""
+        self._curves_due = True
+        if time.monotonic() - self._curves_at >= _PAUSE:
+            self.close()
+
+    def close(self) -> None:
+        """Draw what is due."""
+        if self._curves_due:
+            self._draw(CURVES, lambda path: plot_curves(read_metrics(self._folder / METRICS), path))
+            self._curves_due, self._curves_at = False, time.monotonic()
 
     def _draw(self, name: str, draw: Callable[[Path], None]) -> None:
         if not self._drawn:

@@ -52,10 +52,8 @@ def plot_curves(metrics: Sequence[dict[str, Any]], path: str | os.PathLike[str])
     Raises:
         OSError: it cannot be written; an older picture is left as it was.
     """
-    figure = Figure(figsize=(16, 7.5), dpi=110, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    (loss, knn, health), (rate, ranks, unused) = figure.subplots(2, 3)
-    unused.remove()
+    figure, canvas = _figure(16, 7.5)
+    loss, knn, health, rate, ranks = (figure.add_subplot(2, 3, n) for n in range(1, 6))
     train, scores, label_free = (
         [row for row in metrics if row.get("kind") == kind]
         for kind in ("train", "knn", "label_free")
@@ -76,9 +74,8 @@ def plot_curves(metrics: Sequence[dict[str, Any]], path: str | os.PathLike[str])
 
 def plot_accuracy(metrics: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> None:
     """The same of a run that learns labels: loss, learning rate, accuracy."""
-    figure = Figure(figsize=(15, 4), dpi=110, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    loss, rate, accuracy = figure.subplots(1, 3)
+    figure, canvas = _figure(15, 4)
+    loss, rate, accuracy = (figure.add_subplot(1, 3, n) for n in range(1, 4))
     train = [row for row in metrics if row.get("kind") == "train"]
     _draw_loss(loss, train)
     _draw_rate(rate, train)
@@ -90,6 +87,21 @@ def plot_accuracy(metrics: Sequence[dict[str, Any]], path: str | os.PathLike[str
         say(accuracy, "no readings yet")
     with whole_file(Path(path)) as file:
         canvas.print_png(file)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, FigureCanvasAgg]:
+    """Of a size in inches. The margins are given, since a run draws after its epochs and to find
+    them takes longer than the picture."""
+    figure = Figure(figsize=(width, height), dpi=110)
+    figure.subplots_adjust(
+        left=0.8 / width,
+        right=1 - 0.75 / width,
+        bottom=0.5 / height,
+        top=1 - 0.4 / height,
+        wspace=0.24,
+        hspace=0.3,
+    )
+    return figure, FigureCanvasAgg(figure)
 
 
 def _draw_loss(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
@@ -202,6 +214,7 @@ def frame(axes: Axes, title: str, unit: str) -> None:
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
     axes.set_xlabel("epoch")
     axes.set_ylabel(unit)
+    axes.ticklabel_format(axis="y", scilimits=(-3, 4))  # no wider than the margin
     axes.grid(color="#e6e6e6", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -394,5 +394,5 @@ class Run:
         )  # fmt: skip
 
     def close(self) -> None:
-        for part in (self.loader, self.monitor, self.profile):
+        for part in (self.loader, self.monitor, self.profile, self.pictures):
             part.close()

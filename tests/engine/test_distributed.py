@@ -26,7 +26,7 @@ from sacl_fast.passes import Passes
 from sacl_fast.slim import Slicer
 from tests.engine.ranks import in_ranks
 
-SIZE, STEPS = 16, 5
+SIZE, STEPS = 16, 3
 SKIP, RECORDED = Passes("skip"), Passes("skip", recorded=True)
 ALL_RECORDED = Passes("skip", dense="recorded", recorded=True)
 
@@ -157,7 +157,7 @@ def compare_recorded(synchronized: bool) -> None:
     ways, skips = [], built[0].slicer.mode
     built[0].slicer.mode = lambda way: ways.append(way) or skips(way)  # type: ignore
     models = [DistributedDataParallel(m, broadcast_buffers=False) for m in built]
-    for step in range(STEPS):
+    for step in range(5):
         a, b = (v + dist.get_rank() for v in views(4, step))
         ways.clear()
         for model in models:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from sacl_fast.engine import plots
-from sacl_fast.engine.plots import plot_curves
+from sacl_fast.engine.plots import plot_accuracy, plot_curves
 
 
 def train_rows(n: int, epochs: float = 5.0) -> list[dict[str, Any]]:
@@ -105,6 +105,27 @@ def test_the_values_are_the_ones_drawn(tmp_path: Path, figures: list[Figure]):
 def test_without_labels_the_panel_says_so(tmp_path: Path, figures: list[Figure]):
     plot_curves(train_rows(5), tmp_path / "curves.png")
     assert texts(figures[0]) == ["no labels", "not measured"]
+
+
+@pytest.mark.parametrize("scale", [-1e12, -40.0, 1e-7, 1.0, 99.9])
+def test_all_that_is_written_is_on_the_picture(tmp_path: Path, figures: list[Figure], scale: float):
+    """Of curves of any height; the margins are given, not found. No panel reaches into another."""
+    rows = train_rows(50, epochs=1000)
+    for row in rows:
+        for key in ("loss", "on_diagonal"):
+            row[key] *= scale
+        for key in ("lr", "embedding_std", "effective_rank"):
+            row[key] *= abs(scale)
+    scores = [{**row, "rankme_slim": 1000.0} for row in label_free_rows(600)]
+    plot_curves(rows + knn_rows(11) + scores, tmp_path / "curves.png")
+    plot_accuracy([*rows, dict(kind="accuracy", epoch=1, accuracy=99.9)], tmp_path / "curves.png")
+    for figure, twins in zip(figures, (2, 1), strict=True):
+        whole = figure.bbox.padded(1)
+        boxes: list[Any] = [axes.get_tightbbox() for axes in figure.axes]
+        assert all(whole.x0 < b.x0 and b.x1 < whole.x1 for b in boxes)
+        assert all(whole.y0 < b.y0 and b.y1 < whole.y1 for b in boxes)
+        panels = boxes[: len(boxes) - twins + 1]
+        assert not any(a.overlaps(b) for i, a in enumerate(panels) for b in panels[:i])
 
 
 def test_a_long_curve_keeps_its_mean_and_range(tmp_path: Path, figures: list[Figure]):

@@ -87,7 +87,7 @@ def test_killed_in_mid_epoch_and_resumed(tiny):
     """SIGKILL: nothing is said, nothing is saved; the last checkpoint is in the epoch's middle."""
     tiny = replace(
         tiny,
-        epochs=30,
+        epochs=15,
         data=replace(tiny.data, workers=1),
         eval=replace(tiny.eval, every=7),
         checkpoint=replace(tiny.checkpoint, every_steps=2),
@@ -111,22 +111,25 @@ def test_killed_in_mid_epoch_and_resumed(tiny):
     assert losses(folder) == expected
 
 
+@pytest.fixture(scope="module")
+def whole() -> dict[int, float]:
+    """The losses of the run that no signal interrupts, trained once."""
+    return {}
+
+
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda s: s.name
 )
-def test_signals_write_a_checkpoint_and_exit_cleanly(tiny, number):
+def test_signals_write_a_checkpoint_and_exit_cleanly(tiny, number, whole):
     """The signal goes to the whole process group, workers included, as a scheduler sends it."""
     tiny = replace(
-        tiny, epochs=30, data=replace(tiny.data, workers=2), eval=replace(tiny.eval, every=0)
+        tiny, epochs=20, data=replace(tiny.data, workers=2), eval=replace(tiny.eval, every=0)
     )
     folder = Path(tiny.out)
     process = subprocess.Popen(
-        command(tiny),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        command(tiny), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         start_new_session=True,
-    )
+    )  # fmt: skip
     deadline = time.monotonic() + 200
     while not (folder / "metrics.jsonl").exists() or not losses(folder):
         assert time.monotonic() < deadline and process.poll() is None
@@ -138,12 +141,13 @@ def test_signals_write_a_checkpoint_and_exit_cleanly(tiny, number):
     assert "Traceback" not in output and number.name in output and "--resume auto" in output
     done = max(losses(folder))
     (newest,) = list_checkpoints(folder / "checkpoints")[-1:]
-    assert load_checkpoint(newest)["step"] == done < 90
+    assert load_checkpoint(newest)["step"] == done < 60
 
     resumed = sacl_fast.train(replace(tiny, resume="auto"))
-    assert resumed.finished and resumed.steps == 90
-    sacl_fast.train(replace(tiny, out=f"{tiny.out}-whole"))
-    assert losses(folder) == losses(f"{tiny.out}-whole")
+    assert resumed.finished and resumed.steps == 60
+    if not whole:
+        whole |= losses(sacl_fast.train(replace(tiny, out=f"{tiny.out}-whole")).folder)
+    assert losses(folder) == whole
 
 
 def in_a_terminal(arguments: list[str]) -> tuple[subprocess.Popen[bytes], int]:
@@ -329,15 +333,14 @@ def test_resuming_another_architecture_names_the_differences(tiny):
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny, caplog):
-    whole = replace(tiny, out=f"{tiny.out}-whole", epochs=3)
-    sacl_fast.train(whole)
     sacl_fast.train(replace(tiny, epochs=3))
+    whole = losses(tiny.out)
     newest = list_checkpoints(Path(tiny.out) / "checkpoints")[-1]
     newest.write_bytes(newest.read_bytes()[:1000])
     resumed = replace(tiny, epochs=3, resume="auto")
     assert sacl_fast.train(resumed).finished
     assert "damaged" in caplog.text and "trying the one before" in caplog.text
-    assert losses(tiny.out) == losses(whole.out)
+    assert losses(tiny.out) == whole
     with pytest.raises(UserError, match="damaged or not a checkpoint"):
         newest.write_bytes(b"nonsense")
         sacl_fast.train(replace(tiny, out=f"{tiny.out}-3", resume=str(newest)))

@@ -18,30 +18,54 @@ from sacl_fast.cli import main
 from sacl_fast.config import Config, DataConfig, EncoderConfig, EvalConfig
 from sacl_fast.config.evaluation import LinearEvaluation
 from sacl_fast.encoders import build_encoder, load_encoder
-from sacl_fast.engine.trainer import train
+from sacl_fast.engine.trainer import RunResult, train
 from sacl_fast.errors import UserError
 from sacl_fast.evaluation.networks import supervised_encoder
+from tests.tiny import tiny_run
 
 SMALL = "--per-class 1 3 --percent 20 --draws 3"
 
 
-@pytest.fixture
-def noisy(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 training and 30 validation images of three classes that no encoder tells apart wholly."""
+    root = tmp_path_factory.mktemp("images") / "noisy"
     rng = np.random.default_rng(0)
     for split, count in (("train", 20), ("val", 10)):
         for i, name in enumerate(("one", "three", "two")):
-            folder = tmp_path / "noisy" / split / name
+            folder = root / split / name
             folder.mkdir(parents=True)
             for nth in range(count):
                 pixels = rng.normal(90 + 30 * i, 60, (20, 20, 3)).clip(0, 255).astype(np.uint8)
                 Image.fromarray(pixels).resize((40, 40)).save(folder / f"{nth}.png")
-    return tmp_path / "noisy"
+    return root
+
+
+def run_of(images: Path, out: Path) -> Config:
+    return replace(tiny_run(images, out), epochs=1, seed=3)
+
+
+@pytest.fixture(scope="module")
+def trained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    return train(run_of(images, tmp_path_factory.mktemp("trained") / "run"))
 
 
 @pytest.fixture
-def config(tiny: Config, noisy: Path) -> Config:
-    return replace(tiny, epochs=1, seed=3, data=replace(tiny.data, root=str(noisy)))
+def folder(trained: RunResult, tmp_path: Path) -> Path:
+    """A copy of the run's folder; its images are shared by all tests."""
+    return Path(shutil.copytree(trained.folder, tmp_path / "run"))
+
+
+@pytest.fixture
+def noisy(images: Path, tmp_path: Path) -> Path:
+    """A copy of the images."""
+    return Path(shutil.copytree(images, tmp_path / "noisy"))
+
+
+@pytest.fixture
+def config(noisy: Path, tmp_path: Path) -> Config:
+    """The same run, to be trained in other ways."""
+    return run_of(noisy, tmp_path / "other")
 
 
 def said(capsys: pytest.CaptureFixture[str], *args: object) -> str:
@@ -57,17 +81,17 @@ def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     return line
 
 
-def test_knn_is_what_the_run_printed_by_every_way_to_name_it(config, noisy, capsys):
+def test_knn_is_what_the_run_printed_by_every_way_to_name_it(
+    trained, folder, config, noisy, capsys
+):
     """The run folder, its checkpoint, and its encoders' files alone, elsewhere."""
-    run = train(config)
-    folder = run.folder
     said(capsys, "eval", "knn", folder)
     written = json.loads((folder / "eval/knn.json").read_text())
     rows = {row["name"]: row["figures"]["top-1"]["mean"] for row in written["encoders"]}
     assert list(rows) == ["dense", "slim", "dense, untrained", "slim, untrained"]
     for width in ("dense", "slim"):
-        assert rows[width] == pytest.approx(run.knn[f"knn_{width}"])
-        assert rows[f"{width}, untrained"] == pytest.approx(run.knn_before[f"knn_{width}"])
+        assert rows[width] == pytest.approx(trained.knn[f"knn_{width}"])
+        assert rows[f"{width}, untrained"] == pytest.approx(trained.knn_before[f"knn_{width}"])
     (checkpoint,) = (folder / "checkpoints").glob("step_*.pt")
     again = sacl_fast.evaluate.knn(checkpoint, control=False)
     assert [s.figures["top-1"].mean for s in again.scores] == list(rows.values())[:2]
@@ -98,8 +122,7 @@ def test_a_checkpoint_in_the_midst_of_a_run(config):
     assert "makes no difference" in result.verdict
 
 
-def test_linear_and_few_shot_write_what_they_print(config, tmp_path, capsys):
-    folder = train(config).folder
+def test_linear_and_few_shot_write_what_they_print(folder, tmp_path, capsys):
     out = tmp_path / "results"
     options = ("--fast", "--weight-decays", "1", "0.01")
     told = said(capsys, "eval", "linear", folder, "--out", out, *options)
@@ -167,8 +190,7 @@ def test_a_folder_of_something_else_is_not_written_into(config, noisy, tmp_path,
     assert sorted(noisy.rglob("*")) == before
 
 
-def test_the_slim_encoder_alone_without_a_control(config, capsys):
-    folder = train(config).folder
+def test_the_slim_encoder_alone_without_a_control(folder, capsys):
     told = said(capsys, "eval", "knn", folder, "--no-control", "--eval.encoders", "slim")
     assert "top-1 is" in told and "slim encoder" in told and "untrained" not in told
 
@@ -187,8 +209,7 @@ def test_unreadable_images_are_skipped(config, noisy, capsys):
     assert result.test_images == 29
 
 
-def test_mistakes_are_one_sentence_and_leave_nothing(config, noisy, tmp_path, capsys):
-    folder = train(config).folder
+def test_mistakes_are_one_sentence_and_leave_nothing(folder, noisy, tmp_path, capsys):
     encoder = folder / "encoder.safetensors"
     unlabelled, one = tmp_path / "unlabelled", tmp_path / "one"
     shutil.copytree(noisy / "train/one", unlabelled)
@@ -229,9 +250,8 @@ def test_mistakes_are_one_sentence_and_leave_nothing(config, noisy, tmp_path, ca
     assert not (tmp_path / "out").exists() and not (tmp_path / "eval").exists()
 
 
-def test_a_folder_is_opened_as_what_it_is(config, noisy, tmp_path, capsys):
+def test_a_folder_is_opened_as_what_it_is(folder, noisy, tmp_path, capsys):
     """Whatever the run was trained on: a root without a source is not looked for as CIFAR-10."""
-    folder = train(config).folder
     settings = (folder / "config.yaml").read_text()
     shutil.rmtree(folder / "checkpoints")
     (folder / "config.yaml").write_text(settings.replace("source: folder", "source: cifar10"))
@@ -249,9 +269,7 @@ def test_a_folder_is_opened_as_what_it_is(config, noisy, tmp_path, capsys):
     said(capsys, "eval", "knn", folder, "--data.root", noisy, "--eval.k", "5")
 
 
-def test_an_interrupted_evaluation_leaves_nothing(config, monkeypatch, capsys):
-    folder = train(config).folder
-
+def test_an_interrupted_evaluation_leaves_nothing(folder, monkeypatch, capsys):
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 

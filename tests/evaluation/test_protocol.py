@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,15 +27,25 @@ from sacl_fast.engine.trainer import train
 from sacl_fast.errors import UserError
 from sacl_fast.evaluation.images import choose_images
 from sacl_fast.evaluation.protocol import Layer, Rates, rates_of, train_layers
+from tests.tiny import tiny_run
 
 CPU = torch.device("cpu")
 FEW: dict[str, Any] = {"epochs": 3, "batch_size": 16}
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    return tmp_path_factory.mktemp("kept")
+
+
 @pytest.fixture
-def folder(tiny):
-    evaluated = replace(tiny.eval, encoders="dense")
-    return train(replace(tiny, epochs=1, eval=evaluated)).folder
+def folder(tiny, kept):
+    """Of a run of an epoch on a copy of ``image_folder``, trained once."""
+    if not (kept / "run").exists():
+        shutil.copytree(tiny.data.root, kept / "images")
+        config = replace(tiny_run(kept / "images", kept / "run"), epochs=1)
+        train(replace(config, eval=replace(config.eval, encoders="dense")))
+    return Path(shutil.copytree(kept / "run", tiny.out))
 
 
 def test_the_rates_are_those_of_the_protocol():

@@ -40,11 +40,14 @@ def device_test(test):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_value_and_gradient(dtype, shape, algorithm):
-    for variant in (
+    variants = (
         {},
         {"distillation": "none"},
         {"pairing": "cross_width", "variance": "unbiased"},
-    ):
+    )
+    # Interpreted, several tiles take seconds; there the variants are of float32 alone.
+    slow = INTERPRETED and dtype != torch.float32 and max(shape) > 64
+    for variant in variants[:1] if slow else variants:
         zs = embeddings(*shape, dtype=dtype, device=DEVICE)
         exact = in_float64(zs)
         loss, parts = sacl_xd_loss(

@@ -20,7 +20,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import numpy as np
 import torch
@@ -79,9 +79,11 @@ class FedPipeline:
         return fed
 
     def close(self) -> None:
-        """End it now: it lies in a cycle of references."""
+        """End it now, also where it lies in a cycle of references; a collection takes 0.2 s."""
+        pipeline = None if self._pipeline is None else ref(self._pipeline)
         self._pipeline = None
-        gc.collect()
+        if pipeline is not None and pipeline() is not None:
+            gc.collect()
 
     def _outputs(self) -> tuple[Any, ...]:
         """On a GPU for use on the current stream. DaliError, or what ``feed`` raises."""

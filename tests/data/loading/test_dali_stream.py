@@ -38,6 +38,7 @@ from tests.data.loading.cases import (
 pytest.importorskip("nvidia.dali", exc_type=ImportError)
 
 from sacl_fast.data.loading.dali_stream import DaliStream, batches_ahead
+from sacl_fast.data.views import dali_pipeline
 from sacl_fast.data.views.compiled import CompiledViews
 from sacl_fast.data.views.dali import ViewPipeline
 from sacl_fast.data.views.dali_pipeline import DaliError
@@ -191,6 +192,21 @@ def test_a_killed_reader_is_an_error(source: ArraySource) -> None:
                     os.kill(worker.pid, signal.SIGKILL)  # type: ignore
     loader.close()
     assert not multiprocessing.active_children()
+
+
+def test_a_closed_pipeline_is_gone(jpeg_folder: Path, compiled_views: bool) -> None:
+    """Its threads and buffers too, which are not to wait for a collection."""
+    settings = dali_config(root=jpeg_folder)
+    before = set(dali_pipeline._alive)
+    loader = opened(open_sources(settings.data, 0).train, settings)
+    gc.disable()
+    try:
+        next(loader.epoch(0))
+        assert set(dali_pipeline._alive) - before
+        loader.close()
+        assert set(dali_pipeline._alive) <= before
+    finally:
+        gc.enable()
 
 
 def test_a_failure_that_is_no_images_is_passed_on(
