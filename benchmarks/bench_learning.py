@@ -15,7 +15,9 @@ line are kept. Accuracies are percent; the table has means over seeds and their 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import re
 import shlex
 import statistics
 import time
@@ -28,6 +30,7 @@ from timing import write_json
 
 import sacl_fast
 from sacl_fast.cli import parse_config
+from sacl_fast.errors import UserError
 from sacl_fast.evaluation.scores import Result
 from sacl_fast.output import show_log
 
@@ -44,7 +47,12 @@ def main() -> None:
         description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
     )
     parser.add_argument(
-        "--case", nargs=2, action="append", required=True, metavar=("NAME", "OPTIONS")
+        "--case",
+        nargs=2,
+        action="append",
+        required=True,
+        metavar=("NAME", "OPTIONS"),
+        help="what to call it, and a preset and options of sacl-fast train; once for each case",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--evaluate", nargs="+", choices=EVALUATIONS, default=["knn"])
@@ -54,36 +62,51 @@ def main() -> None:
     options, common = parser.parse_known_args()
     show_log()
 
-    known = []
-    if options.json is not None and options.json.exists():
-        known = json.loads(options.json.read_text())["rows"]
+    if len({name for name, _ in options.case}) < len(options.case):
+        parser.error("two cases have the same name")
+    try:
+        known = json.loads(options.json.read_text())["rows"] if _is_there(options.json) else []
+    except (ValueError, LookupError, TypeError):
+        parser.error(f"--json {options.json} is there, and no file of this program")
     commands = {
         (name, seed): [*shlex.split(case), *common, "--seed", str(seed)]
         for seed in options.seeds
         for name, case in options.case
     }
-    for arguments in commands.values():
-        parse_config("train", arguments)  # that no later one is wrong
+    try:
+        for arguments in commands.values():
+            parse_config("train", arguments)  # that no later one is wrong
+    except UserError as error:
+        parser.error(str(error))
 
     rows: list[dict[str, Any]] = []
     started = time.monotonic()
     for (name, seed), arguments in commands.items():
         command = shlex.join(["sacl-fast", "train", *arguments])
         row = next((row for row in known if row["command"] == command), None)
-        row = row or {"case": name, "seed": seed, "command": command}
+        row = {"command": command, **(row or {}), "case": name, "seed": seed}
         missing = [evaluation for evaluation in options.evaluate if evaluation not in row]
         if missing and time.monotonic() - started < 60 * options.minutes:
-            folder = options.out / f"{name.replace(' ', '_')}-{seed}"
-            row |= measured(arguments, folder, missing)
+            row |= measured(arguments, options.out / folder_name(name, seed, command), missing)
         if all(evaluation in row for evaluation in options.evaluate):
             rows.append(row)
         if options.json is not None:
             write_json(options.json, {"benchmark": "bench_learning", "rows": rows})
-    print(table(rows, options.evaluate))
+    print(table(rows, options.evaluate) if rows else "no time was left for a run")
+
+
+def _is_there(path: Path | None) -> bool:
+    return path is not None and path.exists()
+
+
+def folder_name(case: str, seed: int, command: str) -> str:
+    """Of a run: one of other options has another."""
+    words = re.sub(r"\W+", "_", case).strip("_")
+    return f"{words}-{seed}-{hashlib.sha256(command.encode()).hexdigest()[:8]}"
 
 
 def measured(arguments: list[str], folder: Path, evaluations: list[str]) -> dict[str, Any]:
-    """A run, or the one that ``folder`` has of these settings, and its evaluations."""
+    """A run, or what ``folder`` has of it, and its evaluations."""
     config = replace(parse_config("train", arguments), out=str(folder), resume="auto")
     start = time.monotonic()
     result = sacl_fast.train(config)
@@ -91,12 +114,9 @@ def measured(arguments: list[str], folder: Path, evaluations: list[str]) -> dict
     row: dict[str, Any] = {"steps": result.steps, "train_seconds": round(seconds, 1)}
     row["course"] = course(result.folder / "metrics.jsonl")
     for evaluation in evaluations:
-        scores = EVALUATIONS[evaluation](result.folder).scores
         row[evaluation] = {
-            scored.name: {
-                column: round(figure.mean, 2) for column, figure in scored.figures.items()
-            }
-            for scored in scores
+            scores.name: {name: round(figure.mean, 2) for name, figure in scores.figures.items()}
+            for scores in EVALUATIONS[evaluation](result.folder).scores
         }
     return row
 

@@ -96,12 +96,17 @@ def classes_by_file(files: Path, images: Path) -> tuple[dict[str, np.ndarray], n
 
 def main(files: Path, images: Path) -> None:
     found, labels = classes_by_file(files, images)
+    if not found:
+        sys.exit(f"no .safetensors and no .onnx in {files}")
     print(f"{'file':28} accuracy  as in timm")
     for name, classes in found.items():
-        in_timm = found[name.partition(".")[0].removesuffix("_int8") + ".safetensors"]
+        width = name.removesuffix(".safetensors").removesuffix(".onnx").removesuffix("_int8")
+        in_timm = found[f"{width}.safetensors"]
         accuracy, same = 100 * np.mean(classes == labels), 100 * np.mean(classes == in_timm)
         print(f"{name:28} {accuracy:6.2f} %  {same:7.2f} %")
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python examples/exported_files.py OUT/files IMAGES")
     main(Path(sys.argv[1]), Path(sys.argv[2]))

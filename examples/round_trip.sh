@@ -8,6 +8,10 @@
 # are for some 400 steps on a CPU (5 epochs of 5,000 images): a very small EfficientNet, and therefore
 # mild crops and few features to decorrelate. For figures to report, see the presets of the README.
 set -euo pipefail
+if (($# < 2)); then
+  echo "usage: examples/round_trip.sh IMAGES OUT [options of sacl-fast train]" >&2
+  exit 2
+fi
 images=$1 out=$2
 shift 2
 

@@ -1,8 +1,10 @@
 """What ``benchmarks/bench_learning.py`` says of its rows."""
 
 import json
+import sys
 
-from bench_learning import course, table
+import pytest
+from bench_learning import course, folder_name, main, table
 
 
 def row(case, seed, dense, untrained):
@@ -40,3 +42,25 @@ def test_the_course_of_a_run_has_an_entry_for_each_evaluation(tmp_path):
         {"epoch": 0, "knn_dense": 10.0, "rankme_slim": 3.5},
         {"epoch": 1, "knn_dense": 20.0},
     ]
+
+
+def test_runs_of_other_options_have_other_folders():
+    one, other = (folder_name("a/b c", 0, f"sacl-fast train {name}") for name in ("demo", "photos"))
+    assert one != other and "/" not in one and one.startswith("a_b_c-0-")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--case a demo --case a photos", "two cases have the same name"),
+        ("--case a demo --nonsense 3", "Unrecognized options: --nonsense"),
+        ("--case a demo --json FILE", "is there, and no file of this program"),
+    ],
+)
+def test_what_cannot_be_run_is_said_before_any_run(tmp_path, monkeypatch, capsys, given, said):
+    (tmp_path / "file.json").write_text("{}")
+    given = given.replace("FILE", str(tmp_path / "file.json"))
+    monkeypatch.setattr(sys, "argv", ["bench_learning.py", *given.split()])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2 and said in capsys.readouterr().err

@@ -246,7 +246,8 @@ def _check_content(
     lacking = [key for key, kind in content.items() if not isinstance(state.get(key), kind)]
     if lacking or state.get("steps_per_epoch", 1) < 1 or state["step"] < 0:
         raise UnusableCheckpoint(
-            f"checkpoint {path} is not whole: it lacks {', '.join(lacking) or 'a valid step'}"
+            f"checkpoint {path} is not whole, or of another command: it lacks "
+            f"{', '.join(lacking) or 'a valid step'}"
         )
 
 

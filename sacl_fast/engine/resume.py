@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import shutil
 from dataclasses import dataclass
 from datetime import datetime
@@ -52,6 +53,10 @@ _ARCHITECTURE = ("encoder.name", "encoder.width", "encoder.stem", "views.size", 
 # With the images, what decides which of them are still to come in an epoch.
 _ORDER = ("seed", "batch_size")
 _OWN = ("out", "resume", "resume_at")  # settings of a start, not of a run
+# What a finished run was trained with, or its parts' first words.
+_TRAINED_WITH = ("batch_size", "seed", "views", "encoder", "projector", "loss", "optim",
+                 "slim.ratio", "slim.exclude", "slim.refresh_steps", "slim.warmup_epochs",
+                 "slim.norm_gradient")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,9 @@ def find_continuation(
             return None
         step = _place_to_go_on(path, state, config, data, steps_per_epoch)
         finished = _check_epochs(path, state, config, step, steps_per_epoch)
-        if not finished:
+        if finished:
+            _check_trained_so(path, state, config)
+        else:
             _say_what_changed(state, config, ranks, step, steps_per_epoch)
         moved = step != state["step"] or state["steps_per_epoch"] != steps_per_epoch
         moved |= _other_images(state, data)
@@ -325,6 +332,20 @@ def _check_epochs(
         f"{config.epochs} leaves nothing to train; more epochs work, or an earlier checkpoint "
         "(--resume PATH)"
     )
+
+
+def _check_trained_so(path: Path, state: dict[str, Any], config: Config) -> None:
+    """Refuse a finished run that was trained otherwise than is asked for now."""
+    changes = [
+        change
+        for change in changed_settings(state["config"], to_dict(config))
+        if re.match(rf"({'|'.join(map(re.escape, _TRAINED_WITH))})[.:]", change)
+    ]
+    if changes:
+        raise UserError(
+            f"checkpoint {path} is of a finished run, which was trained with other settings: "
+            f"{'; '.join(changes)}. Those of then work, or a new run (another --out)"
+        )
 
 
 def _say_what_changed(

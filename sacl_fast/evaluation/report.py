@@ -154,9 +154,12 @@ def _how(result: Result) -> str:
         return f"Weighted kNN among {images}, k {k}, temperature {temperature:g}."
     if result.method == "finetune":
         few = f" ({result.few_labels}, seed {settings['seed']})" if result.few_labels else ""
+        rate = f"learning rate {settings['lr']:g}"
+        if (backbone := settings["backbone_lr"]) is not None:
+            rate += f", of the pre-trained encoder {backbone:g}"
         return (
             f"All weights trained on {images}{few}: {counted(settings['steps'], 'step')} of "
-            f"{settings['batch_size']}, learning rate {settings['lr']:g}, {settings['size']} px."
+            f"{settings['batch_size']}, {rate}, {settings['size']} px."
         )
     if result.method == "linear":
         return (

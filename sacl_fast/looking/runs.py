@@ -21,6 +21,7 @@ from sacl_fast.errors import UserError, reason_of
 from sacl_fast.files import kind_of, user_path
 from sacl_fast.looking.files import plain_text
 
+_FINETUNED = "finetune.json"
 _PAUSE = 600.0  # seconds without a reading, at least, that are no part of the run's time
 
 
@@ -50,6 +51,11 @@ def open_runs(paths: Sequence[str]) -> list[Run]:
         folder = user_path(path, "the run folder").absolute()
         if kind_of(folder) != "folder":
             raise UserError(f"{folder} is no folder; the folder of a run works")
+        if kind_of(folder / CONFIG) != "file" and kind_of(folder / _FINETUNED) == "file":
+            raise UserError(
+                f"{folder} holds a fine-tuning, whose figures are in its finetune.md; the folder "
+                "of a run of 'sacl-fast train' works"
+            )
         if not any(kind_of(folder / name) == "file" for name in (CONFIG, METRICS)):
             raise UserError(
                 f"{folder} holds no run: neither {CONFIG} nor {METRICS}; the folder of a run works"

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -26,6 +27,8 @@ from sacl_fast.evaluation.trained import fresh_slicer
 from sacl_fast.ops import compiled
 from sacl_fast.slim.export import compact_zeroed
 from sacl_fast.slim.slicer import Slicer
+
+LAST = "last.safetensors"  # in the folder of a fine-tuning
 
 
 @dataclass
@@ -103,12 +106,15 @@ def load_classifier(path: str | os.PathLike[str], *, compact: bool = False) -> n
     ``image_size`` of the images.
 
     Args:
-        path: ``last.safetensors`` or ``best.safetensors`` of ``sacl-fast finetune``.
+        path: ``last.safetensors`` or ``best.safetensors`` of ``sacl-fast finetune``, or their
+            folder, for the former.
         compact: of the slim encoder, without the filters that are zeros.
 
     Raises:
         UserError: it is something else.
     """
+    if (inside := Path(path) / LAST).is_file():
+        path = inside
     said = read_encoder_metadata(path)
     try:
         classes = json.loads(said["classes"])

@@ -45,9 +45,9 @@ from sacl_fast.evaluation.run import written_to
 from sacl_fast.evaluation.scores import Result, Scores
 from sacl_fast.evaluation.trained import Trained, fresh_encoder, fresh_slicer
 from sacl_fast.files import shown_names, user_path
-from sacl_fast.transfer.classifier import make_classifier
+from sacl_fast.transfer.classifier import LAST, make_classifier
 from sacl_fast.transfer.task import task_of, with_few_labels
-from sacl_fast.transfer.training import BEST, CHECKPOINTS, LAST, Labelled, Training
+from sacl_fast.transfer.training import BEST, CHECKPOINTS, Labelled, Training
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ def finetune(
             main=task.main,
             scores=tuple(scores),
             classes=task.classes,
-            train_images=len(images.train_index),
+            train_images=len(images.train_index) - labelled.crops.unreadable,
             test_images=labelled.seen,
             held_out=splits.val is None,
             settings=to_dict(settings),

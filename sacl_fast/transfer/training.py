@@ -49,12 +49,12 @@ from sacl_fast.evaluation.trained import Trained
 from sacl_fast.files import remove_leftovers
 from sacl_fast.optim.schedule import learning_rate
 from sacl_fast.precision import autocast, autocast_dtype
-from sacl_fast.transfer.classifier import Classifier
+from sacl_fast.transfer.classifier import LAST, Classifier
 from sacl_fast.transfer.task import PresentClasses, Task
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS, LAST, BEST = "checkpoints", "last.safetensors", "best.safetensors"
+CHECKPOINTS, BEST = "checkpoints", "best.safetensors"
 _CONTENT: dict[str, type | tuple[type, ...]] = {
     "settings": dict,
     "path": str,
@@ -236,8 +236,8 @@ class Training:
         value = loss.item()
         if not math.isfinite(value):
             raise UserError(
-                f"the loss is {value} after step {self.step}: it diverged; a lower --lr than "
-                f"{self.settings.lr:g} works"
+                f"the loss is {value} after step {self.step}: it diverged; {self._lower_rate()} "
+                "works"
             )
         reading = {"loss": value, "lr": rate, **clock.read()}
         left = self.total - self.step
@@ -265,7 +265,8 @@ class Training:
             self.module.train()
         if not logits.isfinite().all():
             raise UserError(
-                f"logits are not finite after step {self.step}: it diverged; a lower --lr works"
+                f"logits are not finite after step {self.step}: it diverged; {self._lower_rate()} "
+                "works"
             )
         scores = self.labelled.task.scores(more.pop("name", ""), logits, targets, **more)
         figures = {name: figure.mean for name, figure in scores.figures.items()}
@@ -352,6 +353,13 @@ class Training:
             for folder in (self.folder, checkpoints):
                 remove_leftovers(folder)
             rewind_metrics(self.folder / METRICS, self.step, self.folder / "superseded.jsonl")
+
+    def _lower_rate(self) -> str:
+        """The option that should be lower: of the larger rate."""
+        lr, backbone = self.settings.lr, self.settings.backbone_lr
+        if backbone is not None and backbone > lr:
+            return f"a lower --backbone-lr than {backbone:g}"
+        return f"a lower --lr than {lr:g}"
 
     def _check(self, path: Path, state: dict[str, Any]) -> None:
         changes = changed_settings(state["settings"], _that_count(self.settings))

@@ -250,6 +250,17 @@ def test_a_finished_run_is_left_as_it_is_and_what_is_missing_written(tiny, capsy
     assert (folder / "metrics.jsonl").read_bytes() == metrics
     assert not (folder / "superseded").exists()
     assert capsys.readouterr().out.count("all epochs (2) were done before") == 2
+    # Other ways to run and to evaluate change nothing of what was trained; these would.
+    assert sacl_fast.train(replace(again, eval=replace(tiny.eval, k=3))) == first
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    optim, slim = replace(tiny.optim, lr=0.5), replace(tiny.slim, ratio=0.25)
+    for other, named in (
+        (replace(again, slim=slim, optim=optim), "optim.lr: 1.0 -> 0.5; slim.ratio: 0.5 -> 0.25"),
+        (replace(again, seed=1), "seed: 0 -> 1"),
+    ):
+        with pytest.raises(UserError, match=f"is of a finished run, .* settings: {named}. Those"):
+            sacl_fast.train(other)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def safetensors_equal(one, other):

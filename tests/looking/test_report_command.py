@@ -167,6 +167,14 @@ def test_runs_of_which_little_is_there(tmp_path, capsys):
     assert html_of(runs) and "no config.yaml" in markdown_of(runs, "x.png").replace("\\", "")
 
 
+def test_a_fine_tuning_is_no_run(tmp_path, capsys):
+    make_run(tmp_path / "a", *curve(2))
+    (tmp_path / "a/config.yaml").unlink()
+    (tmp_path / "a/finetune.json").write_text("{}")
+    assert main(["report", str(tmp_path / "a")]) == 2
+    assert "holds a fine-tuning, whose figures are in its finetune.md" in capsys.readouterr().err
+
+
 def test_a_run_is_not_compared_with_itself(tmp_path, monkeypatch, capsys):
     (tmp_path / "link").symlink_to(make_run(tmp_path / "a", *curve(2)))
     make_run(tmp_path / "b", *curve(2))

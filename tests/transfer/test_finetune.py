@@ -62,7 +62,7 @@ def test_what_is_written_is_what_is_printed(run_folder, labelled, tiny, capsys):
     assert (said_of["image_size"], said_of["finetuned_steps"]) == ("16", "6")
     with pytest.raises(UserError, match=r"classifier, which sacl_fast.load_classifier opens; .*"):
         sacl_fast.load_encoder(folder / "last.safetensors")
-    module = load_classifier(folder / "last.safetensors")
+    module = load_classifier(folder)
     data = replace(tiny.data, root=str(labelled))
     right = predicted(module, replace(tiny, data=data), labelled)
     first = written["encoders"][0]
@@ -330,6 +330,8 @@ def test_unreadable_images_are_passed_over(run_folder, labelled, tmp_path):
     data = DataConfig(root=str(root), workers=0)
     done = sacl_fast.evaluate.finetune(run_folder, data=data, **FEW)
     assert done.result is not None and done.result.test_images == 29
+    read = sum(1 for path in (root / "train").rglob("*.png")) - 1
+    assert done.result.train_images == read
 
 
 def test_without_validation_images_a_tenth_is_held_out(run_folder, image_folder):

@@ -146,7 +146,7 @@ def test_what_is_not_whole_is_one_sentence(run_folder, voc, tmp_path, monkeypatc
     (tmp_path / "kept.jpg").rename(root / "JPEGImages/000004.jpg")
     names = root / "ImageSets/Main/test.txt"
     names.rename(tmp_path / "test.txt")
-    assert "test.txt is missing, which names the images of test" in said()
+    assert "test.txt, which names the images of test, is missing" in said()
     shutil.copy(tmp_path / "test.txt", names)
     names.write_text("../../x\n")
     assert "names ../../x" in said()

@@ -115,7 +115,7 @@ def _download(root: Path, download: bool) -> None:
 def _split(root: Path, split: str, most: int) -> VocSource:
     path = root / "ImageSets/Main" / f"{split}.txt"
     if kind_of(path) != "file":
-        raise UserError(f"{path} is missing, which names the images of {split}")
+        raise UserError(f"{path}, which names the images of {split}, is missing")
     names = [line.split()[0] for line in read_text(path).split("\n") if line.strip()]
     if not names:
         raise UserError(f"{path} names no images")

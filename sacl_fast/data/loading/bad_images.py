@@ -59,9 +59,9 @@ class BadImages:
 
     def too_many(self) -> UserError:
         """What to raise where there is no batch for them."""
-        return UserError(
-            self._sentence(f"at least {len(self.reasons)} of {counted(self.count, 'image')}")
-        )
+        bad = len(self.reasons)
+        least = "" if bad == self.count else "at least "
+        return UserError(self._sentence(f"{least}{bad} of {counted(self.count, 'image')}"))
 
     def drew(self, count: int, missed: int) -> None:
         """Count a batch: of ``count`` images drawn at random, ``missed`` were unreadable. UserError
@@ -91,10 +91,10 @@ class BadImages:
     def _sentence(self, which: str) -> str:
         names = [f"{self.source.name(i)} ({why})" for i, why in list(self.reasons.items())[:3]]
         more = ", ..." if len(self.reasons) > len(names) else ""
-        return (
-            f"{which} are unreadable, which is too many (data.max_bad_share is "
-            f"{self.max_share:g}): {', '.join(names)}{more}"
+        share = (
+            f"data.max_bad_share is {self.max_share:g}" if self.max_share < 1 else "none is left"
         )
+        return f"{which} are unreadable, which is too many ({share}): {', '.join(names)}{more}"
 
 
 def _whole_source(source: Source) -> Source:

@@ -101,6 +101,11 @@ class CropLoader:
         self._bad = BadImages(source, config.data.max_bad_share, sample=images)
         self.steps_per_epoch = self._plan.steps_per_epoch
 
+    @property
+    def unreadable(self) -> int:
+        """How many of the images were found so."""
+        return len(self._bad.reasons)
+
     def batches(self, start: int = 0) -> Generator[tuple[Tensor, Tensor], None, None]:
         """(pixels (n, S, S, 3) uint8, index (n,) int64 into the source), both on the CPU, from step
         ``start`` on, without end."""
