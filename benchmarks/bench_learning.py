@@ -20,6 +20,7 @@ import json
 import re
 import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -110,6 +111,8 @@ def measured(arguments: list[str], folder: Path, evaluations: list[str]) -> dict
     config = replace(parse_config("train", arguments), out=str(folder), resume="auto")
     start = time.monotonic()
     result = sacl_fast.train(config)
+    if not result.finished:
+        sys.exit(128 + result.stopped_by)  # the same command goes on
     seconds = time.monotonic() - start
     row: dict[str, Any] = {"steps": result.steps, "train_seconds": round(seconds, 1)}
     row["course"] = course(result.folder / "metrics.jsonl")

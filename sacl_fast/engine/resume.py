@@ -53,10 +53,11 @@ _ARCHITECTURE = ("encoder.name", "encoder.width", "encoder.stem", "views.size", 
 # With the images, what decides which of them are still to come in an epoch.
 _ORDER = ("seed", "batch_size")
 _OWN = ("out", "resume", "resume_at")  # settings of a start, not of a run
-# What a finished run was trained with, or its parts' first words.
-_TRAINED_WITH = ("batch_size", "seed", "views", "encoder", "projector", "loss", "optim",
-                 "slim.ratio", "slim.exclude", "slim.refresh_steps", "slim.warmup_epochs",
-                 "slim.norm_gradient")  # fmt: skip
+# What a finished run was trained with: settings, and groups of them.
+_TRAINED_WITH = re.compile(
+    r"(batch_size|seed|views|encoder|projector|loss|optim"
+    r"|slim\.(ratio|exclude|refresh_steps|warmup_epochs|norm_gradient))[.:]"
+)
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def find_continuation(
         step = _place_to_go_on(path, state, config, data, steps_per_epoch)
         finished = _check_epochs(path, state, config, step, steps_per_epoch)
         if finished:
-            _check_trained_so(path, state, config)
+            _check_trained_so(path, state["config"], to_dict(config))
         else:
             _say_what_changed(state, config, ranks, step, steps_per_epoch)
         moved = step != state["step"] or state["steps_per_epoch"] != steps_per_epoch
@@ -205,7 +206,7 @@ def set_aside(folder: Path, *, after: int, spare: Path | None = None) -> None:
             raise UserError(f"cannot move {path} to {aside}: {reason_and_remedy(error)}") from error
         moved.append(path.name)
     if lines := rewind_metrics(folder / METRICS, after, aside / METRICS):
-        moved.append(f"{lines} line{'s' if lines > 1 else ''} of {METRICS}")
+        moved.append(f"{counted(lines, 'line')} of {METRICS}")
     if moved:
         begins = "begins at step 0" if after < 0 else f"goes on from step {after}"
         logger.warning("the run %s, so this is moved to %s: %s", begins, aside, ", ".join(moved))
@@ -308,11 +309,8 @@ def _images_differ(there: dict[str, Any], here: dict[str, Any]) -> str:
     if was != now:
         sides = [f"shrunk to {side} px" if side else "in their own size" for side in (was, now)]
         return f"images are {sides[0]} there, {sides[1]} here"
-    return (
-        f"{counted(there['images'], 'image')} there and here, but not the same (their names, "
-        f"sizes, labels "
-        "or order differ)"
-    )
+    images = counted(there["images"], "image")
+    return f"{images} there and here, but not the same (names, sizes, labels or order differ)"
 
 
 def _check_epochs(
@@ -334,17 +332,12 @@ def _check_epochs(
     )
 
 
-def _check_trained_so(path: Path, state: dict[str, Any], config: Config) -> None:
+def _check_trained_so(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Refuse a finished run that was trained otherwise than is asked for now."""
-    changes = [
-        change
-        for change in changed_settings(state["config"], to_dict(config))
-        if re.match(rf"({'|'.join(map(re.escape, _TRAINED_WITH))})[.:]", change)
-    ]
-    if changes:
+    if told := "; ".join(filter(_TRAINED_WITH.match, changed_settings(saved, current))):
         raise UserError(
             f"checkpoint {path} is of a finished run, which was trained with other settings: "
-            f"{'; '.join(changes)}. Those of then work, or a new run (another --out)"
+            f"{told}. Those of then work, or a new run (another --out)"
         )
 
 
@@ -361,10 +354,10 @@ def _say_what_changed(
         logger.warning("the learning rate goes on at %.3g; it would have been %.3g", now, was)
     if (there := len(state["random"])) != ranks.world_size:
         logger.warning(
-            "resuming in %d process%s what %d trained: the same batches in the same order; drop "
-            "path draws other numbers",
-            ranks.world_size, "" if ranks.world_size == 1 else "es", there,
-        )  # fmt: skip
+            "resuming in %s what %d trained: the same batches in the same order; drop path draws "
+            "other numbers",
+            *(counted(ranks.world_size, "process"), there),
+        )
 
 
 def _rate(config: dict[str, Any], step: int, steps_per_epoch: int) -> float | None:
