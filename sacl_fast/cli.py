@@ -317,8 +317,8 @@ def _check_warmup(config: Config, args: list[str]) -> None:
     if "--optim.warmup-epochs" in given and warmup and warmup >= config.epochs:
         raise UserError(
             f"optim.warmup_epochs is {warmup} in a run of {counted(config.epochs, 'epoch')}, "
-            f"so that the "
-            f"learning rate would only rise; less than epochs works, such as {config.epochs // 10}"
+            "so that the learning rate would only rise; less than epochs works, such as "
+            f"{config.epochs // 10}"
         )
 
 

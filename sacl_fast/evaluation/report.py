@@ -86,7 +86,7 @@ def markdown(result: Result) -> str:
     rows = table(result)
     lines = [f"# {result.method}: {result.path}", "", result.verdict, ""]
     lines += _markdown_table(rows)
-    tested = f"{counted(result.test_images, 'image')}" + (
+    tested = counted(result.test_images, "image") + (
         " of the training images, held out for want of validation images"
         if result.held_out
         else ", those for validation"
@@ -148,7 +148,7 @@ def as_dict(result: Result) -> dict[str, Any]:
 
 
 def _how(result: Result) -> str:
-    settings, images = result.settings, f"{counted(result.train_images, 'training image')}"
+    settings, images = result.settings, counted(result.train_images, "training image")
     if result.method == "knn":
         k, temperature = settings["eval"]["k"], settings["eval"]["temperature"]
         return f"Weighted kNN among {images}, k {k}, temperature {temperature:g}."

@@ -21,6 +21,7 @@ from sacl_fast.encoders import build_encoder, load_encoder
 from sacl_fast.engine.trainer import RunResult, train
 from sacl_fast.errors import UserError
 from sacl_fast.evaluation.networks import supervised_encoder
+from tests.commands import refused, said
 from tests.tiny import tiny_run
 
 SMALL = "--per-class 1 3 --percent 20 --draws 3"
@@ -66,19 +67,6 @@ def noisy(images: Path, tmp_path: Path) -> Path:
 def config(noisy: Path, tmp_path: Path) -> Config:
     """The same run, to be trained in other ways."""
     return run_of(noisy, tmp_path / "other")
-
-
-def said(capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    capsys.readouterr()
-    assert main([str(arg) for arg in args]) == 0, capsys.readouterr().err
-    return capsys.readouterr().out
-
-
-def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    capsys.readouterr()
-    assert main([str(arg) for arg in args]) == 2
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("sacl-fast:")]
-    return line
 
 
 def test_knn_is_what_the_run_printed_by_every_way_to_name_it(

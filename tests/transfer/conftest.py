@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from sacl_fast.cli import main
 from sacl_fast.config import (
     Config,
     DataConfig,
@@ -36,19 +35,6 @@ FEW_ARGS = (
 
 def few(**other: Any) -> dict[str, Any]:
     return FEW | other
-
-
-def said(capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    capsys.readouterr()
-    assert main([str(arg) for arg in args]) == 0, capsys.readouterr().err
-    return capsys.readouterr().out
-
-
-def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    capsys.readouterr()
-    assert main([str(arg) for arg in args]) == 2
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("sacl-fast:")]
-    return line
 
 
 def network(path: Path) -> dict[str, torch.Tensor]:

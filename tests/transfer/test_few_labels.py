@@ -19,7 +19,8 @@ from sacl_fast.evaluation.few_shot import draw_per_class, draw_percent
 from sacl_fast.evaluation.images import choose_images
 from sacl_fast.transfer.finetune import _steps, default_folder
 from sacl_fast.transfer.task import with_few_labels
-from tests.transfer.conftest import FEW, FEW_ARGS, network, said
+from tests.commands import said
+from tests.transfer.conftest import FEW, FEW_ARGS, network
 
 
 def test_few_labels(run_folder, labelled, tiny, capsys):

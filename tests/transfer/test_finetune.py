@@ -32,7 +32,8 @@ from sacl_fast.engine.metrics import read_metrics
 from sacl_fast.errors import Stopped, UserError
 from sacl_fast.transfer.classifier import load_classifier
 from sacl_fast.transfer.training import Training
-from tests.transfer.conftest import FEW, FEW_ARGS, few, network, refused, said
+from tests.commands import refused, said
+from tests.transfer.conftest import FEW, FEW_ARGS, few, network
 
 
 def predicted(module: nn.Module, config: Config, root: Path) -> np.ndarray:
