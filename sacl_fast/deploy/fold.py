@@ -14,6 +14,8 @@ import operator
 import torch
 from torch import Tensor, fx, nn
 
+from sacl_fast.slim.export.layers import CONVOLUTIONS
+
 
 @torch.no_grad()
 def fold_batch_norms(module: nn.Module) -> nn.Module:
@@ -50,7 +52,7 @@ def _is_foldable(module: fx.GraphModule, node: fx.Node) -> bool:
         return False
     if node.op == "call_module":
         calls = [other for other in module.graph.nodes if other.target == node.target]
-        return len(calls) == 1 and isinstance(_layer(module, node), nn.Conv2d)
+        return len(calls) == 1 and type(_layer(module, node)) in CONVOLUTIONS
     parts = _parts(node)
     if not parts or len({*parts}) < len(parts):
         return False
@@ -69,7 +71,7 @@ def _is_shape(node: fx.Node) -> bool:
 def _parts(node: fx.Node) -> list[fx.Node]:
     if node.target is operator.add and all(isinstance(part, fx.Node) for part in node.args):
         return list(node.args)  # type: ignore[arg-type]
-    if node.target is torch.cat and node.args[1] == 1:
+    if node.target is torch.cat and (*node.args[1:], node.kwargs.get("dim"))[0] == 1:
         return list(node.args[0])  # type: ignore[arg-type]
     if node.target is operator.mul and _is_ones(node.args[0]):
         return [node.args[1]]  # type: ignore[list-item]

@@ -6,6 +6,7 @@ import operator
 
 import pytest
 import torch
+from timm.layers import ScaledStdConv2d
 from torch import Tensor, fx, nn
 
 from sacl_fast.deploy.fold import fold_batch_norms
@@ -73,3 +74,33 @@ def test_what_is_read_elsewhere_stays():
         expected = module(images)
         torch.testing.assert_close(fold_batch_norms(module)(images), expected)
     assert left(module) == 5
+
+
+class Joined(nn.Module):
+    """Values joined in each way of writing it; one convolution's weight is standardised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 2, 1) for _ in range(7))
+        self.convs.append(ScaledStdConv2d(3, 2, 1))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(count) for count in (4, 4, 4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c, d, e, f, g, standardised = (conv(x) for conv in self.convs)
+        y = self.norms[0](torch.cat((a, b), 1)) + self.norms[1](torch.cat((c, d), dim=1))
+        y = self.norms[2](torch.cat([g, standardised], dim=1)) + y
+        return torch.cat((y, y)) + self.norms[3](torch.cat((e, f))).repeat(1, 2, 1, 1)
+
+
+def test_joined_channels():
+    torch.manual_seed(0)
+    encoder = Joined()
+    for name, statistic in encoder.named_buffers():
+        if name.endswith(("mean", "var")):
+            statistic.uniform_(0.1, 3)
+    module = fx.symbolic_trace(encoder.double().eval())
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        expected = module(images)
+        torch.testing.assert_close(fold_batch_norms(module)(images), expected)
+    assert left(module) == 2

@@ -169,13 +169,19 @@ def _has_statistics(encoder: nn.Module) -> bool:
 
 
 def _compacted(encoder: nn.Module, masks: Mapping[str, Tensor], strict: bool) -> nn.Module:
-    """An encoder with zeroed filters, without them."""
+    """An encoder with zeroed filters, without them; of a convolution without any other, one stays,
+    as torch has no layer without channels."""
+    masks = {name: mask if mask.any() else _first(mask) for name, mask in masks.items()}
     module, obstacle = _without_zeroed_filters(encoder, masks)
     if obstacle is not None:
         if strict:
             raise UserError(f"the slim encoder cannot be made smaller, since {obstacle}")
         logger.warning("the slim encoder keeps its full size, since %s", obstacle)
     return module
+
+
+def _first(mask: Tensor) -> Tensor:
+    return torch.arange(len(mask), device=mask.device) == 0
 
 
 def _without_zeroed_filters(

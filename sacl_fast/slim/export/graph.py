@@ -166,10 +166,9 @@ class _Translation:
         else:
             y = self.ungrouped(conv, weight, bias, x)
         zeroed = complement(kept, conv.out_channels)
-        if not len(zeroed):
-            return y
         zeros = weight.new_zeros(1, len(zeroed), 1, 1)
-        return SplitActivation(conv.out_channels, kept, y, zeroed, zeros)
+        made = SplitActivation(conv.out_channels, kept, y, zeroed, zeros)
+        return made if len(zeroed) else self.new.whole(made)
 
     def depthwise(
         self, conv: nn.Conv2d, kept: Channels, x: SplitActivation

@@ -105,6 +105,38 @@ def test_in_place_gates_padded_averages_and_per_sample_constants():
     compacted(encoder, Slicer(encoder, 0.4, exclude=(r"gate",)))
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_any_filters_may_be_kept(seed):
+    """All, some, one or none, convolution by convolution: whole depthwise ones read constants."""
+    torch.manual_seed(seed)
+    convolutions = (
+        nn.Conv2d(3, 8, 3, 2, 1),
+        nn.Conv2d(8, 8, 3, 1, 1, groups=8),
+        nn.Conv2d(8, 6, 1),
+        nn.Conv2d(6, 12, 3, 1, 1, groups=6, bias=False),
+        nn.Conv2d(12, 8, 3, 1, 1, groups=2),
+        nn.Conv2d(8, 8, 5, 1, 2, groups=8),
+        nn.Conv2d(8, 4, 1),
+    )
+    layers = ((conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU()) for conv in convolutions)
+    encoder = nn.Sequential(*(m for three in layers for m in three)).double().eval()
+    masks = {}
+    with torch.no_grad():
+        for name, module in encoder.named_children():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.bias)
+            elif isinstance(module, nn.Conv2d):
+                share = (0.5, 1.1, 0.2, 0.0)[int(torch.randint(4, ()))]
+                masks[name] = torch.rand(module.out_channels) < share
+        x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+        module = compact(encoder, masks, statistics="encoder")
+        for name, mask in masks.items():
+            for p in encoder.get_submodule(name).parameters():
+                p.mul_(mask.view(-1, *[1] * (p.ndim - 1)))
+        torch.testing.assert_close(module(x), encoder(x), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(compact_zeroed(encoder)(x), encoder(x), rtol=1e-9, atol=1e-9)
+
+
 class Branching(nn.Module):
     def __init__(self):
         super().__init__()
