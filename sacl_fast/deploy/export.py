@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from sacl_fast.data.images.root import refuse_among_images
 from sacl_fast.deploy.card import model_card
 from sacl_fast.deploy.check import latency, parity, rounding_of
 from sacl_fast.deploy.formats import FORMATS, Content, check_packages
-from sacl_fast.deploy.graph import NotRunHere, Runner
+from sacl_fast.deploy.graph import REFUSALS, NotRunHere, Runner
 from sacl_fast.deploy.images import RunImages, open_images
 from sacl_fast.deploy.network import (
     Batches,
@@ -33,7 +33,7 @@ from sacl_fast.deploy.network import (
     read_widths,
 )
 from sacl_fast.deploy.result import Exported, ExportResult
-from sacl_fast.errors import UserError, reason_and_remedy
+from sacl_fast.errors import UserError, reason_and_remedy, reason_of
 from sacl_fast.evaluation.trained import Trained, Width, open_trained
 from sacl_fast.files import kind_of, user_path, whole_file
 from sacl_fast.slim.export import cost
@@ -45,7 +45,7 @@ _COMPARED = 64  # images
 
 
 class NotKept(UserError):
-    """Some files did not give the encoder's features; the others are there."""
+    """Some files could not be made or did not give the encoder's features; the others are there."""
 
     def __init__(self, result: ExportResult) -> None:
         super().__init__(
@@ -93,7 +93,8 @@ def export(
         source, val: the images as ``sacl_fast.train`` takes them, in their place.
 
     Raises:
-        NotKept: a UserError; some files do not give the encoder's features. The others are there.
+        NotKept: a UserError; some files could not be made, or do not give the encoder's features.
+            The others are there.
         UserError: what is asked for cannot be done, or no file holds; nothing is left.
     """
     chosen = _read_formats(formats)
@@ -203,17 +204,27 @@ class _Export:
         """The file of a network in one format and, where that is asked for, in int8."""
         form = FORMATS[name]
         file = f"encoder_{network.width}{form.suffix}"
-        logger.info("writing %s", file)
         folded = self.options.fold_norm and form.is_graph
-        self._write(file, form.content(network, folded))
-        yield from self._kept(network, name, file, features, folded)
-        if self.options.int8 and form.int8 is not None and (self.written / file).exists():
+        if self._made(file, lambda: form.content(network, folded)):
+            yield from self._kept(network, name, file, features, folded)
+        whole, to_int8 = self.written / file, form.int8
+        if self.options.int8 and to_int8 is not None and whole.exists():
             assert self.batches is not None
-            smaller = f"encoder_{network.width}_int8{form.suffix}"
-            logger.info("writing %s", smaller)
             batches = (self._as_taken(images, folded) for images in self.batches())
-            self._write(smaller, form.int8(network, folded, self.written / file, batches))
-            yield from self._kept(network, name, smaller, features, folded, int8=True)
+            smaller = f"encoder_{network.width}_int8{form.suffix}"
+            if self._made(smaller, lambda: to_int8(network, folded, whole, batches)):
+                yield from self._kept(network, name, smaller, features, folded, int8=True)
+
+    def _made(self, file: str, content: Callable[[], Content]) -> bool:
+        """Write a file, unless it cannot be made."""
+        logger.info("writing %s", file)
+        try:
+            made = content()
+        except UserError as error:
+            self.refused.append(f"{file}: {error}")
+            return False
+        self._write(file, made)
+        return True
 
     def _kept(
         self,
@@ -234,21 +245,27 @@ class _Export:
             "size": _size(written),
             **cost(network.module, network.size)._asdict(),
         }
-        try:
-            load = FORMATS[name].load(written)
-        except NotRunHere as needed:
-            yield Exported(**about, milliseconds=None, not_run=str(needed))
-            return
 
         def run(images: Tensor) -> Tensor:
             return load(self._as_taken(images, folded))
 
-        found, rounding = parity(run, self.compared, features), None
-        if not int8 and found.obstacle() is not None:
-            rounding = rounding_of(network.reference, self.compared, features)
-        if (obstacle := found.obstacle(int8=int8, rounding=rounding)) is not None:
+        found, rounding = None, None
+        try:
+            load = FORMATS[name].load(written)
+            found = parity(run, self.compared, features)
+            if not int8 and found.obstacle() is not None:
+                rounding = rounding_of(network.reference, self.compared, features)
+            if (obstacle := found.obstacle(int8=int8, rounding=rounding)) is not None:
+                obstacle = f"{file}, whose features differ from the encoder's by {obstacle}"
+        except NotRunHere as needed:
+            yield Exported(**about, milliseconds=None, not_run=str(needed))
+            return
+        except REFUSALS as error:
+            known = isinstance(error, UserError)
+            obstacle = f"{file}: {error if known else f'it cannot be run: {reason_of(error)}'}"
+        if obstacle is not None:
             written.unlink() if written.is_file() else shutil.rmtree(written)
-            self.refused.append(f"{file}, whose features differ from the encoder's by {obstacle}")
+            self.refused.append(obstacle)
             return
         yield Exported(
             **about,

@@ -114,14 +114,18 @@ def _load_onnx(path: Path) -> Runner:
         raise UserError(f"onnxruntime cannot load {path.name}: {reason_of(error)}") from error
 
     def run(images: Tensor) -> Tensor:
-        (features,) = session.run(["features"], {"images": images.contiguous().numpy()})
+        try:
+            (features,) = session.run(["features"], {"images": images.contiguous().numpy()})
+        except (errors.Fail, errors.InvalidArgument, errors.RuntimeException) as error:
+            raise UserError(f"onnxruntime cannot run {path.name}: {reason_of(error)}") from error
         return torch.from_numpy(features)
 
     return run
 
 
 def _onnx_int8(network: Network, fold_norm: bool, path: Path, images: Iterable[Tensor]) -> bytes:
-    return int8.quantise(path, images)
+    with in_one_sentence(network, "ONNX in int8"):
+        return int8.quantise(path, images)
 
 
 def _torch_export_content(network: Network, fold_norm: bool) -> bytes:

@@ -35,7 +35,8 @@ def quantise(source: Path, images: Iterable[Tensor]) -> bytes:
 
     with tempfile.TemporaryDirectory() as folder, _without_remarks(), torch.no_grad():
         inferred, quantised = Path(folder) / "inferred.onnx", Path(folder) / "int8.onnx"
-        quant_pre_process(source, inferred)
+        # The exporter has written the shapes; of some models the symbolic inference cannot find them.
+        quant_pre_process(source, inferred, skip_symbolic_shape=True)
         quantize_static(
             inferred, quantised, Reader(), quant_format=QuantFormat.QDQ, per_channel=True
         )

@@ -49,7 +49,7 @@ class ExportResult:
     threads: int
     """With which the times were measured."""
     refused: tuple[str, ...] = ()
-    """Files that did not give the encoder's features and were not kept: name and why."""
+    """Files that could not be made, or did not give the encoder's features: name and why."""
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -18,6 +18,8 @@ import sacl_fast
 from sacl_fast.cli import main
 from sacl_fast.config import Config, DataConfig, EncoderConfig, ViewsConfig
 from sacl_fast.deploy import check, formats
+from sacl_fast.deploy.graph import in_one_sentence
+from sacl_fast.deploy.network import Network
 from sacl_fast.encoders import build_encoder, read_encoder_metadata
 from sacl_fast.encoders.file import encoder_metadata, save_encoder
 from sacl_fast.errors import UserError
@@ -161,6 +163,32 @@ def test_a_file_that_does_not_hold_is_not_kept(run: Path, tmp_path: Path, monkey
         sacl_fast.export(run, tmp_path / "out", ["dense"], ["torch-export", "timm"])
     assert sorted(os.listdir(tmp_path / "out")) == ["MODEL_CARD.md", "encoder_dense.safetensors"]
     assert "pt2" not in (tmp_path / "out/MODEL_CARD.md").read_text().partition("## Files")[2][:600]
+
+
+def test_a_file_that_cannot_be_made_or_run_is_not_there(run: Path, tmp_path: Path, monkeypatch):
+    """The others are."""
+    of = formats.FORMATS["torch-export"]
+
+    def untraceable(network: Network, fold_norm: bool) -> formats.Content:
+        with in_one_sentence(network, "torch.export"):
+            raise LookupError("no such operator\nand more")
+
+    def of_two_alone(path: Path) -> formats.Runner:
+        graph = of.load(path)
+        return lambda images: graph(images.view(2, 3, 16, 16))
+
+    formats_and_reasons = {
+        "resnet20, width dense, cannot be exported by torch.export: no such operator": replace(
+            of, content=untraceable
+        ),
+        "it cannot be run: shape ": replace(of, load=of_two_alone),
+    }
+    for number, (reason, broken) in enumerate(formats_and_reasons.items()):
+        monkeypatch.setitem(formats.FORMATS, "torch-export", broken)
+        out = tmp_path / str(number)
+        with pytest.raises(UserError, match=f"^not kept: encoder_dense.pt2: .*{reason}"):
+            sacl_fast.export(run, out, ["dense"], ["torch-export", "timm"])
+        assert sorted(os.listdir(out)) == ["MODEL_CARD.md", "encoder_dense.safetensors"]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm.models.edgenext import PositionalEncodingFourier
+from torch import Tensor, nn
 
 from sacl_fast.config import Config, EncoderConfig, ViewsConfig
 from sacl_fast.deploy.formats import FORMATS
@@ -55,3 +57,35 @@ def test_graphs_of_architectures(name: str, width: float, slim: bool, form, tmp_
         features = made.reference(images)
         largest = features.abs().max().item()
         torch.testing.assert_close(run(images), features, rtol=0, atol=1e-4 * largest)
+
+
+class Positions(nn.Module):
+    """Adds codes of positions that its forward pass makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.codes = nn.Conv2d(3, 8, 3, 2, 1), PositionalEncodingFourier(4, dim=8)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv(images)
+        return (x + self.codes((x.shape[0], *x.shape[2:]))).relu().mean((2, 3))
+
+
+@torch.no_grad()
+def test_int8_of_shapes_that_are_computed(tmp_path: Path):
+    for package in FORMATS["onnx"].packages:
+        pytest.importorskip(package)
+    torch.manual_seed(0)
+    encoder, form = Positions().eval(), FORMATS["onnx"]
+    config = Config(views=ViewsConfig(size=16))
+    metadata = encoder_metadata(config, epochs=1, steps=1, images=8, knn={})
+    made, images = Network("dense", encoder, encoder, metadata), torch.rand(6, 3, 16, 16)
+    whole, small = tmp_path / "encoder.onnx", tmp_path / "encoder_int8.onnx"
+    assert form.int8 is not None
+    content = form.content(made, False)
+    assert isinstance(content, bytes)
+    whole.write_bytes(content)
+    small.write_bytes(form.int8(made, False, whole, [images]))
+    for path in (whole, small):
+        cosines = torch.cosine_similarity(form.load(path)(images), encoder(images))
+        assert cosines.min() > 0.999
