@@ -35,7 +35,7 @@ def quantise(source: Path, images: Iterable[Tensor]) -> bytes:
 
     with tempfile.TemporaryDirectory() as folder, _without_remarks(), torch.no_grad():
         inferred, quantised = Path(folder) / "inferred.onnx", Path(folder) / "int8.onnx"
-        # The exporter has written the shapes; of some models the symbolic inference cannot find them.
+        # The exporter has written shapes. Symbolic inference fails where attention has unit length.
         quant_pre_process(source, inferred, skip_symbolic_shape=True)
         quantize_static(
             inferred, quantised, Reader(), quant_format=QuantFormat.QDQ, per_channel=True

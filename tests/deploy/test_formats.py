@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from timm.models.edgenext import PositionalEncodingFourier
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sacl_fast.config import Config, EncoderConfig, ViewsConfig
@@ -59,24 +59,24 @@ def test_graphs_of_architectures(name: str, width: float, slim: bool, form, tmp_
         torch.testing.assert_close(run(images), features, rtol=0, atol=1e-4 * largest)
 
 
-class Positions(nn.Module):
-    """Adds codes of positions that its forward pass makes."""
+class CrossCovariance(nn.Module):
+    """Attention between channels of unit length, whose norm stops onnxruntime's symbolic shapes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.codes = nn.Conv2d(3, 8, 3, 2, 1), PositionalEncodingFourier(4, dim=8)
+        self.conv = nn.Conv2d(3, 8, 3, 2, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.conv(images)
-        return (x + self.codes((x.shape[0], *x.shape[2:]))).relu().mean((2, 3))
+        x = F.normalize(self.conv(images).flatten(2), dim=-1)  # (N, 8, H W)
+        return (x @ x.transpose(1, 2)).flatten(1)
 
 
 @torch.no_grad()
-def test_int8_of_shapes_that_are_computed(tmp_path: Path):
+def test_int8_of_attention_between_channels(tmp_path: Path):
     for package in FORMATS["onnx"].packages:
         pytest.importorskip(package)
     torch.manual_seed(0)
-    encoder, form = Positions().eval(), FORMATS["onnx"]
+    encoder, form = CrossCovariance().eval(), FORMATS["onnx"]
     config = Config(views=ViewsConfig(size=16))
     metadata = encoder_metadata(config, epochs=1, steps=1, images=8, knn={})
     made, images = Network("dense", encoder, encoder, metadata), torch.rand(6, 3, 16, 16)
@@ -88,4 +88,4 @@ def test_int8_of_shapes_that_are_computed(tmp_path: Path):
     small.write_bytes(form.int8(made, False, whole, [images]))
     for path in (whole, small):
         cosines = torch.cosine_similarity(form.load(path)(images), encoder(images))
-        assert cosines.min() > 0.999
+        assert cosines.min() > 0.99
