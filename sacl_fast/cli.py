@@ -61,6 +61,23 @@ presets: {presets}
 sacl-fast train --help lists the options. sacl-fast --version prints the version.
 """
 
+_HELP = {
+    "index": """\
+usage: sacl-fast index SHARDS
+
+SHARDS: a folder of .tar shards, or one shard. Writes beside each the index by which DALI reads it
+(data.source webdataset), and prints its path.
+""",
+    "doctor": """\
+usage: sacl-fast doctor
+       sacl-fast doctor --measure [PRESET] [options]
+
+Says what is installed, what runs, and why. --measure: what bounds a step of that preset on this
+machine, and what to change; sacl-fast doctor --measure --help lists the options.
+""",
+}
+"""Of the commands without options, for the others have theirs from the parser of options."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status.
@@ -97,6 +114,8 @@ def _run(args: list[str]) -> int:
             print(_USAGE.format(presets=", ".join(PRESETS)), end="")
         elif args[0] in ("-V", "--version"):
             print(f"sacl-fast {__version__}")
+        elif args[0] in _HELP and args[1:] in (["-h"], ["--help"]):
+            print(_HELP[args[0]], end="")
         elif args[0] in commands:
             with contextlib.suppress(SystemExit):  # after the help of a command
                 status = commands[args[0]](args[1:]) or 0
@@ -289,7 +308,7 @@ def parse_config(command: str, args: Sequence[str], *, extra: str = "") -> Confi
     preset = rest.pop(0) if rest and not rest[0].startswith("-") else None
     file = _take_value(rest, "--config")
     config = get_preset(preset or "demo") if file is None else _with_file(preset, file)
-    others = f"Preset {config.preset}; others: {', '.join(PRESETS)}."
+    others = f"Preset {config.preset}; all: {', '.join(PRESETS)}."
     layers = "--config FILE: YAML, layered between preset and options."
     config = parse_options(command, config, rest, description=" ".join((others, layers, extra)))
     _check_warmup(config, rest)
