@@ -87,7 +87,7 @@ def _doubt(m: Measured) -> str:
     cores = worker_count(-1)
     if m.load > _BUSY * cores:
         return (
-            f"Other work ran beside it (a load of {m.load:.1f} on {counted(cores, 'core')} before), so"
+            f"Other work ran beside it (a load of {m.load:.1f} on {counted(cores, 'core')} before):"
             " measure again when the machine is quiet."
         )
     if m.few > m.step:
