@@ -69,7 +69,7 @@ def test_help_and_mistakes_do_not_import_torch(args):
 def test_every_command_has_help(capsys):
     assert main(["--help"]) == 0
     commands = set(re.findall(r"^  (\w+) ", capsys.readouterr().out, re.MULTILINE))
-    assert len(commands) == 10
+    assert len(commands) == 11
     for command in commands:
         for option in ("--help", "-h"):
             assert main([command, option]) == 0

@@ -138,9 +138,9 @@ def measure(config: Config, *, seconds: float = 25.0) -> Measured:
 
 
 def _measure(config: Config, ranks: Ranks, seconds: float) -> Measured:
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    load = machine_load()
     step = _build(config, ranks)
-    asked, config = config.batch_size, _fitting(config, step)
+    asked, config = config.batch_size, fitting(config, step)
     whole = _steps(step, config, config.batch_size, seconds=seconds / 5, warm_up=0)
     few = _steps(step, config, _FEW, seconds=seconds / 25)
     figures, traffic = _looked_into(config, step)
@@ -224,8 +224,14 @@ def _build(config: Config, ranks: Ranks) -> TrainingStep:
     return step
 
 
-def _fitting(config: Config, step: TrainingStep) -> Config:
-    """With the batch halved until its step fits into memory and takes no longer than ``_STEP``."""
+def machine_load() -> float:
+    """Processes that ran or waited for a core, on average over the last minute."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+def fitting(config: Config, step: TrainingStep, seconds: float | None = None) -> Config:
+    """With the batch halved until its step fits into memory and takes no longer than that."""
+    seconds = _STEP if seconds is None else seconds
 
     def milliseconds(images: int) -> float | None:
         try:
@@ -242,7 +248,7 @@ def _fitting(config: Config, step: TrainingStep) -> Config:
     while (time_of_some := milliseconds(some)) is None:
         batch = some = some // 2
     each = max(0.0, time_of_some - few) / max(1, some - _FEW)
-    while batch > 2 * _FEW and few + each * batch > 1e3 * _STEP:
+    while batch > 2 * _FEW and few + each * batch > 1e3 * seconds:
         batch //= 2
     while milliseconds(batch) is None:
         batch //= 2

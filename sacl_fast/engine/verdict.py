@@ -82,14 +82,21 @@ def _phases(m: Measured) -> Iterator[str]:
     yield f"{'step':14}{m.step:10.2f}{figures.busy:8.0%}   {inside}; the step without profiler"
 
 
+def other_work(load: float) -> str:
+    """That a machine of such a load was busy; "" of one that was not."""
+    cores = worker_count(-1)
+    if load <= _BUSY * cores:
+        return ""
+    return (
+        f"Other work ran beside it (a load of {load:.1f} on {counted(cores, 'core')} before): "
+        "measure again when the machine is quiet."
+    )
+
+
 def _doubt(m: Measured) -> str:
     """Why the figures may be wrong."""
-    cores = worker_count(-1)
-    if m.load > _BUSY * cores:
-        return (
-            f"Other work ran beside it (a load of {m.load:.1f} on {counted(cores, 'core')} before):"
-            " measure again when the machine is quiet."
-        )
+    if busy := other_work(m.load):
+        return busy
     if m.few > m.step:
         return (
             f"A step on {m.few_images} images took longer than one on {m.config.batch_size}, so the"
