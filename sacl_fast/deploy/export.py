@@ -249,23 +249,21 @@ class _Export:
         def run(images: Tensor) -> Tensor:
             return load(self._as_taken(images, folded))
 
-        found, rounding = None, None
+        rounding = None
         try:
             load = FORMATS[name].load(written)
             found = parity(run, self.compared, features)
             if not int8 and found.obstacle() is not None:
                 rounding = rounding_of(network.reference, self.compared, features)
-            if (obstacle := found.obstacle(int8=int8, rounding=rounding)) is not None:
-                obstacle = f"{file}, whose features differ from the encoder's by {obstacle}"
         except NotRunHere as needed:
             yield Exported(**about, milliseconds=None, not_run=str(needed))
             return
         except REFUSALS as error:
             known = isinstance(error, UserError)
-            obstacle = f"{file}: {error if known else f'it cannot be run: {reason_of(error)}'}"
-        if obstacle is not None:
-            written.unlink() if written.is_file() else shutil.rmtree(written)
-            self.refused.append(obstacle)
+            self._refuse(file, f": {error if known else f'it cannot be run: {reason_of(error)}'}")
+            return
+        if (obstacle := found.obstacle(int8=int8, rounding=rounding)) is not None:
+            self._refuse(file, f", whose features differ from the encoder's by {obstacle}")
             return
         yield Exported(
             **about,
@@ -274,6 +272,11 @@ class _Export:
             rounding=None if rounding is None else rounding.difference,
             knn=self._knn(run),
         )
+
+    def _refuse(self, file: str, why: str) -> None:
+        written = self.written / file
+        written.unlink() if written.is_file() else shutil.rmtree(written)
+        self.refused.append(f"{file}{why}")
 
     def _as_taken(self, images: Tensor, folded: bool) -> Tensor:
         """Normalised images as a file takes them."""

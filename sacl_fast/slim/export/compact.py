@@ -17,7 +17,10 @@ all that it does.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+import itertools
 import logging
 import os
 from collections.abc import Mapping
@@ -229,11 +232,13 @@ def _with_shapes(traced: fx.GraphModule) -> bool:
     """Note each value's shape, of two images, at the first size that the encoder accepts."""
     first = next(traced.parameters())
     convs = (m for m in traced.modules() if isinstance(m, nn.Conv2d))
-    in_chans = next((c.in_channels for c in convs), 3)
-    for size in (64, 96, 128, 224, 256, 299):
-        images = torch.zeros(2, in_chans, size, size, dtype=first.dtype, device=first.device)
+    # Where pixels are moved into channels first, the first convolution has more than images do.
+    counts = dict.fromkeys((*(c.in_channels for c in itertools.islice(convs, 1)), 3))
+    for size, count in itertools.product((64, 96, 128, 224, 256, 299), counts):
+        images = torch.zeros(2, count, size, size, dtype=first.dtype, device=first.device)
         try:
-            with torch.no_grad():
+            # ShapeProp prints a traceback of what it raises.
+            with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
                 ShapeProp(traced).propagate(images)
         except (RuntimeError, AssertionError, ValueError):
             continue
