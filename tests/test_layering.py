@@ -51,7 +51,7 @@ OURS: dict[str, tuple[str, ...]] = {
     "__init__": ("presets",),
     "__main__": ("cli",),
     "sacl_kernels": (),
-    "benchmarks": (*RUN, "deploy", "caching", "options", "cli", "sacl_kernels", "_C"),
+    "benchmarks": (*RUN, "transfer", "deploy", "caching", "options", "cli", "sacl_kernels", "_C"),
     "examples": (*RUN, "transfer", "looking", "deploy"),
     "tests": (
         *RUN,
