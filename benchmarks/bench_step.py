@@ -52,7 +52,7 @@ from sacl_fast.engine.ceilings import percentiles
 from sacl_fast.engine.convolutions import tried_algorithms
 from sacl_fast.engine.distributed import Ranks, pick_device
 from sacl_fast.engine.memory import keep_freed_memory
-from sacl_fast.engine.method import build_method
+from sacl_fast.engine.method import build_method, build_networks
 from sacl_fast.engine.step import TrainingStep
 from sacl_fast.engine.traffic import Traffic
 from sacl_fast.passes import choose_passes
@@ -96,8 +96,9 @@ def prepared(config: Config) -> tuple[TrainingStep, Tensor, Tensor]:
     if device.type == "cpu":
         keep_freed_memory()  # as training does
     torch.manual_seed(config.seed)
-    passes = choose_passes(config, device, steps_per_epoch=100)
-    method = build_method(config, passes)
+    networks = build_networks(config)
+    passes = choose_passes(config, device, steps_per_epoch=100, encoder=networks.encoder)
+    method = build_method(config, passes, networks)
     step = TrainingStep(method, config, Ranks(0, 1, device), steps_per_epoch=100)
     shape = (2, config.batch_size, 3, config.views.size, config.views.size)
     view_a, view_b = torch.randn(shape, device=device)

@@ -61,27 +61,31 @@ class Trial:
 
 
 def take_plan(config: Config, step: TrainingStep, resumed: Plan | None) -> None:
-    """Where ``engine.plan`` is ``auto``, on one GPU: have the step's model run by the best plan,
-    unless nothing is to be chosen by time (``deterministic``).
+    """Where ``engine.plan`` is ``auto``, in one process: have the step's model run by the plan that
+    it was resumed from; or on a GPU by the best one, unless nothing is to be chosen by time
+    (``deterministic``).
 
     Args:
         resumed: the plan of the checkpoint that the run goes on from; None where it starts.
     """
-    if config.engine.plan != "auto" or config.deterministic or not _may_try(step):
+    if config.engine.plan != "auto" or config.deterministic or world_size() > 1:
         return
     if resumed is not None and not plan_obstacle(resumed, config, step.device):
         plan, reason = resumed, "as before it was resumed"
-    else:
+    elif _may_try(step):
         plan, reason = _fastest(config, step)
+    else:
+        return
+    if plan == step.method.passes.plan and step.device.type == "cpu":
+        return
     per_epoch = step.steps_per_epoch
     passes = passes_of(plan, config, step.device, steps_per_epoch=per_epoch, reason=reason)
     step.method.run_by(passes)
 
 
 def _may_try(step: TrainingStep) -> bool:
-    """On a CPU the same plan runs everywhere, so that the same run gives the same figures; ranks
-    would have to agree."""
-    return step.device.type == "cuda" and world_size() == 1
+    """On a CPU the same plan runs everywhere, so that the same run gives the same figures."""
+    return step.device.type == "cuda"
 
 
 def _fastest(config: Config, step: TrainingStep) -> tuple[Plan, str]:

@@ -124,7 +124,9 @@ class Run:
             check=self.stop.check_wait,  # the others go on to the step that all stop at
         )
         steps_per_epoch = self.loader.steps_per_epoch
-        passes = choose_passes(config, ranks.device, steps_per_epoch=steps_per_epoch)
+        passes = choose_passes(
+            config, ranks.device, steps_per_epoch=steps_per_epoch, encoder=networks.encoder
+        )
         self.method = build_method(config, passes, networks)
         self.method.slicer.enabled = config.slim.warmup_epochs == 0
         self.step = TrainingStep(self.method, config, ranks, steps_per_epoch=steps_per_epoch)
