@@ -29,7 +29,7 @@ from tests.modules import channels_last
 CPU = torch.device("cpu")
 
 
-def chosen(steps_per_epoch=1, encoder: nn.Module | None = None, **changes) -> Passes:
+def chosen(steps_per_epoch=1, encoder: nn.Module | None = None, /, **changes) -> Passes:
     config = Config(**changes)
     return choose_passes(config, CPU, steps_per_epoch=steps_per_epoch, encoder=encoder)
 
@@ -47,11 +47,11 @@ def test_dense_passes_are_recorded_too_where_that_pays_on_a_cpu():
     """Of an encoder with depthwise convolutions, on the compiled operators."""
     mobile = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8))
     recorded = chosen(1000).recorded  # where the compiled module is built
-    assert chosen(1000, encoder=mobile).plan == ("dense+skip" if recorded else "eager")
+    assert chosen(1000, mobile).plan == ("dense+skip" if recorded else "eager")
     for groups in (1, 2):
         plain = nn.Sequential(nn.Conv2d(8, 8, 3, groups=groups), nn.Conv2d(1, 8, 3))
-        assert chosen(1000, encoder=plain).plan == "eager"
-    assert chosen(29, encoder=mobile).plan == "eager"
+        assert chosen(1000, plain).plan == "eager"
+    assert chosen(29, mobile).plan == "eager"
     others: tuple[dict[str, Any], ...] = (
         {"precision": "bf16"},
         {"backend": "torch"},
@@ -62,7 +62,7 @@ def test_dense_passes_are_recorded_too_where_that_pays_on_a_cpu():
         {"engine": EngineConfig(plan="eager")},
     )
     for other in others:
-        assert chosen(1000, encoder=mobile, **other).plan == "eager"
+        assert chosen(1000, mobile, **other).plan == "eager"
 
 
 @pytest.mark.parametrize("mode", ["mask", "skip"])
