@@ -29,7 +29,7 @@ from sacl_fast.engine.determinism import deterministic
 from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.memory import keep_freed_memory
 from sacl_fast.engine.memory_use import forecast
-from sacl_fast.engine.method import build_method, build_networks
+from sacl_fast.engine.method import build_method
 from sacl_fast.engine.step import TrainingStep
 from sacl_fast.passes import choose_passes
 from sacl_fast.presets import get_preset
@@ -55,16 +55,14 @@ def configured(encoder: str, size: int, batch: int, setting: str) -> Config:
         deterministic=setting == "deterministic",
         views=replace(config.views, size=size),
         encoder=EncoderConfig(name=encoder),
-        engine=SETTINGS[setting],
+        engine=replace(SETTINGS[setting], plan="eager"),
     )
 
 
 def measure(config: Config) -> dict[str, float]:
     """MiB and seconds of a step, in this process."""
     with deterministic(config.deterministic):
-        networks = build_networks(config)
-        passes = choose_passes(config, _CPU, steps_per_epoch=100, encoder=networks.encoder)
-        method = build_method(config, passes, networks)
+        method = build_method(config, choose_passes(config, _CPU, steps_per_epoch=100))
         step = TrainingStep(method, config, Ranks(0, 1, _CPU), steps_per_epoch=100)
         size = config.views.size
         a, b = (
