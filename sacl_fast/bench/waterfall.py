@@ -30,7 +30,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ from torch import Tensor
 from sacl_fast.bench.figures import device_name, kernel_launches, peak_bytes, write_json
 from sacl_fast.bench.pseudocode import pseudocode_step
 from sacl_fast.config import Backend, Config
-from sacl_fast.config.choices import Plan, SlimMode
+from sacl_fast.config.choices import Plan, SlimMode, Switch
 from sacl_fast.engine.ceilings import percentiles
 from sacl_fast.engine.distributed import Ranks, pick_device
 from sacl_fast.engine.memory import keep_freed_memory
@@ -104,7 +104,7 @@ def variants(config: Config) -> dict[str, Make]:
         *,
         trial: bool = False,
         plan: Plan = "eager",
-        graph: Literal["off", "on"] = "off",
+        graph: Switch = "off",
     ) -> Any:
         torch.backends.cudnn.benchmark = trial
         slim = replace(config.slim, mode=mode)
