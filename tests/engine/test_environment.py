@@ -111,7 +111,9 @@ def test_doctor_covers_packages_devices_and_every_operator():
     assert ("no GPU" in devices[0].detail) == (not torch.cuda.is_available())
     for operator in OPERATORS:
         backend, reason = resolve("auto", operator, torch.device("cpu"))
-        assert finding(f"{operator} on cpu").detail == f"{backend}: {reason}"
+        found = next(f for f in findings if f.name == f"{operator} on cpu")
+        assert found.detail.startswith(f"{backend}: {reason}")
+        assert (backend != "torch") == ("self-check passed 20" in found.detail)
 
 
 @pytest.mark.parametrize(
