@@ -229,6 +229,7 @@ def resolve_all(backend: Backend, device: torch.device) -> dict[str, Resolution]
 
 
 @torch.compiler.assume_constant_result
+@cache
 def _is_right(op: str, device: torch.device) -> bool:
     """Whether the backend of an operator that takes tensors on a device passed its self-check."""
     names = OPERATORS[op]

@@ -206,7 +206,7 @@ def _read(file: Path | None) -> dict[str, Outcome]:
         outcomes = {str(name): Outcome(**fields) for name, fields in found.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
-    oldest = _STARTED if _asked() == "again" else 0.0
+    oldest = _STARTED if _asked() == "again" else 1.0
     return {name: outcome for name, outcome in outcomes.items() if _counts(outcome, oldest)}
 
 

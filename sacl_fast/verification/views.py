@@ -20,6 +20,7 @@ from sacl_fast.verification.comparison import Wrong
 
 _SIZES = ((37, 53), (16, 16), (91, 40), (5, 7), (64, 48), (33, 70))  # height, width
 _SEED, _MOST_OFF = 3, 0.02
+_TYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16)}
 _EACH = ViewConfig(
     jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grayscale=0.3,
     blur=0.5, blur_sigma=(0.1, 2.0), solarize=0.4, solarize_threshold=128,
@@ -58,7 +59,7 @@ def augment(device: torch.device) -> None:
             std=(1 / 255,) * 3,
         )
         _compare("of images", found.flatten(0, 1), wanted, blurred)
-    for dtype in (torch.float32,) if device.type == "cpu" else (torch.float32, torch.bfloat16):
+    for dtype in _TYPES[device.type]:
         found = _packed(images, draws, device, dtype)
         _compare(f"of one buffer, {str(dtype).removeprefix('torch.')}", found, wanted, blurred)
 
