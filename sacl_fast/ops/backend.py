@@ -188,7 +188,7 @@ def resolve(backend: Backend, op: str, device: torch.device) -> Resolution:
     if backend == "torch":
         return Resolution("torch", "as requested")
     checks = OPERATORS[op]
-    obstacles = {name: check(device) for name, check in checks.items()}
+    obstacles: dict[Backend, str | None] = {name: check(device) for name, check in checks.items()}
     for name in [name for name, why_not in obstacles.items() if why_not is None]:
         obstacles[name] = _self_check_obstacle(op, name, device)
         if (why_not := obstacles[name]) is not None and backend == "auto":
@@ -233,7 +233,7 @@ def resolve_all(backend: Backend, device: torch.device) -> dict[str, Resolution]
 def _is_right(op: str, device: torch.device) -> bool:
     """Whether the backend of an operator that takes tensors on a device passed its self-check."""
     names = OPERATORS[op]
-    backend = next((name for name in names if name == device.type), next(iter(names)))
+    backend: Backend = next((name for name in names if name == device.type), next(iter(names)))
     why_not = _self_check_obstacle(op, backend, device)
     if why_not is not None:
         self_check.warn_once(op, backend, device, why_not)

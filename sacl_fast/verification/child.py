@@ -27,7 +27,8 @@ def main(seconds: int, device: torch.device, names: list[str]) -> None:
         signal.alarm(seconds)
         error = passing = None
         try:
-            verify(*name.split(), device)
+            op, backend = name.split()
+            verify(op, backend, device)
         except torch.OutOfMemoryError as no_room:  # of this moment, says nothing of the operator
             passing = _first_line(no_room)
         except Exception as found:  # whatever a compiler or a driver raises
@@ -52,5 +53,5 @@ def _first_line(error: Exception) -> str:
 
 
 def _say(**what: Any) -> None:
-    sys.stdout.write(MARK + json.dumps(what) + "\n")
+    sys.stdout.write(f"\n{MARK}{json.dumps(what)}\n")
     sys.stdout.flush()

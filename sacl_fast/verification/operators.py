@@ -49,8 +49,10 @@ def depthwise_conv(here: Here) -> dict[str, Tensor]:
             "weight": here.values(13 + 3 * lists, 1, kernel, kernel),
         }
         inputs, outputs = (here.order(13)[:9], here.order(16)[:7]) if lists else (None, None)
+        x, weight = _require_grad(leaves)
         y = _depthwise_conv(
-            *_require_grad(leaves),
+            x,
+            weight,
             inputs,
             outputs,
             stride=(stride, stride),
@@ -71,7 +73,7 @@ def batch_norm_act(here: Here) -> dict[str, Tensor]:
             "weight": here.parameters(channels),
             "bias": here.parameters(channels),
         }
-        options = {}
+        options: dict[str, Tensor] = {}
         if lists:
             leaves["map"] = here.images(1, 5, 5, 3)
             order = here.order(channels)
@@ -81,8 +83,9 @@ def batch_norm_act(here: Here) -> dict[str, Tensor]:
         x, weight, bias, *_ = _require_grad(leaves)
         running = here.parameters(channels), here.parameters(channels).square()
         found = _batch_norm_act(
-            x, weight, bias, *running, count=60, act=act, backend=here.backend, **options
-        )
+            x, weight, bias, *running, count=60, act=act, backend=here.backend,
+            **options,  # pyright: ignore[reportArgumentType]
+        )  # fmt: skip
         outputs = {n: y for n, y in zip(("y", "rest", "map"), found, strict=True) if y is not None}
         if not lists:
             del outputs["rest"]  # of no channels
@@ -127,7 +130,9 @@ def xcorr_loss(here: Here) -> dict[str, Tensor]:
             for _ in range(4)
         ]
         leaves = {"z1": zs[0].requires_grad_(), "z2": zs[1].requires_grad_()}
-        loss, _ = sacl_xd_loss(*zs, lambda_=0.02, algorithm=algorithm, backend=here.backend)
+        loss, _ = sacl_xd_loss(
+            *zs, alpha=0.5, lambda_=0.1, algorithm=algorithm, backend=here.backend
+        )
         found = torch.autograd.grad(loss, list(leaves.values()))
         own = {"loss": loss}
         own |= {f"gradient of {n}": g for n, g in zip(leaves, found, strict=True)}
@@ -140,17 +145,18 @@ def lars(here: Here) -> dict[str, Tensor]:
     device = here.device
     shapes = ((19, 7, 3, 3), (5, 11), (1,), (31,))
     parameters = [here.parameters(*shape) for shape in shapes]
+    before = [p.clone() for p in parameters]
     momenta = [torch.zeros_like(p) for p in parameters]
     settings = Settings(
         lr=torch.tensor(0.3, device=device, dtype=here.precise),
         momentum=0.9,
         weight_decay=0.05,
-        eta=0.02,
+        eta=0.3,
         clip=True,
         grad_scale=torch.tensor(4.0, device=device),
         found_inf=torch.tensor(0.0, device=device),
     )
-    update = Updater(here.backend, device) if here.backend != "torch" else None  # pyright: ignore
+    update = Updater(here.backend, device) if here.backend != "torch" else None  # pyright: ignore[reportArgumentType]
     for step in range(2):
         gradients = [here.parameters(*shape) * (step + i) for i, shape in enumerate(shapes)]
         items = [
@@ -163,8 +169,8 @@ def lars(here: Here) -> dict[str, Tensor]:
             for item in items:
                 update_one(item, settings)
     results = {}
-    for shape, p, m in zip(shapes, parameters, momenta, strict=True):
-        results |= _of(str(shape), {"parameter": p, "momentum": m})
+    for shape, p, start, m in zip(shapes, parameters, before, momenta, strict=True):
+        results |= _of(str(shape), {"update": p - start, "momentum": m})
     return results
 
 

@@ -110,9 +110,15 @@ def test_no_file_has_another_name():
     assert not strangers(names("tests/cuda/test_cuda_*.py", "test_cuda_"), *about_cuda)
     assert not strangers(names("benchmarks/bench_*.py", "bench_"), *benchmarks)
     assert not strangers(names("benchmarks/tune_*.py", "tune_"))
-    about_all = {"backend", "compiled", "global_batch_norm", "names", "self_check", "slim_channels"}
+    about_all = {"backend", "compiled", "global_batch_norm", "names", "slim_channels"}
     assert not strangers(names("tests/ops/test_*.py", "test_"), *about_all)
-    plain = {"__init__", "backend", "compiled", "self_check"}  # and what has no backend but PyTorch
+    plain = {
+        "__init__",
+        "backend",
+        "compiled",
+        "self_check",
+        "self_check_process",
+    }  # and what has no backend but PyTorch
     plain |= {
         "batch_norm",
         "collectives",

@@ -1,7 +1,6 @@
-"""What is found of operators on this machine is remembered, told once, and acted upon.
+"""What is found of operators on this machine, and how long it is remembered.
 
-Where it does not matter what is checked, a script stands for the process that checks: it says what
-``verification/child.py`` would, without importing torch.
+What is checked does not matter here, so a script stands for the process that checks.
 """
 
 from __future__ import annotations
@@ -11,107 +10,25 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from sacl_fast.config import Config
-from sacl_fast.engine.distributed import Ranks
-from sacl_fast.engine.method import build_method
-from sacl_fast.engine.step import TrainingStep
 from sacl_fast.errors import UserError
-from sacl_fast.ops import backend as backends
-from sacl_fast.ops import compiled, self_check
-from sacl_fast.ops.backend import (
-    SLIM_OPERATORS,
-    for_slim_calls,
-    fused_obstacle,
-    of_slim_operators,
-    resolve,
-    resolve_all,
-)
-from sacl_fast.ops.batch_norm_act import batch_norm_act
+from sacl_fast.ops import compiled, self_check, self_check_process
+from sacl_fast.ops.backend import resolve
 from sacl_fast.ops.self_check import VARIABLE, Outcome, outcome_of
-from sacl_fast.ops.slim_add import slim_add
-from sacl_fast.passes import choose_passes
 from sacl_fast.verification.child import MARK
+from tests.checking import Children, forget
 
 CPU = torch.device("cpu")
 NAMES = ["one cpu", "two cpu", "three cpu"]
-needs_compiled = pytest.mark.skipif(
-    compiled.obstacle() is not None, reason=str(compiled.obstacle())
-)
-# What an operator of this name does to the process that checks it.
-CHILD = """
-import json, os, signal, sys
-path, seconds, each, device, *names = json.loads(sys.argv[1])
-open(os.environ["ASKED"], "a").write(" ".join(names) + "\\n")
-deeds = json.loads(os.environ["DEEDS"])
-
-def say(**what):
-    print("sacl-fast " + json.dumps(what), flush=True)
-
-def kill(number):
-    os.kill(os.getpid(), number)
-
-exec(deeds.get("start", ""))
-for name in names:
-    say(begins=name)
-    error = passing = None
-    print("a library says something", name)
-    exec(deeds.get(name, ""))
-    say(name=name, error=error, passing=passing)
-    if error is not None:
-        exec(deeds.get("after an error", ""))
-"""
-
-
-class Children:
-    """What the processes that check were asked, and are to do."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._asked = folder / "asked"
-        self._set = monkeypatch.setenv
-        self._set("ASKED", str(self._asked))
-        self.do()
-
-    def do(self, **deeds: str) -> None:
-        """By operator's name; ``start``: before the first one."""
-        of_names = {f"{name} cpu": deed for name, deed in deeds.items()}
-        self._set("DEEDS", json.dumps({**of_names, **deeds}))
-
-    @property
-    def asked(self) -> list[str]:
-        return self._asked.read_text().splitlines() if self._asked.exists() else []
-
-
-@pytest.fixture
-def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """As at the start of a process of a user who has remembered nothing yet."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    forget(monkeypatch)
-    yield
-    backends._is_right.cache_clear()
-
-
-@pytest.fixture
-def children(anew: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Children:
-    monkeypatch.setattr(self_check, "_CHILD", CHILD)
-    return Children(tmp_path, monkeypatch)
-
-
-def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What this process knows."""
-    monkeypatch.setattr(self_check, "_found", {})
-    monkeypatch.setattr(self_check, "_warned", set())
-    backends._is_right.cache_clear()
 
 
 def found() -> dict[str, Outcome]:
-    outcomes = (outcome_of(*name.split(), CPU, lambda: NAMES) for name in NAMES)
+    outcomes = (outcome_of(name.split()[0], "cpu", CPU, lambda: NAMES) for name in NAMES)
     return dict(zip(NAMES, outcomes, strict=True))
 
 
@@ -183,18 +100,18 @@ def test_what_is_of_the_moment_is_not_remembered(
 
 
 def test_where_no_process_can_be_started(children, monkeypatch):
-    monkeypatch.setattr(self_check.sys, "executable", "/no/such/python")
+    monkeypatch.setattr(self_check_process.sys, "executable", "/no/such/python")
     assert {outcome.why for outcome in found().values()} == {
         "no process can be started: No such file or directory"
     }
     forget(monkeypatch)
-    monkeypatch.setattr(self_check.sys, "executable", "")
+    monkeypatch.setattr(self_check_process.sys, "executable", "")
     assert states() == ["not checked"] * 3
 
 
 def test_what_was_not_heard_to_its_end_is_not_heard():
     said = f"{MARK}{json.dumps({'begins': 'one cpu'})}\n{MARK}{{'name"
-    assert self_check._heard(said) == ({}, "one cpu")
+    assert self_check_process._heard(said) == ({}, "one cpu")
 
 
 # --- remembering ----------------------------------------------------------------------------------
@@ -327,7 +244,7 @@ def test_of_processes_at_once_one_checks(children):
 def test_a_lock_that_is_never_given_back_is_not_waited_for(children, tmp_path, monkeypatch):
     found()
     (file,) = remembered(tmp_path)
-    monkeypatch.setattr(self_check, "_ALL", 0.1)
+    monkeypatch.setattr(self_check, "ALL", 0.1)
     forget(monkeypatch)
     with self_check._alone(file):
         assert states() == ["passed"] * 3
@@ -346,7 +263,7 @@ def test_again_checks_once_more_and_once_only(children, monkeypatch):
     assert len(children.asked) == 2
 
 
-@needs_compiled
+@pytest.mark.skipif(compiled.obstacle() is not None, reason=str(compiled.obstacle()))
 def test_off_takes_operators_unchecked(children, monkeypatch):
     monkeypatch.setenv(VARIABLE, "off")
     assert resolve("auto", "slim_add", CPU).backend == "cpu"
@@ -358,134 +275,3 @@ def test_another_value_is_an_error(children, monkeypatch):
     monkeypatch.setenv(VARIABLE, "never")
     with pytest.raises(UserError, match="is 'never'; again, off, or not set works"):
         found()
-
-
-# --- what follows ---------------------------------------------------------------------------------
-
-
-def images() -> torch.Tensor:
-    torch.manual_seed(0)
-    return torch.randn(3, 4, 6, 5).contiguous(memory_format=torch.channels_last)
-
-
-@pytest.fixture
-def wrong_sum(children: Children) -> Children:
-    children.do(slim_add="error = 'Wrong: float32: y is off by 0.3 of its largest value'")
-    return children
-
-
-@needs_compiled
-def test_auto_passes_it_over_and_says_so_once(wrong_sum, monkeypatch, caplog):
-    with caplog.at_level(logging.WARNING):
-        for _ in range(3):
-            backend, reason = resolve("auto", "slim_add", CPU)
-            assert backend == "torch" and "failed its self-check: Wrong: float32: y" in reason
-        given = images(), None, None, images(), None, None
-        kernel = torch.ops.sacl_fast.slim_add
-        calls = []
-        monkeypatch.setattr(
-            torch.ops.sacl_fast, "slim_add", lambda *a: calls.append(a) or kernel(*a)
-        )
-        assert torch.equal(slim_add(*given), slim_add(*given, backend="torch"))
-        assert not calls
-        slim_add(*given, backend="cpu")  # an order, in a call: it runs
-        assert len(calls) == 1
-        assert resolve("auto", "slim_gate", CPU).backend == "cpu"
-    (line,) = caplog.messages
-    assert "slim_add: backend cpu is not used on" in line and "is off by 0.3" in line
-    assert "plain PyTorch does it (SACL_FAST_SELF_CHECK=again checks anew)" in line
-
-
-@needs_compiled
-def test_a_run_that_asks_for_it_by_name_is_an_error(wrong_sum, caplog):
-    with pytest.raises(UserError, match=r"'cpu' cannot run slim_add .*self-check.*can: torch$"):
-        resolve_all("cpu", CPU)
-    assert not caplog.messages
-    assert resolve_all("torch", CPU)["slim_add"] == ("torch", "as requested")
-
-
-@needs_compiled
-def test_the_other_operators_of_slim_passes_stay(wrong_sum, monkeypatch):
-    found = resolve_all("auto", CPU)
-    assert [found[op].backend for op in SLIM_OPERATORS] == ["cpu", "cpu", "cpu", "torch", "cpu"]
-    assert of_slim_operators(found).backend == "torch"
-    assert for_slim_calls(found) == "auto"
-    kernel, calls = torch.ops.sacl_fast.batch_norm_act, []
-    monkeypatch.setattr(
-        torch.ops.sacl_fast, "batch_norm_act", lambda *a: calls.append(a) or kernel(*a)
-    )
-    batch_norm_act(images(), *torch.ones(2, 4))
-    assert calls
-
-
-def test_plain_pytorch_asks_nothing(children):
-    assert resolve_all("torch", CPU)
-    assert not children.asked
-
-
-def test_fused_passes_ask_for_their_operators(children, monkeypatch):
-    """On a GPU; on CPUs they are plain PyTorch."""
-    assert fused_obstacle(CPU, products=True) is None and not children.asked
-    gpu = torch.device("cuda", 0)
-    table = {op: {"cuda": lambda _: None} for op in backends.FUSED_OPERATORS}
-    monkeypatch.setattr(backends, "FUSED_OPERATORS", table)
-    monkeypatch.setattr(self_check, "_about", lambda _: {"name": "a GPU"})
-    children.do(**{"norm_pointwise cuda": "error = 'Wrong: y'"})
-    assert fused_obstacle(gpu, products=False) is None
-    why_not = fused_obstacle(gpu, products=True)
-    assert why_not == "norm_pointwise: it failed its self-check: Wrong: y"
-    assert len(children.asked) == 1
-
-
-@needs_compiled
-@pytest.mark.usefixtures("anew")
-def test_operators_that_are_wrong_in_the_process_that_checks(monkeypatch, caplog, tiny):
-    """The real one: an operator has a wrong gradient, one raises, one ends the process. What is
-    left trains as plain PyTorch does."""
-    broken = """
-import os
-from sacl_fast.ops import batch_norm_act, slim_add, slim_gate
-assert all(of.is_compiled() for of in (batch_norm_act, slim_add, slim_gate))
-ops = torch.ops.sacl_fast
-own = ops.slim_add_backward
-ops.slim_add_backward = lambda *given: tuple(t * 1.01 for t in own(*given))
-def no_kernel(*given):
-    raise RuntimeError("no kernel image is available\\nCompile with ...")
-ops.slim_gate = no_kernel
-ops.draw_views = lambda *given: os.abort()
-"""
-    monkeypatch.setattr(
-        self_check, "_CHILD", self_check._CHILD.replace("import torch\n", f"import torch\n{broken}")
-    )
-    expected = {
-        "slim_add": "Wrong: float32: gradient of a is off by 0.01 of its largest value",
-        "slim_gate": "RuntimeError: no kernel image is available",
-        "draw_views": "its process ended by SIGABRT",
-    }
-    with caplog.at_level(logging.WARNING):
-        first = resolve_all("auto", CPU)
-        assert resolve_all("auto", CPU) == first
-    for op, resolution in first.items():
-        if op in expected:
-            assert resolution.backend == "torch"
-            assert resolution.reason.endswith(f"cpu: it failed its self-check: {expected[op]}")
-        elif op not in ("xcorr_loss", "lars"):
-            assert resolution.backend == "cpu"
-    assert len(caplog.messages) == 3
-    forget(monkeypatch)
-    monkeypatch.setattr(self_check, "_CHILD", "raise SystemExit")
-    assert resolve_all("auto", CPU) == first
-    assert losses(tiny) == losses(replace(tiny, backend="torch"))  # both by masks
-    skip = replace(tiny, slim=replace(tiny.slim, mode="skip"))
-    torch.testing.assert_close(losses(skip), losses(replace(skip, backend="torch")))
-
-
-def losses(config: Config) -> list[float]:
-    """Of three steps."""
-    torch.manual_seed(0)
-    passes = choose_passes(config, CPU, steps_per_epoch=100)
-    method = build_method(config, passes)
-    step = TrainingStep(method, config, Ranks(0, 1, CPU), steps_per_epoch=100)
-    shape = (2, config.batch_size, 3, config.views.size, config.views.size)
-    a, b = (v.contiguous(memory_format=torch.channels_last) for v in torch.randn(shape))
-    return [step(a, b, i).loss.item() for i in range(3)]
