@@ -140,13 +140,16 @@ def for_slim_calls(backends: dict[str, Resolution]) -> Backend:
 
 def fused_obstacle(device: torch.device, *, products: bool) -> str | None:
     """Why operators of fused passes, 1x1 convolutions (``products``) or the others, cannot run on a
-    device, or are wrong there; None if they can."""
+    device, or are wrong there, of which the log tells; None if they can."""
     if device.type != "cuda":
         return None
     for op, checks in FUSED_OPERATORS.items():
         if (op == "norm_pointwise") == products:
             for name, check in checks.items():
-                if why_not := check(device) or _self_check_obstacle(op, name, device):
+                if why_not := check(device):
+                    return f"{op}: {why_not}"
+                if why_not := _self_check_obstacle(op, name, device):
+                    self_check.warn_once(op, name, device, why_not, "passes are not fused by it")
                     return f"{op}: {why_not}"
     return None
 
@@ -157,15 +160,30 @@ def outcome_of_self_check(op: str, backend: Backend, device: torch.device) -> Ou
     Args:
         op: of ``OPERATORS`` or ``FUSED_OPERATORS``, with a backend that can run on the device.
     """
-    device = torch.device("cpu") if backend == "cpu" else device
+    device = _where(backend, device)
     table = OPERATORS if op in OPERATORS else FUSED_OPERATORS
     return self_check.outcome_of(op, backend, device, partial(_runnable, table, device))
+
+
+def _where(backend: Backend, device: torch.device) -> torch.device:
+    """The device on which a backend works for another: the CPU draws for a GPU."""
+    return torch.device("cpu") if backend == "cpu" else device
 
 
 def _self_check_obstacle(op: str, backend: Backend, device: torch.device) -> str | None:
     if self_check.is_off():
         return None
     return outcome_of_self_check(op, backend, device).obstacle
+
+
+def _passed_over(op: str, backend: Backend, device: torch.device) -> str | None:
+    """Why ``auto`` does not take a backend that can run, which the log tells; None if it does."""
+    why_not = _self_check_obstacle(op, backend, device)
+    if why_not is not None:
+        plain = {"augment": "torchvision", "draw_views": "numpy"}.get(op, "PyTorch")
+        instead = f"plain {plain} does it"
+        self_check.warn_once(op, backend, _where(backend, device), why_not, instead)
+    return why_not
 
 
 def _runnable(table: dict[str, dict[Backend, Check]], device: torch.device) -> Iterable[str]:
@@ -187,13 +205,13 @@ def resolve(backend: Backend, op: str, device: torch.device) -> Resolution:
         raise UserError(f"unknown operator {op!r}; {nearest(op, OPERATORS)}")
     if backend == "torch":
         return Resolution("torch", "as requested")
-    checks = OPERATORS[op]
-    obstacles: dict[Backend, str | None] = {name: check(device) for name, check in checks.items()}
-    for name in [name for name, why_not in obstacles.items() if why_not is None]:
-        obstacles[name] = _self_check_obstacle(op, name, device)
-        if (why_not := obstacles[name]) is not None and backend == "auto":
-            self_check.warn_once(op, name, device, why_not)
-    usable: list[Backend] = [name for name in checks if obstacles[name] is None]
+    obstacle = _passed_over if backend == "auto" else _self_check_obstacle
+    obstacles: dict[Backend, str | None] = {}
+    for name, check in OPERATORS[op].items():
+        obstacles[name] = check(device) or obstacle(op, name, device)
+        if backend == "auto" and obstacles[name] is None:
+            break  # those after it are slower
+    usable: list[Backend] = [name for name, why_not in obstacles.items() if why_not is None]
     usable.append("torch")
     if backend == "auto":
         passed_over = [f"{name}: {why_not}" for name, why_not in obstacles.items() if why_not]
@@ -232,12 +250,9 @@ def resolve_all(backend: Backend, device: torch.device) -> dict[str, Resolution]
 @cache
 def _is_right(op: str, device: torch.device) -> bool:
     """Whether the backend of an operator that takes tensors on a device passed its self-check."""
-    names = OPERATORS[op]
-    backend: Backend = next((name for name in names if name == device.type), next(iter(names)))
-    why_not = _self_check_obstacle(op, backend, device)
-    if why_not is not None:
-        self_check.warn_once(op, backend, device, why_not)
-    return why_not is None
+    names, own = OPERATORS[op], "cpu" if device.type == "cpu" else "cuda"
+    backend = own if own in names else next(iter(names))
+    return _passed_over(op, backend, device) is None
 
 
 def is_faster(

@@ -73,20 +73,20 @@ def outcome_of(
     return known[name]
 
 
-def warn_once(op: str, backend: str, device: torch.device, why_not: str) -> None:
-    """Tell that an operator is not used, and why; once in a process, and of the ranks on a machine
-    the first one for all."""
+def warn_once(op: str, backend: str, device: torch.device, why_not: str, instead: str) -> None:
+    """Tell that an operator is not used, why, and what happens instead; once in a process, and of
+    the ranks on a machine the first one for all."""
     if (said := (f"{op} {backend}", str(indexed(device)))) not in _warned:
         _warned.add(said)
         is_first = os.environ.get("LOCAL_RANK", "0") == "0"
         logger.log(
             logging.WARNING if is_first else logging.DEBUG,
-            "%s: backend %s is not used on %s, since %s; plain %s does it (%s=again checks anew)",
+            "%s: backend %s is not used on %s, since %s; %s (%s=again checks anew)",
             op,
             backend,
             device_name(device),
             why_not,
-            {"augment": "torchvision", "draw_views": "numpy"}.get(op, "PyTorch"),
+            instead,
             VARIABLE,
         )
 

@@ -94,18 +94,21 @@ def test_plain_pytorch_asks_nothing(children):
     assert not children.asked
 
 
-def test_fused_passes_ask_for_their_operators(children, monkeypatch):
+def test_fused_passes_ask_for_their_operators(children, monkeypatch, caplog):
     """On a GPU; on CPUs they are plain PyTorch."""
     assert fused_obstacle(CPU, products=True) is None and not children.asked
     gpu = torch.device("cuda", 0)
     table = {op: {"cuda": lambda _: None} for op in backends.FUSED_OPERATORS}
     monkeypatch.setattr(backends, "FUSED_OPERATORS", table)
     monkeypatch.setattr(self_check, "_about", lambda _: {"name": "a GPU"})
+    monkeypatch.setattr(self_check, "device_name", lambda _: "a GPU")
     children.do(**{"norm_pointwise cuda": "error = 'Wrong: y'"})
     assert fused_obstacle(gpu, products=False) is None
     why_not = fused_obstacle(gpu, products=True)
     assert why_not == "norm_pointwise: it failed its self-check: Wrong: y"
     assert len(children.asked) == 1
+    (line,) = caplog.messages
+    assert "on a GPU, since it failed" in line and "passes are not fused by it" in line
 
 
 @needs_compiled
