@@ -363,6 +363,9 @@ def _backends() -> Iterator[Finding]:
             yield Finding(section="backends", name=name, state="ok", detail=f"{loader}: {reason}")
 
 
+_AGAIN = "SACL_FAST_SELF_CHECK=again checks anew, as after a change of driver or machine"
+
+
 def _backend(name: str, detail: str, outcomes: dict[str, Outcome]) -> Finding:
     several = len(outcomes) > 1
     said = [f"{of}'s {found}" if several else str(found) for of, found in outcomes.items()]
@@ -372,9 +375,7 @@ def _backend(name: str, detail: str, outcomes: dict[str, Outcome]) -> Finding:
         name=name,
         state="broken" if wrong else "ok",
         detail="; ".join([detail, *said]),
-        remedy="SACL_FAST_SELF_CHECK=again checks anew, after a change to the machine"
-        if wrong
-        else "",
+        remedy=_AGAIN if wrong else "",
     )
 
 

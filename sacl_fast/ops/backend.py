@@ -148,8 +148,7 @@ def fused_obstacle(device: torch.device, *, products: bool) -> str | None:
             for name, check in checks.items():
                 if why_not := check(device):
                     return f"{op}: {why_not}"
-                if why_not := _self_check_obstacle(op, name, device):
-                    self_check.warn_once(op, name, device, why_not, "passes are not fused by it")
+                if why_not := _passed_over(op, name, device, "passes are not fused by it"):
                     return f"{op}: {why_not}"
     return None
 
@@ -176,14 +175,16 @@ def _self_check_obstacle(op: str, backend: Backend, device: torch.device) -> str
     return outcome_of_self_check(op, backend, device).obstacle
 
 
-def _passed_over(op: str, backend: Backend, device: torch.device) -> str | None:
+def _passed_over(op: str, backend: Backend, device: torch.device, instead: str = "") -> str | None:
     """Why ``auto`` does not take a backend that can run, which the log tells; None if it does."""
-    why_not = _self_check_obstacle(op, backend, device)
-    if why_not is not None:
+    if self_check.is_off():
+        return None
+    outcome = outcome_of_self_check(op, backend, device)
+    if outcome.obstacle is not None:
         plain = {"augment": "torchvision", "draw_views": "numpy"}.get(op, "PyTorch")
-        instead = f"plain {plain} does it"
-        self_check.warn_once(op, backend, _where(backend, device), why_not, instead)
-    return why_not
+        instead = instead or f"plain {plain} does it"
+        self_check.warn_once(op, backend, _where(backend, device), outcome, instead)
+    return outcome.obstacle
 
 
 def _runnable(table: dict[str, dict[Backend, Check]], device: torch.device) -> Iterable[str]:

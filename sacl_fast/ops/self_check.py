@@ -73,22 +73,27 @@ def outcome_of(
     return known[name]
 
 
-def warn_once(op: str, backend: str, device: torch.device, why_not: str, instead: str) -> None:
+def warn_once(op: str, backend: str, device: torch.device, outcome: Outcome, instead: str) -> None:
     """Tell that an operator is not used, why, and what happens instead; once in a process, and of
-    the ranks on a machine the first one for all."""
-    if (said := (f"{op} {backend}", str(indexed(device)))) not in _warned:
-        _warned.add(said)
-        is_first = os.environ.get("LOCAL_RANK", "0") == "0"
-        logger.log(
-            logging.WARNING if is_first else logging.DEBUG,
-            "%s: backend %s is not used on %s, since %s; %s (%s=again checks anew)",
-            op,
-            backend,
-            device_name(device),
-            why_not,
-            instead,
-            VARIABLE,
-        )
+    the ranks on a machine the first one for all. Of all that could not be checked for one reason,
+    the first one stands for the others."""
+    failed = outcome.state == "failed"
+    said = f"{op} {backend}" if failed else outcome.why, str(indexed(device))
+    if said in _warned:
+        return
+    _warned.add(said)
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    logger.log(
+        logging.WARNING if is_first else logging.DEBUG,
+        "%s: backend %s is not used on %s%s, since %s; %s (%s)",
+        op,
+        backend,
+        device_name(device),
+        "" if failed else ", nor what else is not checked",
+        outcome.obstacle,
+        instead,
+        f"{VARIABLE}=again checks anew" if failed else f"{VARIABLE}=off uses it unchecked",
+    )
 
 
 def _asked() -> str:

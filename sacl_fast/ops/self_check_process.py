@@ -105,10 +105,11 @@ def _by_a_child(
             ended = _ending(child.wait(seconds))
         except subprocess.TimeoutExpired:
             ended = _NO_TIME
-        finally:  # after Ctrl-C too; with what it started, such as a compiler
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+        finally:
+            if child.poll() is None:  # also after Ctrl-C; with what it started, such as a compiler
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
         out.seek(0)
         errors.seek(0)
         said = out.read().decode(errors="replace")

@@ -68,6 +68,27 @@ def test_auto_passes_it_over_and_says_so_once(wrong_sum, monkeypatch, caplog):
 
 
 @needs_compiled
+def test_what_could_not_be_checked_is_said_once_for_all(children, monkeypatch, caplog):
+    children.do(start="sys.exit('all CUDA-capable devices are busy')")
+    with caplog.at_level(logging.WARNING):
+        assert {r.backend for r in resolve_all("auto", CPU).values()} == {"torch"}
+    (line,) = caplog.messages
+    assert "nor what else is not checked, since its self-check could not be done" in line
+    assert "devices are busy" in line and "SACL_FAST_SELF_CHECK=off" in line
+    monkeypatch.setenv("SACL_FAST_SELF_CHECK", "off")
+    assert resolve("auto", "slim_add", CPU).backend == "cpu"
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@needs_compiled
+def test_the_first_rank_of_a_machine_says_it(rank, wrong_sum, monkeypatch, caplog):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    with caplog.at_level(logging.WARNING):
+        assert resolve("auto", "slim_add", CPU).backend == "torch"
+    assert len(caplog.messages) == (rank == "0")
+
+
+@needs_compiled
 def test_a_run_that_asks_for_it_by_name_is_an_error(wrong_sum, caplog):
     with pytest.raises(UserError, match=r"'cpu' cannot run slim_add .*self-check.*can: torch$"):
         resolve_all("cpu", CPU)
