@@ -43,6 +43,7 @@ def norm_act(here: Here) -> dict[str, Tensor]:
         "mean": op.norm_act_mean(x, affine, act),
         "gradient of the norm's output": g,
         "gradient of the gate": op.norm_act_gate_gradient(dy, x, affine, act),
+        "coefficients": coefficients,
         "gradient of weight": dweight,
         "gradient of bias": dbias,
         "gradient of x": op.norm_act_input_gradient(g, x, coefficients),
@@ -114,11 +115,12 @@ def slim_border(here: Here) -> dict[str, Tensor]:
     offset, saved = op.slim_border(*before, *norm, *after)
     doffset = here.images(*offset.shape).to(here.precise)
     found = op.slim_border_backward(doffset, saved, *before, *after)
-    names = ("filters", "norm's weight", "norm's bias", "weight", "rest")
-    # (What is left of the constants' gradient is a difference of larger numbers: not compared.)
-    gradients = zip((f"gradient of {name}" for name in names), found[1:], strict=True)
+    names = ("constants", "filters", "norm's weight", "norm's bias", "weight", "rest")
+    gradients = {f"gradient of {name}": g for name, g in zip(names, found, strict=True)}
+    if here.checked != torch.float32:  # then it is rounding: a difference of larger numbers
+        del gradients["gradient of constants"]
     statistics = zip(("running mean", "running variance"), running, strict=True)
-    return {"offset": offset, **dict(gradients), **dict(statistics)}
+    return {"offset": offset, **gradients, **dict(statistics)}
 
 
 def _to_norm(dx: Tensor, gsums: Tensor) -> dict[str, Tensor]:
