@@ -39,6 +39,7 @@ OURS: dict[str, tuple[str, ...]] = {
     "data.images": (),
     "data.views": (),
     "data.loading": ("data.images", "data.views", "precision"),
+    "verification": ("ops", "data.views"),
     "engine": RUN,
     "evaluation": RUN,
     "transfer": RUN,
@@ -56,6 +57,7 @@ OURS: dict[str, tuple[str, ...]] = {
     "examples": (*RUN, "transfer", "looking", "deploy"),
     "tests": (
         *RUN,
+        "verification",
         "transfer",
         "looking",
         "deploy",

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from sacl_fast.config.choices import Plan
 from sacl_fast.engine.cuda_graph import StepGraph
 from sacl_fast.engine.step import TrainingStep
 from sacl_fast.errors import UserError
-from sacl_fast.files import whole_file
+from sacl_fast.files import user_cache, whole_file
 from sacl_fast.ops.collectives import world_size
 from sacl_fast.passes import Passes, passes_of, plan_obstacle
 from sacl_fast.precision import autocast
@@ -268,9 +267,9 @@ def _synchronize(device: torch.device) -> None:
 # --- remembering ------------------------------------------------------------------------------
 
 
-def _cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "sacl-fast/plans.json"
+def _cache() -> Path | None:
+    folder = user_cache()
+    return None if folder is None else folder / "plans.json"
 
 
 def _key(config: Config, step: TrainingStep) -> str:
@@ -291,17 +290,21 @@ def _key(config: Config, step: TrainingStep) -> str:
 
 
 def _remembered() -> dict[str, Any]:
+    if (file := _cache()) is None:
+        return {}
     try:
-        found = json.loads(_cache().read_text())
+        found = json.loads(file.read_text())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _remember(plans: dict[str, Any]) -> None:
+    if (path := _cache()) is None:
+        return
     try:
-        _cache().parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(_cache()) as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
             file.write(json.dumps(plans, indent=1).encode())
     except OSError as error:
         logger.debug("cannot remember the plan: %s", error)

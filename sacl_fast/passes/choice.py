@@ -13,7 +13,12 @@ from sacl_fast.config import Backend, Config
 from sacl_fast.config.choices import Plan, SlimMode
 from sacl_fast.errors import UserError
 from sacl_fast.ops import norm_pointwise
-from sacl_fast.ops.backend import of_slim_operators, resolve_all
+from sacl_fast.ops.backend import (
+    for_slim_calls,
+    fused_obstacle,
+    of_slim_operators,
+    resolve_all,
+)
 from sacl_fast.ops.collectives import world_size
 from sacl_fast.passes.graph import Fusion
 from sacl_fast.passes.recorded import RecordedEncoder
@@ -94,8 +99,9 @@ def passes_of(
             f"engine.plan {plan} cannot be used here ({obstacle}); what works: "
             f"{', '.join(possible)}"
         )
-    operators = of_slim_operators(resolve_all(config.backend, device))
-    passes = Passes(plan=plan, backend=operators.for_calls, reason=reason or "as requested")
+    backends = resolve_all(config.backend, device)
+    operators, calls = of_slim_operators(backends), for_slim_calls(backends)
+    passes = Passes(plan=plan, backend=calls, reason=reason or "as requested")
     if plan == "eager":
         mode, why = _slim_mode(config, operators.backend, autocast_dtype(config.precision, device))
         steps = config.slim.refresh_steps or steps_per_epoch
@@ -119,7 +125,8 @@ def plan_obstacle(plan: Plan, config: Config, device: torch.device) -> str | Non
         return "it would fuse what engine.activation-checkpointing computes again"
     if plan != "fused":
         return None
-    return _fusion_obstacle(config, device) or norm_pointwise.obstacle(device)
+    obstacle = _fusion_obstacle(config, device) or norm_pointwise.obstacle(device)
+    return obstacle or fused_obstacle(device, products=True)
 
 
 def _fusion_obstacle(config: Config, device: torch.device) -> str | None:
@@ -128,7 +135,7 @@ def _fusion_obstacle(config: Config, device: torch.device) -> str | None:
         return f"the operators that are fused are those of the compiled module: {operators.reason}"
     if not config.channels_last:
         return "the fused operators are for channels-last memory"
-    return None
+    return fused_obstacle(device, products=False)
 
 
 def choose_passes(
