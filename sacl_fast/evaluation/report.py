@@ -96,6 +96,8 @@ def markdown(result: Result) -> str:
         f"{_how(result)} Classified: {tested}. ± is the 95 % interval. sacl-fast "
         f"{_version.__version__}.",
     ]
+    if result.note:
+        lines += ["", f"Note: {_escaped(result.note)}."]
     first = result.scores[0]
     if first.confusion is not None or first.images is not None:
         images = first.images if first.confusion is None else first.confusion.sum(axis=1)
@@ -137,6 +139,7 @@ def as_dict(result: Result) -> dict[str, Any]:
         "method": result.method,
         "path": result.path,
         "verdict": result.verdict,
+        "note": result.note,
         "train_images": result.train_images,
         "test_images": result.test_images,
         "held_out": result.held_out,

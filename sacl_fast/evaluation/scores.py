@@ -89,6 +89,8 @@ class Result:
     """Where it was written."""
     few_labels: str = ""
     """How few of them were learnt from in fine-tuning: ``10 % of labels``."""
+    note: str = ""
+    """Where the draws of few images are not what their name says."""
 
     def of(self, name: str) -> Scores:
         """The scores of the encoder of that name."""
