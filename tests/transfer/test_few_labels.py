@@ -60,24 +60,25 @@ def test_few_labels_are_those_of_few_shot_evaluation(labelled, tiny, tmp_path):
 
     def unreadable(some: np.ndarray) -> set[int]:
         looked.extend(some.tolist())
-        return ReadableImages(images.train, len(index), config, torch.device("cpu")).unreadable(
-            some
-        )
+        of = ReadableImages(images.train, len(index), config, torch.device("cpu"))
+        return of.unreadable(some)
 
-    for name, amount, draw, counts in (
-        ("percent", 10.0, draw_percent, [2, 2, 2]),
-        ("per_class", 3, draw_per_class, [3, 3, 3]),
-        ("per_class", 12, draw_per_class, [10, 12, 12]),
+    def per_class(count: int) -> tuple[FinetuneConfig, np.ndarray]:
+        drawn = draw_per_class(labels, count, seed=3, readable=readable)
+        return FinetuneConfig(seed=3, per_class=count), drawn
+
+    percent = draw_percent(labels, 10.0, seed=3, readable=readable)
+    short = "fewer than 12 images can be read of 1 class (one 10); all are taken"
+    for (settings, drawn), counts, note in (
+        ((FinetuneConfig(seed=3, percent=10.0), percent), [2, 2, 2], ""),
+        (per_class(3), [3, 3, 3], ""),
+        (per_class(12), [10, 12, 12], short),
     ):
         looked.clear()
-        settings = FinetuneConfig(seed=3, **{name: amount})
-        some, note = with_few_labels(images, settings, unreadable)
-        assert np.bincount(images.train.labels[some.train_index]).tolist() == counts
-        drawn = draw(labels, amount, seed=3, readable=readable)
-        assert np.array_equal(some.train_index, index[drawn])
+        some = with_few_labels(images, settings, unreadable)
+        assert np.bincount(images.train.labels[some.images.train_index]).tolist() == counts
+        assert np.array_equal(some.images.train_index, index[drawn]) and some.note == note
         assert len(looked) == len({*looked}) < len(index)
-        short = "fewer than 12 images can be read of 1 class (one 10); all are taken"
-        assert note == (short if amount == 12 else "")
     assert with_few_labels(images, FinetuneConfig(), unreadable) == (images, "")
     note = with_few_labels(images, FinetuneConfig(percent=4.0), unreadable).note
     assert note == (
