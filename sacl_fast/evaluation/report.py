@@ -58,10 +58,10 @@ def table(result: Result) -> list[list[str]]:
     first = "precision in %" if result.main.startswith("mAP") else "accuracy in %"
     rows = [[first, *columns, *over, *([""] if notes else [])]]
     for scores in result.scores:
-        row = [scores.name, *(_shown(scores.figures[name]) for name in columns)]
+        row = [scores.name, *(scores.figures[name].shown() for name in columns)]
         if gains:
             gain = result.gain(scores)
-            row.append("" if gain is None else f"{gain.mean:+.1f}{_margin(gain)}")
+            row.append("" if gain is None else gain.shown("+"))
         rows.append(row + ([scores.note] if notes else []))
     return rows
 
@@ -93,8 +93,8 @@ def markdown(result: Result) -> str:
     )
     lines += [
         "",
-        f"{_how(result)} Classified: {tested}. ± is the 95 % interval. sacl-fast "
-        f"{_version.__version__}.",
+        f"{_how(result)} Classified: {tested}. ± is the 95 % interval, which stands in full where "
+        f"the figure is not in its midst. sacl-fast {_version.__version__}.",
     ]
     if result.note:
         lines += ["", f"Note: {_escaped(result.note)}."]
@@ -119,8 +119,9 @@ def as_dict(result: Result) -> dict[str, Any]:
     def figure(value: Figure | None) -> dict[str, float | None] | None:
         if value is None:
             return None
-        margin = value.margin if math.isfinite(value.margin) else None
-        return {"mean": value.mean, "margin": margin}
+        known = math.isfinite(value.margin)
+        interval = {"margin": value.margin, "low": value.low, "high": value.high}
+        return {"mean": value.mean} | {k: v if known else None for k, v in interval.items()}
 
     encoders = []
     for scores in result.scores:
@@ -148,6 +149,14 @@ def as_dict(result: Result) -> dict[str, Any]:
         "settings": result.settings,
         "sacl_fast": _version.__version__,
     }
+
+
+def figure_from(value: dict[str, Any]) -> Figure:
+    """A figure of ``as_dict``; earlier versions wrote of its interval the margin alone."""
+    mean, margin = value["mean"], value["margin"]
+    if margin is None:
+        return Figure(mean)
+    return Figure(mean, value.get("low", mean - margin), value.get("high", mean + margin))
 
 
 def _how(result: Result) -> str:
@@ -178,14 +187,6 @@ def _how(result: Result) -> str:
         f"{settings['draws']} draws of {images}: nearest class mean of so many images per class, "
         "logistic regression of so many percent."
     )
-
-
-def _shown(figure: Figure) -> str:
-    return f"{figure.mean:.1f}{_margin(figure)}"
-
-
-def _margin(figure: Figure) -> str:
-    return f" ± {figure.margin:.1f}" if math.isfinite(figure.margin) else ""
 
 
 def _markdown_table(rows: list[list[str]]) -> list[str]:

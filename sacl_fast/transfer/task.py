@@ -9,7 +9,6 @@ objects of a class are difficult counts neither for nor against it, in the loss 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -154,7 +153,7 @@ class PresentClasses:
             raise UserError("the validation images show no object of any class")
         # An interval over classes would say how much classes differ, and nothing of chance.
         means = {self.main: points[there].mean(), "mAP": whole[there].mean()}
-        figures = {title: Figure(float(mean), math.inf) for title, mean in means.items()}
+        figures = {title: Figure(float(mean)) for title, mean in means.items()}
         images = (targets == 1).sum(dim=0).numpy()
         return Scores(name, figures, points[there], by_class=points, images=images, **more)
 

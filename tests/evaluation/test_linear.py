@@ -76,8 +76,14 @@ def test_draws_pass_over_images_that_cannot_be_read():
     readable = np.arange(60) % 4 != 1
     kept = torch.from_numpy(readable)
     found = few_shot_accuracies(
-        *((x[kept], y[kept]), test, 3),
-        **dict(per_class=(2,), percent=(), draws=3, decays=(1.0,), seed=0),
+        (x[kept], y[kept]),
+        test,
+        3,
+        per_class=(2,),
+        percent=(),
+        draws=3,
+        decays=(1.0,),
+        seed=0,
         among=(y.numpy(), readable),
     )["2 per class"]
     centre = x[kept].mean(0)
