@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -24,6 +23,7 @@ from sacl_fast.config import Config
 from sacl_fast.encoders import build_encoder, output_dim, read_encoder_metadata
 from sacl_fast.errors import UserError, reason_of
 from sacl_fast.evaluation.trained import fresh_slicer
+from sacl_fast.files import kind_of, user_path
 from sacl_fast.ops import compiled
 from sacl_fast.slim.export import compact_zeroed
 from sacl_fast.slim.slicer import Slicer
@@ -113,8 +113,13 @@ def load_classifier(path: str | os.PathLike[str], *, compact: bool = False) -> n
     Raises:
         UserError: it is something else.
     """
-    if (inside := Path(path) / LAST).is_file():
-        path = inside
+    path = user_path(path, "path")
+    if kind_of(path) == "folder":
+        path = path / LAST
+    if kind_of(path) != "file":
+        raise UserError(f"no fine-tuned network at {path}; {LAST} of 'sacl-fast finetune' works")
+    if path.suffix == ".pt":
+        raise UserError(f"{path} is a checkpoint; {LAST} of 'sacl-fast finetune' works")
     said = read_encoder_metadata(path)
     try:
         classes = json.loads(said["classes"])

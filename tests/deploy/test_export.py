@@ -77,6 +77,11 @@ def test_weights_and_graphs_give_the_features_of_the_run(run: Path, tmp_path: Pa
             torch.testing.assert_close(graph(images), features, rtol=1e-4, atol=1e-5)
     dense = build_encoder("resnet20", width=0.5)
     dense.load_state_dict(load_file(out / "encoder_dense.safetensors"))
+    with pytest.raises(UserError) as told:
+        sacl_fast.load_encoder(out)  # which of them?
+    assert "holds exported files (encoder_" in str(told.value)
+    assert all(row.name in str(told.value) for row in result.rows if row.is_file)
+    assert ".safetensors file works, such as" in str(told.value)
     own, exported = run / "encoder.safetensors", out / "encoder_dense.safetensors"
     assert read_encoder_metadata(own) == read_encoder_metadata(exported)
     assert all(torch.equal(load_file(own)[k], v) for k, v in load_file(exported).items())
