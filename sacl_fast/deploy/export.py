@@ -18,7 +18,7 @@ from torch import Tensor
 from sacl_fast.checks import check
 from sacl_fast.config import Config, DataConfig
 from sacl_fast.config.choices import ExportFormat
-from sacl_fast.data.images.given import Given
+from sacl_fast.data.images.given import Given, refuse_both
 from sacl_fast.data.images.root import refuse_among_images
 from sacl_fast.deploy.card import model_card
 from sacl_fast.deploy.check import latency, parity, rounding_of
@@ -102,6 +102,8 @@ def export(
         (fold_norm, "fold_norm"), (int8, "int8"), (knn, "knn"))))  # fmt: skip
     _check_options(chosen, options)
     check_packages(chosen)
+    given = Given(source, val)
+    refuse_both(data, given)
     folder = _free_folder(out)
     trained = path if isinstance(path, Trained) else open_trained(path)
     for width in ratios:
@@ -114,7 +116,6 @@ def export(
         else "estimating batch-norm statistics" if needs_images(trained, ratios)
         else None
     )  # fmt: skip
-    given = Given(source, val)
     if source is None:
         refuse_among_images(folder, config.data, "a folder elsewhere works")
     asked = data is not None or source is not None

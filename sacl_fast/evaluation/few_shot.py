@@ -62,7 +62,7 @@ def less_than_one(labels: np.ndarray, percents: Sequence[float], classes: Sequen
     for percent in percents:
         short = np.flatnonzero((there > 0) & (percent / 100 * there < 1))
         if len(short):
-            named = few([classes[i] for i in short], 3) if classes else ""
+            named = few([str(classes[i]) for i in short], 3) if classes else ""
             of = f" of {counted(len(short), 'class')} ({named})" if classes else ""
             drawn = sum(_share_of(int(count), percent) for count in there[there > 0])
             said.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -116,3 +117,17 @@ def test_images_from_python_are_those_of_a_folder(run_folder, labelled, tiny, tm
     assert done.result.settings["data"]["source"] == "python"
     with pytest.raises(UserError, match="val= was given without source="):
         sacl_fast.evaluate.finetune(run_folder, val=given[1], **FEW)
+
+    own = sacl_fast.evaluate.features(run_folder)
+    found = sacl_fast.evaluate.features(run_folder, source=given[0], val=given[1])
+    assert np.array_equal(found.features, own.features)
+    assert np.array_equal(found.labels, own.labels) and found.classes == own.classes
+    assert (found.name(0), found.name(60)) == ("source[0]", "val[0]")
+    assert found.settings["data"]["source"] == "python"
+    other = DataConfig(root=str(labelled)), DataConfig(source="cifar10")
+    of = sacl_fast.evaluate
+    for call in (of.knn, of.linear, of.few_shot, of.finetune, of.features,
+                 partial(sacl_fast.export, out=tmp_path / "exported")):  # fmt: skip
+        for data in other:
+            with pytest.raises(UserError, match=r"and source= gives .*; one of the two works"):
+                call(run_folder, data=data, source=given[0])

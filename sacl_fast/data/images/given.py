@@ -122,7 +122,7 @@ def open_given(config: DataConfig, _download: bool) -> Splits:
     raise UserError(
         "data.source is python: the images of this run were given from Python, so they are to be "
         "given again, by the argument source= of sacl_fast.train, load_encoder, export or "
-        "evaluate.knn; --data.source and --data.root name others"
+        "those of sacl_fast.evaluate; --data.source and --data.root name others"
     )
 
 
@@ -157,6 +157,26 @@ def given_splits(config: DataConfig, given: Given) -> Splits | None:
             f"same ones work, and {NO_LABELS}"
         )
     return Splits(train, held_out)
+
+
+def refuse_root(data: DataConfig, given: Given) -> None:
+    """Raise UserError where a folder is named and images are given: one would be ignored."""
+    if given.source is not None and data.root is not None:
+        raise UserError(
+            f"data.root is {data.root}, and source= gives images from Python; one of the two works"
+        )
+
+
+def refuse_both(data: DataConfig | None, given: Given) -> None:
+    """The same of settings that were made for this call, and hold no source of a preset's."""
+    if data is None or given.source is None:
+        return
+    refuse_root(data, given)
+    if data.source not in ("folder", "python"):
+        raise UserError(
+            f"data.source is {data.source}, and source= gives images from Python; one of the two "
+            "works"
+        )
 
 
 def as_given(config: DataConfig, given: Given) -> DataConfig:
