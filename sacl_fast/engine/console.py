@@ -84,9 +84,9 @@ class RunConsole:
             epoch: epochs done, counted from 0 (0.5: in the middle of the first).
             metrics: any of ``loss``, ``on_diagonal``, ``off_diagonal``, ``distillation``, ``lr``,
                 ``images_per_second``, ``data_wait`` (0 to 1), ``peak_memory_bytes``,
-                ``embedding_std``, ``effective_rank``, ``knn_dense``, ``knn_slim``, ``accuracy``
-                (percent),
-                ``rankme_dense``, ``lidar_dense``; others are not shown.
+                ``embedding_std``, ``effective_rank``, ``knn_dense``, ``knn_slim``, ``accuracy``,
+                ``precision`` (mean average precision; percent all), ``rankme_dense``,
+                ``lidar_dense``; others are not shown.
         """
         if self._quiet or self._closed:
             return
@@ -289,6 +289,7 @@ class _Status:
         yield from cell("RankMe", "rankme_dense", "magenta")
         yield from cell("LiDAR", "lidar_dense", "magenta")
         yield from cell("accuracy", "accuracy", "bold magenta", " %")
+        yield from cell("mAP", "precision", "bold magenta", " %")
 
 
 _PLAIN = {
@@ -307,6 +308,7 @@ _PLAIN = {
     "rankme_dense": ("RankMe", 5),
     "lidar_dense": ("LiDAR", 5),
     "accuracy": ("accuracy %", 5),
+    "precision": ("mAP %", 5),
 }
 
 
@@ -322,7 +324,7 @@ def _value(key: str, value: float) -> str:
             return f"{value:.3f}"
         case "effective_rank" | "rankme_dense" | "lidar_dense" | "knn_dense" | "knn_slim":
             return f"{value:.1f}"
-        case "accuracy":
+        case "accuracy" | "precision":
             return f"{value:.1f}"
         case _:
             return f"{value:#.4g}"

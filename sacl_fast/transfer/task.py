@@ -38,6 +38,8 @@ class Task(Protocol):
     classes: tuple[str, ...]
     main: str
     """The figure that the verdict is about."""
+    kind: str
+    """What it is: ``accuracy`` or ``precision``, as readings and the console call it."""
     train_targets: Tensor
     """(N, ...) of the training images of the source, by their index."""
     test_targets: Tensor
@@ -118,7 +120,7 @@ def with_few_labels(
 class OneClass:
     """Cross-entropy; top-1 and top-5."""
 
-    main = "top-1"
+    main, kind = "top-1", "accuracy"
 
     def __init__(self, classes: tuple[str, ...], train: Tensor, test: Tensor) -> None:
         self.classes, self.train_targets, self.test_targets = classes, train, test
@@ -135,7 +137,7 @@ class OneClass:
 class PresentClasses:
     """Binary cross-entropy of each class; mean average precision."""
 
-    main = "mAP 11-point"
+    main, kind = "mAP 11-point", "precision"
 
     def __init__(self, train: Tensor, test: Tensor) -> None:
         self.classes, self.train_targets, self.test_targets = VOC_CLASSES, train, test
