@@ -22,6 +22,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from sacl_fast.output import plain_text
+
 _REFRESH = 0.2  # seconds between drawings of the live display, at least
 _WAIT_WARNING = 0.2  # share of the time spent waiting for data from which it is highlighted
 
@@ -111,7 +113,7 @@ class RunConsole:
         """Print a line above the live display; warnings stand out. A signal handler may call it."""
         if self._quiet:
             return
-        text = ("warning: " if warning else "") + self._encodable(_printable(text))
+        text = ("warning: " if warning else "") + self._encodable(plain_text(text, keep="\n\t"))
         rich = self._rich
         if rich is None:
             self._print_plain(text)
@@ -350,10 +352,3 @@ def _flow(
         line.no_wrap, line.overflow = True, overflow or "ellipsis"
     if line:
         yield line
-
-
-def _printable(text: str) -> str:
-    """File names can hold anything: control codes and lone surrogates are escaped."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
-    )

@@ -18,6 +18,7 @@ from sacl_fast.engine.glyphs import drawable
 from sacl_fast.errors import UserError, reason_of
 from sacl_fast.evaluation.scores import Figure, Result
 from sacl_fast.files import write_whole_files
+from sacl_fast.output import plain_text
 
 _NAMED = 40  # classes up to which the confusion matrix names them
 _NUMBERED = 15
@@ -84,7 +85,7 @@ def plain(result: Result) -> str:
 def markdown(result: Result) -> str:
     """The whole of it."""
     rows = table(result)
-    lines = [f"# {result.method}: {result.path}", "", result.verdict, ""]
+    lines = [f"# {result.method}: {plain_text(result.path)}", "", result.verdict, ""]
     lines += _markdown_table(rows)
     tested = counted(result.test_images, "image") + (
         " of the training images, held out for want of validation images"
@@ -195,7 +196,7 @@ def _markdown_table(rows: list[list[str]]) -> list[str]:
 
 
 def _escaped(name: str) -> str:
-    return name.replace("|", "\\|").replace("\n", " ")
+    return plain_text(name).replace("|", "\\|")
 
 
 def _confusion_png(result: Result) -> bytes:

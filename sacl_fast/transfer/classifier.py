@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from sacl_fast.config import Config
 from sacl_fast.encoders import build_encoder, output_dim, read_encoder_metadata
+from sacl_fast.encoders.file import read_weights
 from sacl_fast.errors import UserError, reason_of
 from sacl_fast.evaluation.trained import fresh_slicer
 from sacl_fast.files import kind_of, user_path
@@ -127,7 +127,7 @@ def load_classifier(path: str | os.PathLike[str], *, compact: bool = False) -> n
         size, width = int(said["image_size"]), float(said["width"])
         module = build_encoder(said["encoder"], width=width, stem=stem, image_size=size)
         _add_head(module, said["encoder"], len(classes))
-        state: dict[str, Tensor] = safetensors.torch.load_file(path)
+        state: dict[str, Tensor] = read_weights(path)
         module.load_state_dict(state)
     except KeyError as error:
         raise UserError(

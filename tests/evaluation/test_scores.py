@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 
 import numpy as np
@@ -10,7 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from sacl_fast.evaluation.report import _confusion_png, as_dict, figure_from, markdown, plain
+from sacl_fast.evaluation.report import (
+    _confusion_png,
+    as_dict,
+    figure_from,
+    markdown,
+    plain,
+    write_result,
+)
 from sacl_fast.evaluation.scores import (
     Figure,
     Result,
@@ -102,6 +110,22 @@ def test_the_picture_of_a_confusion_matrix(recwarn):
     assert np.flatnonzero((gray < 200).any(1))[0] < 20
     assert np.flatnonzero((gray < 200).any(0))[0] < 20
     assert not [w for w in recwarn if "Glyph" in str(w.message)]
+
+
+def test_names_of_any_characters_are_written(tmp_path):
+    truth = torch.tensor([0, 1, 2])
+    names = ("\ud800", "a|b\nc", "\x1b[31m")
+    told = Result(
+        "knn", "top-1", (classified("dense", truth[:, None], truth, 3),), names, 9, 3, False,
+        {"eval": {"k": 2, "temperature": 0.1}}, "run\udcff\n", note="of \udcff",
+    )  # fmt: skip
+    write_result(told, tmp_path)
+    assert json.loads((tmp_path / "knn.json").read_text())["classes"] == list(names)
+    lines = (tmp_path / "knn.md").read_text().splitlines()
+    assert lines[0] == r"# knn: run\udcff\n"
+    assert [line.split(" | ")[0] for line in lines if line.endswith(" 1 | 100.0 |")] == [
+        r"| \ud800", r"| a\|b\nc", r"| \x1b[31m"
+    ]  # fmt: skip
 
 
 def result(before: np.ndarray, after: np.ndarray | None, name: str = "dense") -> Result:
