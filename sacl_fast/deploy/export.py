@@ -125,6 +125,7 @@ def export(
         needed_for=needed_for,
         asked=asked,
         given=given,
+        others=source is not None or not _are_same(trained, config.data),
     )
     if knn and (images is None or images.classes < 2):
         raise UserError(
@@ -154,7 +155,8 @@ class _Export:
         self.refused: list[str] = []
         if images is not None:
             self.compared = images.some(_COMPARED)
-            self.compared_with = f"{len(self.compared)} of the run's images"
+            whose = "the images given" if images.others else "the run's images"
+            self.compared_with = f"{len(self.compared)} of {whose}"
         else:
             size, generator = trained.size, torch.Generator().manual_seed(0)
             self.compared = torch.randn(8, 3, size, size, generator=generator)
@@ -308,6 +310,12 @@ def _size(path: Path) -> int:
     """Bytes of a file, or of all files in a folder."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files)
+
+
+def _are_same(trained: Trained, data: DataConfig) -> bool:
+    """Whether they are the images that it was trained on, as far as their names tell."""
+    own = trained.config.data
+    return trained.has_data and (data.source, data.root) == (own.source, own.root)
 
 
 def _with_data(trained: Trained, data: DataConfig) -> Config:

@@ -46,8 +46,8 @@ def require_classes(images: ChosenImages, works: str = "data.limit") -> None:
     if len(classes) < 2:
         found = f"one class only ({classes[0]})" if classes else "no labels or one class only"
         raise UserError(
-            f"the images have {found}, so nothing can be told from their classes; a folder for "
-            "each of two classes or more works (data.root, data.labels)"
+            f"the images have {found}, so nothing can be told from their classes; images of two "
+            "classes or more work, such as in a folder for each (data.labels)"
         )
     there, tested = _of_each_class(images)
     if lacking := [classes[label] for label in tested if not there[label]]:

@@ -124,6 +124,10 @@ def test_onnx_and_int8(run: Path, tmp_path: Path, monkeypatch):
         torch.testing.assert_close(run_onnx(whole, images), features, rtol=1e-4, atol=1e-5)
         cosines = torch.cosine_similarity(run_onnx(small, images), features)
         assert cosines.mean() > 0.9
+    head, rows = result.table()
+    shown = {row[0]: float(row[head.index("mean cosine")]) for row in rows[1:]}
+    assert shown[whole.name] > 0.9999 > shown[small.name] > 0.9
+    assert "in int8 are kept by the mean cosine" in (out / "MODEL_CARD.md").read_text()
     for path in (whole, small):
         model = onnx.load(path)
         onnx.checker.check_model(model)
@@ -279,7 +283,8 @@ def test_a_checkpoint_in_the_midst_of_a_run(run: Path, tmp_path: Path):
     trained.states.clear()
     result = sacl_fast.export(trained, tmp_path / "a", ["dense"])
     assert result.compared_with == "16 of the run's images"
-    sacl_fast.export(run / "encoder.safetensors", tmp_path / "b", [0.3], data=_demo())
+    other = sacl_fast.export(run / "encoder.safetensors", tmp_path / "b", [0.3], data=_demo())
+    assert re.fullmatch(r"\d+ of the images given", other.compared_with)
     assert (tmp_path / "b/encoder_0.3.safetensors").exists()
 
 
