@@ -156,7 +156,7 @@ MANY = [(PIXELS[i % 6], i) for i in range(65)]
 @pytest.mark.parametrize(
     ("items", "said"),
     [
-        (pairs([0.5] * 6), r"source\[0\] has 0.5 in its label's place; a whole number"),
+        (pairs([0.5] * 6), r"source\[0\] has 0.5 in its label's place; labels work that are whole"),
         (pairs([None, 0.5] * 3), r"source\[0\] has None in its label's place"),
         (pairs([True, False] * 3), r"source\[0\] has True in"),
         (pairs(np.array([True, False] * 3)), r"has (np.)?True_? in"),
