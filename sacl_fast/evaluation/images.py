@@ -51,6 +51,11 @@ def require_classes(images: ChosenImages, works: str = "data.limit") -> None:
         )
     there, tested = _of_each_class(images)
     if lacking := [classes[label] for label in tested if not there[label]]:
+        if images.test is images.train:
+            raise UserError(
+                f"all images of class {few(lacking)} are in the tenth that is held out for want of "
+                f"validation images; more of each class ({works}), or validation images, work"
+            )
         raise UserError(
             f"the training images have none of class {few(lacking)}, which images to be classified "
             f"are of; more training images work ({works})"

@@ -270,7 +270,8 @@ def _spool(folder: Path | None) -> Iterator[BinaryIO]:
             yield cast(BinaryIO, file)
     except OSError as error:
         where = folder or tempfile.gettempdir()
+        works = "--out in a folder" if folder else "a TMPDIR"
         raise UserError(
-            f"cannot write the features into a temporary file in {where}: {reason_of(error)}; a "
-            "folder that can be written and has room works"
+            f"cannot write the features into a temporary file in {where}: {reason_of(error)}; "
+            f"{works} that can be written and has room works"
         ) from error
