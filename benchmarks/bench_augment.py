@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from timing import device_name, operator_options, write_json
+from timing import operator_options
 
+from sacl_fast.bench.figures import device_name, write_json
 from sacl_fast.config import ViewsConfig
 from sacl_fast.data.views.draw import draw_view, sample_rng
 from sacl_fast.data.views.operator import pack_rows

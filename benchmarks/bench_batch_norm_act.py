@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import beside_torch, device_name, operator_options, told, write_json
+from timing import beside_torch, operator_options, told
 from torch import Tensor
 
+from sacl_fast.bench.figures import device_name, write_json
 from sacl_fast.engine.ceilings import copy_bandwidth
 from sacl_fast.ops.batch_norm_act import ACTIVATIONS
 

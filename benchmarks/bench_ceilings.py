@@ -12,8 +12,8 @@ import argparse
 from pathlib import Path
 
 import torch
-from timing import device_name, write_json
 
+from sacl_fast.bench.figures import device_name, write_json
 from sacl_fast.engine.ceilings import copy_bandwidth, product_rate
 
 

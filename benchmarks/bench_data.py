@@ -45,8 +45,9 @@ from typing import Any, NamedTuple
 import kornia_views
 import matplotlib
 import torch
-from timing import cpu_seconds, device_name, write_json
+from timing import cpu_seconds
 
+from sacl_fast.bench.figures import device_name, write_json
 from sacl_fast.cli import parse_config
 from sacl_fast.config import Config, ViewConfig
 from sacl_fast.config.choices import Backend, LoaderName, Residence

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from timing import write_json
 
+from sacl_fast.bench.figures import write_json
 from sacl_fast.caching.make import make_cache
 from sacl_fast.config import DataConfig
 from sacl_fast.config.cache import CacheConfig

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import device_name, kernel_launches, time_in_turns, write_json
+from timing import time_in_turns
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sacl_fast.bench.figures import device_name, kernel_launches, write_json
 from sacl_fast.config import Backend, EncoderConfig
 from sacl_fast.engine.ceilings import copy_bandwidth, time_ms
 from sacl_fast.engine.memory import keep_freed_memory

@@ -27,9 +27,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from timing import write_json
-
 import sacl_fast
+from sacl_fast.bench.figures import write_json
 from sacl_fast.cli import parse_config
 from sacl_fast.errors import UserError
 from sacl_fast.evaluation.scores import Result

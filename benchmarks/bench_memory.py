@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import write_json
 
+from sacl_fast.bench.figures import write_json
 from sacl_fast.config import Config, EncoderConfig, EngineConfig
 from sacl_fast.engine.determinism import deterministic
 from sacl_fast.engine.distributed import Ranks

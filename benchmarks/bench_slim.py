@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from timing import device_name, time_in_turns, write_json
+from timing import time_in_turns
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sacl_fast.bench.figures import device_name, write_json
 from sacl_fast.encoders import build_encoder
 from sacl_fast.engine.memory import keep_freed_memory
 from sacl_fast.passes import RecordedEncoder

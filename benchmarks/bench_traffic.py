@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import write_json
 from torch import Tensor, nn
 
+from sacl_fast.bench.figures import write_json
 from sacl_fast.cli import parse_config
 from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.method import build_method

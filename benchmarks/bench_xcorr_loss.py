@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pseudocode import pseudocode_loss
-from timing import device_name, peak_bytes, write_json
 from torch import Tensor
 
+from sacl_fast.bench.figures import device_name, peak_bytes, write_json
+from sacl_fast.bench.pseudocode import pseudocode_loss
 from sacl_fast.engine.ceilings import copy_bandwidth, product_rate, time_ms
 from sacl_fast.ops.backend import resolve
 from sacl_fast.ops.xcorr_loss import sacl_xd_loss

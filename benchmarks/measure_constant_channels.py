@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import write_json
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sacl_fast.bench.figures import write_json
 from sacl_fast.encoders import build_encoder
 from sacl_fast.errors import UserError
 from sacl_fast.slim import Slicer

@@ -52,6 +52,7 @@ usage: sacl-fast COMMAND ...
   views [PRESET] [--config FILE] [options]  draw both views of some images
   cache IMAGES OUT [--size N] [options]     decode images once, into a file that trains faster
   index SHARDS                              index .tar shards (data.source webdataset)
+  bench [PRESET] [--config FILE] [options]  how fast a step is, beside the paper's pseudocode
   doctor                                    what is installed, what runs, and why
   doctor --measure [PRESET] [options]       what bounds a step here, and what to change
 
@@ -60,6 +61,23 @@ presets: {presets}
 
 sacl-fast train --help lists the options. sacl-fast --version prints the version.
 """
+
+_HELP = {
+    "index": """\
+usage: sacl-fast index SHARDS
+
+SHARDS: a folder of .tar shards, or one shard. Writes beside each the index by which DALI reads it
+(data.source webdataset), and prints its path.
+""",
+    "doctor": """\
+usage: sacl-fast doctor
+       sacl-fast doctor --measure [PRESET] [options]
+
+Says what is installed, what runs, and why. --measure: what bounds a step of that preset on this
+machine, and what to change; sacl-fast doctor --measure --help lists the options.
+""",
+}
+"""Of the commands without options, for the others have theirs from the parser of options."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,6 +107,7 @@ def _run(args: list[str]) -> int:
         "views": _views,
         "cache": _cache,
         "index": _index,
+        "bench": _bench,
         "doctor": _doctor,
     }
     try:
@@ -97,6 +116,8 @@ def _run(args: list[str]) -> int:
             print(_USAGE.format(presets=", ".join(PRESETS)), end="")
         elif args[0] in ("-V", "--version"):
             print(f"sacl-fast {__version__}")
+        elif args[0] in _HELP and args[1:] in (["-h"], ["--help"]):
+            print(_HELP[args[0]], end="")
         elif args[0] in commands:
             with contextlib.suppress(SystemExit):  # after the help of a command
                 status = commands[args[0]](args[1:]) or 0
@@ -264,6 +285,25 @@ def _index(args: list[str]) -> None:
         print(path)
 
 
+def _bench(args: list[str]) -> None:
+    steps = _take_value(args, "--steps", "a number")
+    variants = _take_value(args, "--variants", "names, with commas between them")
+    config = parse_config(
+        "bench",
+        args,
+        extra="Times training steps on random images: the paper's pseudocode in eager PyTorch, "
+        "then this engine's, a feature at a time. --steps N: how many of each (10). --variants "
+        "A,B: only these of pseudocode, plain, kernels, trial, skip, dense, fused, graph, run, "
+        "compiled (which takes minutes, and is left out otherwise). --out FOLDER: write "
+        "bench.json and bench.png there.",
+    )
+    # The profiler, which counts memory, warns of what was allocated before it.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from sacl_fast.bench.command import run_bench
+
+    run_bench(config, steps=steps, names=variants)
+
+
 def _doctor(args: list[str]) -> None:
     if _take_flag(args, "--measure"):
         config = parse_config("doctor --measure", args, extra="Trains nothing and writes nothing.")
@@ -287,9 +327,9 @@ def parse_config(command: str, args: Sequence[str], *, extra: str = "") -> Confi
     """
     rest = list(args)
     preset = rest.pop(0) if rest and not rest[0].startswith("-") else None
-    file = _take_value(rest, "--config")
+    file = _take_value(rest, "--config", "a file")
     config = get_preset(preset or "demo") if file is None else _with_file(preset, file)
-    others = f"Preset {config.preset}; others: {', '.join(PRESETS)}."
+    others = f"Preset {config.preset}; all: {', '.join(PRESETS)}."
     layers = "--config FILE: YAML, layered between preset and options."
     config = parse_options(command, config, rest, description=" ".join((others, layers, extra)))
     _check_warmup(config, rest)
@@ -328,11 +368,11 @@ def _take_flag(args: list[str], flag: str) -> bool:
     return given
 
 
-def _take_value(args: list[str], option: str) -> str | None:
+def _take_value(args: list[str], option: str, what: str) -> str | None:
     for i, arg in enumerate(args):
         if arg == option:
             if i + 1 == len(args):
-                raise UserError(f"{option} needs a file")
+                raise UserError(f"{option} needs {what}")
             value = args[i + 1]
             del args[i : i + 2]
             return value

@@ -8,7 +8,8 @@ from typing import Any
 
 import bench_formats
 import pytest
-from timing import one_row_a_line, write_json
+
+from sacl_fast.bench.figures import one_row_a_line, write_json
 
 RESULTS = sorted((Path(__file__).resolve().parent.parent / "benchmarks/results").glob("*.json"))
 

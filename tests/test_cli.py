@@ -1,6 +1,7 @@
 """The command line as a person meets it: layers, help without torch, one sentence per mistake."""
 
 import io
+import re
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,16 @@ def test_help_and_mistakes_do_not_import_torch(args):
     )
     result = subprocess.run([sys.executable, "-c", code, *args.split()], capture_output=True)
     assert result.returncode == 0
+
+
+def test_every_command_has_help(capsys):
+    assert main(["--help"]) == 0
+    commands = set(re.findall(r"^  (\w+) ", capsys.readouterr().out, re.MULTILINE))
+    assert len(commands) == 11
+    for command in commands:
+        for option in ("--help", "-h"):
+            assert main([command, option]) == 0
+            assert f"usage: sacl-fast {command}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

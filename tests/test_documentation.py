@@ -146,7 +146,7 @@ def test_commands_are_understood(capsys: pytest.CaptureFixture[str]):
     usage = capsys.readouterr().out
     for command, *arguments in found:
         assert f"\n  {command} " in usage
-        if command in ("train", "views"):
+        if command in ("train", "views", "bench"):
             parse_config(command, [a for a in arguments if a not in ("--dry-run", "--profile")])
         elif command == "eval":
             method, _, *options = arguments

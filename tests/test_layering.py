@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMON = ("errors", "files", "output", "checks", "config", "_version")
 METHOD = ("ops", "losses", "slim", "encoders", "optim")
 RUN = (*METHOD, "passes", "precision", "data", "engine", "evaluation", "presets")
-COMMANDS = ("transfer", "looking", "deploy", "caching")
+COMMANDS = ("transfer", "looking", "deploy", "caching", "bench")
 
 OURS: dict[str, tuple[str, ...]] = {
     "_version": (),
@@ -46,12 +46,13 @@ OURS: dict[str, tuple[str, ...]] = {
     "evaluate": (*RUN, "transfer", "looking"),
     "deploy": RUN,
     "caching": ("data", "engine", "evaluation"),
+    "bench": RUN,
     "options": (),
     "cli": ("presets", "options"),
     "__init__": ("presets",),
     "__main__": ("cli",),
     "sacl_kernels": (),
-    "benchmarks": (*RUN, "deploy", "caching", "options", "cli", "sacl_kernels", "_C"),
+    "benchmarks": (*RUN, "deploy", "caching", "bench", "options", "cli", "sacl_kernels", "_C"),
     "examples": (*RUN, "transfer", "looking", "deploy"),
     "tests": (
         *RUN,
@@ -59,6 +60,7 @@ OURS: dict[str, tuple[str, ...]] = {
         "looking",
         "deploy",
         "caching",
+        "bench",
         "options",
         "cli",
         "sacl_kernels",

@@ -7,6 +7,7 @@ written. What the figures mean stands in ``verdict.py``.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -111,12 +112,14 @@ class Measured:
     plans: dict[Plan, float]
     """Other plans that were tried, a step of each."""
     data: Data
+    load: float = 0.0
+    """Processes that ran or waited for a core, on average over the minute before."""
 
     @property
     def step_as_asked(self) -> float:
         """Of a step on the batch that was asked for, estimated where that is a larger one."""
         own, few = self.config.batch_size, self.few_images
-        each = (self.step - self.few) / max(1, own - few)
+        each = max(0.0, self.step - self.few) / max(1, own - few)
         return self.step + each * (self.asked - own)
 
 
@@ -135,8 +138,9 @@ def measure(config: Config, *, seconds: float = 25.0) -> Measured:
 
 
 def _measure(config: Config, ranks: Ranks, seconds: float) -> Measured:
+    load = machine_load()
     step = _build(config, ranks)
-    asked, config = config.batch_size, _fitting(config, step)
+    asked, config = config.batch_size, fitting(config, step)
     whole = _steps(step, config, config.batch_size, seconds=seconds / 5, warm_up=0)
     few = _steps(step, config, _FEW, seconds=seconds / 25)
     figures, traffic = _looked_into(config, step)
@@ -161,6 +165,7 @@ def _measure(config: Config, ranks: Ranks, seconds: float) -> Measured:
         ),
         data=_data(config, step, seconds=seconds / 5),
         plans=_other_plans(config, step, seconds=seconds / 3),
+        load=load,
     )
 
 
@@ -219,8 +224,14 @@ def _build(config: Config, ranks: Ranks) -> TrainingStep:
     return step
 
 
-def _fitting(config: Config, step: TrainingStep) -> Config:
-    """With the batch halved until its step fits into memory and takes no longer than ``_STEP``."""
+def machine_load() -> float:
+    """Processes that ran or waited for a core, on average over the last minute."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+def fitting(config: Config, step: TrainingStep, seconds: float | None = None) -> Config:
+    """With the batch halved until its step fits into memory and takes no longer than that."""
+    seconds = _STEP if seconds is None else seconds
 
     def milliseconds(images: int) -> float | None:
         try:
@@ -237,7 +248,7 @@ def _fitting(config: Config, step: TrainingStep) -> Config:
     while (time_of_some := milliseconds(some)) is None:
         batch = some = some // 2
     each = max(0.0, time_of_some - few) / max(1, some - _FEW)
-    while batch > 2 * _FEW and few + each * batch > 1e3 * _STEP:
+    while batch > 2 * _FEW and few + each * batch > 1e3 * seconds:
         batch //= 2
     while milliseconds(batch) is None:
         batch //= 2
@@ -262,10 +273,14 @@ def _looked_into(config: Config, step: TrainingStep) -> tuple[Figures, Traffic]:
 def _steps(
     step: TrainingStep, config: Config, images: int, *, seconds: float, warm_up: int = _WARM_UP
 ) -> float:
-    """Milliseconds of a step, the median, after some that settle it."""
+    """Milliseconds of a step, the median, after some that settle it; on a CPU after fewer where
+    they are slow."""
     views = random_views(config, step.device, images)
+    stop = time.perf_counter() + max(seconds, _STEP)
     for _ in range(warm_up):
         step(*views, 0)
+        if step.device.type == "cpu" and time.perf_counter() > stop:
+            break
     synchronize(step.device)
     together = 5 if step.device.type == "cuda" else 1  # steps that nobody waits between
     stop, times = time.perf_counter() + seconds, []

@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from textwrap import wrap
 from typing import NamedTuple
 
+from sacl_fast.checks import counted
 from sacl_fast.config import Config
+from sacl_fast.data.loading.workers import worker_count
 from sacl_fast.engine.measure import Measured, measure
 
 _BINDS = 0.5
 """Share of a step's time from which on a limit is said to bound it."""
 _WAITS = 0.1  # share of the time waited for data, likewise
+_BUSY = 0.5  # processes a core, from which on other work counts
 _WORTH = 0.95  # of a step's time: a plan that takes no more is worth naming
 
 
@@ -56,8 +59,8 @@ def screen(m: Measured) -> Iterator[str]:
     yield ""
     data = m.data
     yield (
-        f"images/s: {_rate(m):,.0f} by the step alone, {data.alone:,.0f} by the loader alone, "
-        f"{data.training:,.0f} together"
+        f"images/s: {_figure(_rate(m))} by the step alone, {_figure(data.alone)} by the loader "
+        f"alone, {_figure(data.training)} together"
     )
     yield from wrap(f"loader: {data.loader}, {data.images}", width=100)
     if m.plans:
@@ -65,6 +68,8 @@ def screen(m: Measured) -> Iterator[str]:
         yield f"ms by other plans: {tried}"
     yield ""
     yield from wrap(" ".join(verdict(m)), width=100)
+    if doubt := _doubt(m):
+        yield from wrap(doubt, width=100)
 
 
 def _phases(m: Measured) -> Iterator[str]:
@@ -75,6 +80,33 @@ def _phases(m: Measured) -> Iterator[str]:
         yield f"{name:14}{ms:10.2f}{ms / figures.step:8.0%}"
     inside = "of the device" if figures.on_gpu else "within operators"
     yield f"{'step':14}{m.step:10.2f}{figures.busy:8.0%}   {inside}; the step without profiler"
+
+
+def other_work(load: float) -> str:
+    """That a machine of such a load was busy; "" of one that was not."""
+    cores = worker_count(-1)
+    if load <= _BUSY * cores:
+        return ""
+    return (
+        f"Other work ran beside it (a load of {load:.1f} on {counted(cores, 'core')} before): "
+        "measure again when the machine is quiet."
+    )
+
+
+def _doubt(m: Measured) -> str:
+    """Why the figures may be wrong."""
+    if busy := other_work(m.load):
+        return busy
+    if m.few > m.step:
+        return (
+            f"A step on {m.few_images} images took longer than one on {m.config.batch_size}, so the"
+            " machine was not steady: measure again."
+        )
+    return ""
+
+
+def _figure(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2f}"
 
 
 def _rate(m: Measured) -> float:

@@ -181,6 +181,24 @@ def test_a_larger_batch_that_was_asked_for_shares_what_is_fixed():
     assert said(smaller).startswith("No limit explains the step")
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({}, ""),
+        ({"load": 1e4}, "Other work ran beside it (a load of 10000.0 on "),
+        (
+            {"step": 9.0, "asked": 1024},
+            "A step on 2 images took longer than one on 256, so the machine was not steady",
+        ),
+    ],
+)
+def test_figures_of_a_machine_that_was_not_quiet(change, sentence):
+    found = measured(**change)
+    assert found.step_as_asked >= found.step
+    lines = " ".join(screen(found))
+    assert sentence in lines and ("measure again" in lines) == bool(sentence)
+
+
 def test_a_figure_that_changes_changes_what_is_said():
     """No sentence is there whatever was measured."""
     texts = [said(measured(few=f, step=s)) for f, s in ((57.0, 100.0), (30.0, 50.0))]

@@ -12,9 +12,9 @@ import pytest
 import torch
 from cuda_graphs import captured
 from lars_cases import assert_follows, assert_near, parameters, set_grads
-from timing import kernel_launches
 from torch import nn
 
+from sacl_fast.bench.figures import kernel_launches
 from sacl_fast.optim import Lars
 from sacl_kernels import lars as kernels
 

@@ -12,9 +12,9 @@ import sys
 import pytest
 import torch
 from cuda_graphs import captured
-from timing import kernel_launches
 from xcorr_loss_pseudocode import SETTINGS, embeddings, in_float64, pseudocode, relative_errors
 
+from sacl_fast.bench.figures import kernel_launches
 from sacl_fast.losses import SaclXdLoss
 from sacl_fast.ops import xcorr_loss_reference
 from sacl_fast.ops.xcorr_loss import _xcorr_loss, sacl_xd_loss

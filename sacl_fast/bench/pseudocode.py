@@ -2,8 +2,8 @@
 
 Written as a careful user would: autocast, channels-last images and weights, masks multiplied into
 the weights of the slim passes, three D x D correlations, and LARS as published frameworks write it,
-a loop over parameters with two norms read back for each. It shares the encoder and the projector
-with our step, and nothing else.
+a loop over parameters with two norms read back for each (or PyTorch's AdamW, where a run has that).
+It shares the encoder and the projector with our step, and nothing else.
 """
 
 from __future__ import annotations
@@ -68,6 +68,12 @@ class PseudocodeStep:
         }
         self.parameters = [*encoder.parameters(), *projector.parameters()]
         self.momentum: dict[Tensor, Tensor] = {}
+        optim = config.optim
+        self.adamw = None
+        if optim.name == "adamw":
+            self.adamw = torch.optim.AdamW(
+                self.parameters, betas=optim.betas, weight_decay=optim.weight_decay
+            )
         self.embed, self.loss = self._embed, self._loss
         if compiled:
             self.embed, self.loss = torch.compile(self._embed), torch.compile(self._loss)
@@ -105,6 +111,10 @@ class PseudocodeStep:
     def update(self, step: int) -> None:
         optim = self.config.optim
         lr = learning_rate(step, base=self.config.base_lr, warmup_steps=10, total_steps=100)
+        if self.adamw:
+            self.adamw.param_groups[0]["lr"] = lr
+            self.adamw.step()
+            return
         for p in self.parameters:
             if p.grad is None:
                 continue
