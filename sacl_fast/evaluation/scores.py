@@ -147,22 +147,23 @@ class Result:
         what.append(counted(self.test_images, "image"))
         where = ", ".join(what)
         gain = self.gain(first)
+        within = "interval over draws" if self.method == "few-shot" else "interval"
         if gain is None:
             figure = first.figures[self.main]
-            interval = "" if math.isinf(figure.margin) else f"; 95 % interval {figure.interval}"
+            interval = "" if math.isinf(figure.margin) else f"; 95 % {within} {figure.interval}"
             name = self.main if self.method == "finetune" else "top-1"
             return f"{name} is {figure.mean:.1f} % ({where}{interval})"
         untrained = "training from scratch" if self.method == "finetune" else "an untrained encoder"
         if gain.low <= 0 <= gain.high:
             return (
                 f"pre-training makes no difference to {untrained} that can be told from "
-                f"chance: {gain.mean:+.1f} points ({where}; 95 % interval {gain.interval})"
+                f"chance: {gain.mean:+.1f} points ({where}; 95 % {within} {gain.interval})"
             )
         verb, side = ("adds", "over") if gain.mean > 0 else ("takes away", "from")
         size = gain if gain.mean > 0 else Figure(-gain.mean, -gain.high, -gain.low)
         return (
             f"pre-training {verb} {size.mean:.1f} points {side} {untrained} ({where}; "
-            f"95 % interval {size.interval})"
+            f"95 % {within} {size.interval})"
         )
 
 
