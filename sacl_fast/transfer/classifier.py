@@ -24,7 +24,7 @@ from sacl_fast.encoders.file import read_weights
 from sacl_fast.errors import UserError, reason_of
 from sacl_fast.evaluation.trained import fresh_slicer
 from sacl_fast.files import kind_of, user_path
-from sacl_fast.ops import compiled
+from sacl_fast.ops.backend import of_slim_operators, resolve_all
 from sacl_fast.slim.export import compact_zeroed
 from sacl_fast.slim.slicer import Slicer
 
@@ -47,7 +47,8 @@ class Classifier:
             yield
             return
         device = next(self.module.parameters()).device
-        skips = device.type == "cpu" and amp_dtype is None and compiled.obstacle() is None
+        skips = device.type == "cpu" and amp_dtype is None
+        skips = skips and of_slim_operators(resolve_all("auto", device)).backend == "cpu"
         with self.slicer.mode("skip" if skips else "mask"):
             yield
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,7 @@ from sacl_fast.engine.checkpoint import list_checkpoints, load_checkpoint
 from sacl_fast.engine.metrics import read_metrics
 from sacl_fast.errors import Stopped, UserError
 from sacl_fast.evaluation.trained import fresh_encoder
+from sacl_fast.ops.backend import Resolution
 from sacl_fast.transfer.classifier import load_classifier
 from sacl_fast.transfer.training import Training
 from tests.commands import refused, said
@@ -151,8 +151,8 @@ def test_the_slim_network_keeps_its_zeros(run_folder, capsys):
 def test_slim_training_is_that_of_masked_weights(run_folder, labelled, monkeypatch):
     """Skipping the zeroed filters changes nothing but the time."""
     done = sacl_fast.evaluate.finetune(run_folder, width="slim", **FEW, out=run_folder / "a")
-    none = SimpleNamespace(obstacle=lambda: "none here")
-    monkeypatch.setattr("sacl_fast.transfer.classifier.compiled", none)
+    none = Resolution("torch", "none here")
+    monkeypatch.setattr("sacl_fast.transfer.classifier.of_slim_operators", lambda _: none)
     plain = sacl_fast.evaluate.finetune(run_folder, width="slim", **FEW, out=run_folder / "b")
     a, b = (network(d.folder / "last.safetensors") for d in (done, plain))
     for name, value in a.items():

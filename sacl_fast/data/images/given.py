@@ -159,19 +159,12 @@ def given_splits(config: DataConfig, given: Given) -> Splits | None:
     return Splits(train, held_out)
 
 
-def refuse_root(data: DataConfig, given: Given) -> None:
-    """Raise UserError where a folder is named and images are given: one would be ignored."""
-    if given.source is not None and data.root is not None:
-        raise UserError(
-            f"data.root is {data.root}, and source= gives images from Python; one of the two works"
-        )
-
-
 def refuse_both(data: DataConfig | None, given: Given) -> None:
-    """The same of settings that were made for this call, and hold no source of a preset's."""
+    """Raise UserError where settings that were made for this call name images, and others are
+    given: one would be ignored."""
     if data is None or given.source is None:
         return
-    refuse_root(data, given)
+    given_alone(data, given)
     if data.source not in ("folder", "python"):
         raise UserError(
             f"data.source is {data.source}, and source= gives images from Python; one of the two "
@@ -184,6 +177,20 @@ def as_given(config: DataConfig, given: Given) -> DataConfig:
     if given.source is None:
         return config
     return replace(config, source="python", root=None)
+
+
+def given_alone(config: DataConfig, given: Given) -> DataConfig:
+    """``as_given``, of settings that name no folder beside them. (A preset names a source.)
+
+    Raises:
+        UserError: they name one, which would be ignored.
+    """
+    if given.source is not None and config.root is not None:
+        raise UserError(
+            f"data.root is {config.root}, and source= gives images from Python; one of the two "
+            "works"
+        )
+    return as_given(config, given)
 
 
 # --- items ----------------------------------------------------------------------------------------
