@@ -58,7 +58,7 @@ from sacl_fast.data.loading.workers import worker_count
 from sacl_fast.data.views.operator import why_not_compiled
 from sacl_fast.engine.clock import Clock
 from sacl_fast.engine.distributed import Ranks
-from sacl_fast.engine.method import build_method
+from sacl_fast.engine.method import build_method, build_networks
 from sacl_fast.engine.step import TrainingStep
 from sacl_fast.passes import choose_passes
 
@@ -280,8 +280,9 @@ def data_wait(row: Row, config: Config, steps: int) -> dict[str, float]:
     device, warmup = row.device, 3
     torch.manual_seed(config.seed)
     with batches_of(row) as batches:
-        passes = choose_passes(config, device, steps_per_epoch=steps)
-        method = build_method(config, passes)
+        networks = build_networks(config)
+        passes = choose_passes(config, device, steps_per_epoch=steps, encoder=networks.encoder)
+        method = build_method(config, passes, networks)
         step = TrainingStep(method, config, Ranks(0, 1, device), steps_per_epoch=steps)
         clock = Clock(config.batch_size, device)
         for i, batch in enumerate(clock.waiting(batches)):

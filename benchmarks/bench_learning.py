@@ -8,8 +8,10 @@ A case is a name and what stands behind ``sacl-fast train``; options that this p
 are those of every case, behind its own. Each seed trains each case in turn, so that what is cut
 short has all cases as often. A run is evaluated dense and slim, and beside them untrained, by kNN,
 by a linear classifier on fixed features (``linear-fast``; ``linear`` is the whole protocol) or by
-few images a class. The file is written after each run, and rows that it has of the same command
-line are kept. Accuracies are percent; the table has means over seeds and their standard deviation.
+few images a class; or it is fine-tuned, and beside it the same from scratch, with any options of
+``sacl-fast finetune``: ``--evaluate "finetune --percent 1"``. The file is written after each run,
+and rows that it has of the same command line are kept. Accuracies are percent; the table has means
+over seeds and their standard deviation, and so of what pre-training adds.
 """
 
 from __future__ import annotations
@@ -30,10 +32,17 @@ from typing import Any
 import sacl_fast
 from sacl_fast.bench.figures import write_json
 from sacl_fast.cli import parse_config
+from sacl_fast.config.finetune import FinetuneConfig
 from sacl_fast.errors import UserError
 from sacl_fast.evaluation.scores import Result
+from sacl_fast.evaluation.trained import open_trained
+from sacl_fast.options import parse_options
 from sacl_fast.output import show_log
+from sacl_fast.transfer.command import defaults
+from sacl_fast.transfer.finetune import finetune
 
+FINETUNE = "finetune"
+CONTROLS = ("untrained", "from scratch")
 EVALUATIONS: dict[str, Callable[[Path], Result]] = {
     "knn": sacl_fast.evaluate.knn,
     "linear-fast": lambda run: sacl_fast.evaluate.linear(run, fast=True),
@@ -55,7 +64,13 @@ def main() -> None:
         help="what to call it, and a preset and options of sacl-fast train; once for each case",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--evaluate", nargs="+", choices=EVALUATIONS, default=["knn"])
+    parser.add_argument(
+        "--evaluate",
+        nargs="+",
+        type=evaluation_of,
+        default=["knn"],
+        help=f"{', '.join(EVALUATIONS)}, or '{FINETUNE} OPTIONS'",
+    )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after")
     parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="the runs' folders")
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -95,6 +110,21 @@ def main() -> None:
     print(table(rows, options.evaluate) if rows else "no time was left for a run")
 
 
+def evaluation_of(text: str) -> str:
+    """One of ``--evaluate``."""
+    name, *given = shlex.split(text) or [""]
+    if name == FINETUNE:
+        try:
+            parse_options(FINETUNE, FinetuneConfig(), given)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    elif text not in EVALUATIONS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is none of {', '.join(EVALUATIONS)} and {FINETUNE}"
+        )
+    return text
+
+
 def _is_there(path: Path | None) -> bool:
     return path is not None and path.exists()
 
@@ -118,9 +148,22 @@ def measured(arguments: list[str], folder: Path, evaluations: list[str]) -> dict
     for evaluation in evaluations:
         row[evaluation] = {
             scores.name: {name: round(figure.mean, 2) for name, figure in scores.figures.items()}
-            for scores in EVALUATIONS[evaluation](result.folder).scores
+            for scores in evaluated(evaluation, result.folder).scores
         }
     return row
+
+
+def evaluated(evaluation: str, run: Path) -> Result:
+    """What one of ``--evaluate`` gives; a fine-tuning that was stopped goes on."""
+    if evaluation in EVALUATIONS:
+        return EVALUATIONS[evaluation](run)
+    trained = open_trained(run)
+    settings = parse_options(FINETUNE, defaults(trained), shlex.split(evaluation)[1:])
+    out = run / FINETUNE / hashlib.sha256(evaluation.encode()).hexdigest()[:8]
+    done = finetune(trained, replace(settings, from_scratch=True, out=str(out), resume="auto"))
+    if done.result is None:
+        sys.exit(128 + done.stopped_by)
+    return done.result
 
 
 def course(metrics: Path) -> list[dict[str, float]]:
@@ -136,6 +179,7 @@ def course(metrics: Path) -> list[dict[str, float]]:
 
 def table(rows: list[dict[str, Any]], evaluations: list[str]) -> str:
     """Markdown: a line for each case and encoder, a column for each figure."""
+    rows = [{**row, **{key: with_gains(row[key]) for key in evaluations}} for row in rows]
     cases = {row["case"]: [other for other in rows if other["case"] == row["case"]] for row in rows}
     figures = {
         (case, encoder, f"{evaluation}, {column}"): [
@@ -152,6 +196,18 @@ def table(rows: list[dict[str, Any]], evaluations: list[str]) -> str:
         cells = [told(figures.get((case, encoder, column), [])) for column in columns]
         lines.append(f"| {case} | {encoder} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def with_gains(scores: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """An evaluation's figures, and how far each encoder's are above those of its control."""
+    found = dict(scores)
+    for encoder, figures in scores.items():
+        for control in (f"{encoder}, {name}" for name in CONTROLS):
+            if control in scores:
+                found[f"{encoder}, gain"] = {
+                    name: figure - scores[control][name] for name, figure in figures.items()
+                }
+    return found
 
 
 def told(values: list[float]) -> str:

@@ -55,7 +55,7 @@ def configured(encoder: str, size: int, batch: int, setting: str) -> Config:
         deterministic=setting == "deterministic",
         views=replace(config.views, size=size),
         encoder=EncoderConfig(name=encoder),
-        engine=SETTINGS[setting],
+        engine=replace(SETTINGS[setting], plan="eager"),
     )
 
 

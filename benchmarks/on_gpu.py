@@ -131,7 +131,7 @@ def tasks(options: argparse.Namespace) -> Iterable[Task]:
     yield bench("A", "ceilings", 60, "bench_ceilings", *where, headline=of_ceilings)
     if on_gpu:
         yield Task("A", "build", build_command(), 240, environment=own_architecture())
-    yield Task("A", "doctor", [sys.executable, "-m", "sacl_fast", "doctor"], 60)
+    yield Task("A", "doctor", [sys.executable, "-m", "sacl_fast", "doctor"], 150)
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     yield Task(
         "A", "tests", [*pytest, "-m", "gpu", *parallel(8), "tests"], 240, needs=needs_gpu

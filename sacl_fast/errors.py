@@ -56,6 +56,8 @@ def reason_of(error: BaseException) -> str:
         there = error.filename if error.errno == errno.EEXIST else None
         if there is not None and not os.path.isdir(there):  # where a folder was to be made
             return f"{os.fsdecode(there)} is no folder"
+        if error.errno == errno.EFBIG:
+            return f"{error.strerror} (more than 'ulimit -f' or the file system allows)"
         return error.strerror
     return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 

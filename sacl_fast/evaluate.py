@@ -36,7 +36,7 @@ from sacl_fast.config.evaluation import (
 )
 from sacl_fast.config.finetune import FinetuneConfig
 from sacl_fast.config.looking import FeaturesConfig
-from sacl_fast.data.images.given import Given, as_given
+from sacl_fast.data.images.given import Given, as_given, refuse_both
 from sacl_fast.errors import UserError, nearest
 from sacl_fast.evaluation.command import defaults
 from sacl_fast.evaluation.run import evaluate_module, evaluate_trained
@@ -66,7 +66,6 @@ __all__ = [
 
 _Encoder = nn.Module | str | os.PathLike[str]
 _S = TypeVar("_S", bound=Evaluation)
-_NOTHING = Given()
 
 
 def knn(
@@ -129,7 +128,9 @@ def finetune(
     (``last.safetensors``, which ``sacl_fast.load_classifier`` opens).
     """
     _check_names(FinetuneConfig, settings)
-    trained, images = open_trained(encoder), Given(source, val)
+    images = Given(source, val)
+    refuse_both(data, images)
+    trained = open_trained(encoder)
     if data is not None:
         settings["data"] = data
     wanted = replace(transfer.defaults(trained), **settings)
@@ -142,33 +143,36 @@ def features(
     *,
     data: DataConfig | None = None,
     views: ViewsConfig | None = None,
+    source: Any = None,
+    val: Any = None,
     **settings: Any,
 ) -> Features:
     """The features of all images, as ``sacl-fast features`` writes them: ``.features`` (N, F)
     float32, mapped from a temporary file; ``.labels`` (N,), ``.names``, ``.classes``.
 
     Args:
-        encoder, data, views: as of the evaluations.
+        encoder, data, views, source, val: as of the evaluations.
         settings: ``width``, ``split``, ``images``, ``normalise``, ``batch_size`` and others of
             ``sacl_fast.config.looking.FeaturesConfig``; ``out``: the file to write too.
     """
     given = {} if data is None else {"data": data}
     _check_names(FeaturesConfig, settings)
+    images = Given(source, val)
+    refuse_both(data, images)
     path = user_path(settings["out"], "out") if settings.get("out") is not None else None
     if path is not None:
         check_writable(path)
         check_new([path])
     if isinstance(encoder, nn.Module):
-        images = _views_of_module(data, views)
+        shown = _views_of_module(data, views, images)
         wanted = FeaturesConfig(**given, **settings)
-        found = features_of_module(encoder, images, wanted, None)
+        found = features_of_module(encoder, shown, wanted, None, given=images)
     else:
         _refuse_views(views)
         trained = open_trained(encoder)
         default = features_defaults(trained)
-        found = features_of_trained(
-            trained, replace(default, **given, **settings), None, quiet=True
-        )
+        wanted = replace(default, **given, **settings)
+        found = features_of_trained(trained, wanted, None, quiet=True, given=images)
     if path is not None:
         with made_folder(path.parent):
             write_features(found, path)
@@ -191,6 +195,7 @@ def _evaluate(
     settings: dict[str, Any],
 ) -> Result:
     _check_names(kind, settings)
+    refuse_both(data, images)
     given = {"data": data, "eval": eval}
     changes = {**{k: v for k, v in given.items() if v is not None}, **settings}
     if isinstance(encoder, nn.Module):
@@ -206,7 +211,7 @@ def _evaluate(
 
 
 def _views_of_module(
-    data: DataConfig | None, views: ViewsConfig | None, images: Given = _NOTHING
+    data: DataConfig | None, views: ViewsConfig | None, images: Given
 ) -> ViewsConfig:
     if (data is None and images.source is None) or views is None:
         raise UserError(

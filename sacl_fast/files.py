@@ -44,6 +44,16 @@ def user_path(given: str | os.PathLike[str], setting: str) -> Path:
         ) from None
 
 
+def user_cache() -> Path | None:
+    """Where what can be found out again is kept for this user; None where no home is known. Not
+    created here."""
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:
+        return None
+    return home / "sacl-fast"
+
+
 def kind_of(path: Path) -> Kind | None:
     """What is at ``path``, links followed: ``other`` is a pipe, a socket or a device; None:
     nothing, or a link to nothing.

@@ -22,6 +22,13 @@ _PATIENCE = 10.0  # seconds for a reader who is slow (less, Ctrl-S) until lines 
 _AT_ONCE = 512  # bytes: every system takes this much where ``select`` says that it takes any
 
 
+class _Plain(logging.Formatter):
+    """Names of files and classes may hold anything, such as what steers a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return plain_text(super().format(record), keep="\n\t")
+
+
 class _Courtesy(io.RawIOBase):
     """The bytes of a file descriptor. Errors are kept in mind, not raised."""
 
@@ -118,7 +125,19 @@ def is_courtesy(stream: TextIO) -> bool:
     return isinstance(getattr(buffer, "raw", None), _Courtesy)
 
 
+def plain_text(name: str, keep: str = "") -> str:
+    """A name, or a sentence with some, for a file or a screen: bytes that are no UTF-8 (of file
+    names), as ``\\udcff``, and control characters but for those to ``keep`` are escaped."""
+    text = name.encode("utf-8", "backslashreplace").decode()
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
+    )
+
+
 def show_log(level: int = logging.INFO) -> None:
     """Have lines of the log from ``level`` on appear on standard error, as plain text."""
-    logging.basicConfig(format="%(message)s")
+    if not (root := logging.getLogger()).handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(_Plain("%(message)s"))
+        root.addHandler(handler)
     logging.getLogger("sacl_fast").setLevel(level)

@@ -257,6 +257,17 @@ def test_figures_of_a_short_run_are_those_measured():
     assert f"by {min(added):.1f} to {max(added):.1f} points" in page
 
 
+def test_figures_of_fine_tuning_are_those_measured():
+    page = (ROOT / "docs/evaluation.md").read_text()
+    rows = results("finetune_cifar10_cpu")["rows"]
+    for title, options in (("1 % (500 images)", "--percent 1"), ("10 per class", "--per-class 10")):
+        found = [row[f"finetune {options} --steps 300 --size 32"] for row in rows]
+        pairs = [(f["dense"]["top-1"], f["dense, from scratch"]["top-1"]) for f in found]
+        columns = (*zip(*pairs, strict=True), [trained - scratch for trained, scratch in pairs])
+        cells = [f"{statistics.mean(v):.1f} ± {statistics.stdev(v):.1f}" for v in columns]
+        assert f"| {' | '.join((title, *cells))} |" in page
+
+
 def test_figures_of_the_data_paths_are_those_measured():
     page = (ROOT / "docs/data.md").read_text()
     both, alone = (results(f"data_imagenet{name}_cpu") for name in ("", "_dali_alone"))

@@ -1,6 +1,7 @@
 """What ``benchmarks/bench_learning.py`` says of its rows."""
 
 import json
+import shlex
 import sys
 
 import pytest
@@ -23,9 +24,11 @@ def test_a_table_has_means_and_deviations_over_seeds():
         "|---|---|---|",
         "| XD | dense | 41.0 ± 1.4 |",
         "| XD | dense, untrained | 30.0 ± 0.0 |",
+        "| XD | dense, gain | 11.0 ± 1.4 |",
         "| BT | dense | 35.0 |",
         "| BT | dense, untrained | 30.0 |",
         "| BT | slim | 20.0 |",
+        "| BT | dense, gain | 5.0 |",
     ]
 
 
@@ -55,12 +58,14 @@ def test_runs_of_other_options_have_other_folders():
         ("--case a demo --case a photos", "two cases have the same name"),
         ("--case a demo --nonsense 3", "Unrecognized options: --nonsense"),
         ("--case a demo --json FILE", "is there, and no file of this program"),
+        ("--case a demo --evaluate nkn", "'nkn' is none of knn, linear-fast"),
+        ("--case a demo --evaluate 'finetune --percent 0'", "percent is 0"),
     ],
 )
 def test_what_cannot_be_run_is_said_before_any_run(tmp_path, monkeypatch, capsys, given, said):
     (tmp_path / "file.json").write_text("{}")
     given = given.replace("FILE", str(tmp_path / "file.json"))
-    monkeypatch.setattr(sys, "argv", ["bench_learning.py", *given.split()])
+    monkeypatch.setattr(sys, "argv", ["bench_learning.py", *shlex.split(given)])
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2 and said in capsys.readouterr().err

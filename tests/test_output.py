@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from sacl_fast.output import show_log
 
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
@@ -141,3 +144,10 @@ def test_head_has_seen_enough_of_the_help():
     command = f"{sys.executable} -m sacl_fast train --help | true; exit $PIPESTATUS"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stderr == ""
+
+
+def test_the_log_steers_no_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    show_log()
+    logging.getLogger("sacl_fast.data").info("class %s", "\x1b[31m\udcff\n\tü")
+    assert capsys.readouterr().err == "class \\x1b[31m\\udcff\n\tü\n"

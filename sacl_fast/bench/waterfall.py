@@ -30,7 +30,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,11 +38,11 @@ from torch import Tensor
 from sacl_fast.bench.figures import device_name, kernel_launches, peak_bytes, write_json
 from sacl_fast.bench.pseudocode import pseudocode_step
 from sacl_fast.config import Backend, Config
-from sacl_fast.config.choices import Plan, SlimMode
+from sacl_fast.config.choices import Plan, SlimMode, Switch
 from sacl_fast.engine.ceilings import percentiles
 from sacl_fast.engine.distributed import Ranks, pick_device
 from sacl_fast.engine.memory import keep_freed_memory
-from sacl_fast.engine.method import build_method
+from sacl_fast.engine.method import build_method, build_networks
 from sacl_fast.engine.plan import take_plan
 from sacl_fast.engine.profiling import synchronize
 from sacl_fast.engine.step import TrainingStep
@@ -60,8 +60,10 @@ def prepared(config: Config, *, chosen: bool = False) -> tuple[TrainingStep, Ten
     if device.type == "cpu":
         keep_freed_memory()  # as training does
     torch.manual_seed(config.seed)
-    passes = choose_passes(config, device, steps_per_epoch=100)
-    method = build_method(config, passes)
+    networks = build_networks(config)
+    encoder = networks.encoder if chosen else None
+    passes = choose_passes(config, device, steps_per_epoch=100, encoder=encoder)
+    method = build_method(config, passes, networks)
     step = TrainingStep(method, config, Ranks(0, 1, device), steps_per_epoch=100)
     if chosen:
         take_plan(config, step, None)
@@ -102,7 +104,7 @@ def variants(config: Config) -> dict[str, Make]:
         *,
         trial: bool = False,
         plan: Plan = "eager",
-        graph: Literal["off", "on"] = "off",
+        graph: Switch = "off",
     ) -> Any:
         torch.backends.cudnn.benchmark = trial
         slim = replace(config.slim, mode=mode)

@@ -67,9 +67,9 @@ class DataConfig(Settings, path="data"):
     """Folder, archive, list or cache with the images. If a folder holds 'train' and 'val' (or
     'test'), however spelt, those are the two splits."""
     labels: Labels = "auto"
-    """Labels are used by kNN evaluation only. 'folder': the first folder level names the class.
-    'none': ignore folders and other labels. 'auto': 'folder' if all images lie in folders and the
-    first level has two or more, else 'none'."""
+    """Training uses none; evaluation and fine-tuning do. 'folder': the first folder level names the
+    class. 'none': ignore folders and other labels. 'auto': 'folder' if all images lie in folders
+    and the first level has two or more, else 'none'."""
     limit: CountOrZero = 0
     """Use only this many training images, the same ones for the same seed (0: all)."""
     loader: LoaderName = "auto"

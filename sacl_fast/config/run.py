@@ -57,8 +57,8 @@ class Config(Settings):
     channels_last: bool = True
     """Memory format of images, activations and convolution weights."""
     backend: Backend = "auto"
-    """Implementation of the operators ('sacl-fast doctor' lists them). 'torch': plain PyTorch,
-    nothing compiled."""
+    """Implementation of the operators ('sacl-fast doctor' lists them; auto takes those that passed
+    a check on this machine). 'torch': plain PyTorch, nothing compiled."""
     deterministic: bool = False
     """On one device, the same figures every time, to the bit, also after a resume: torch's
     deterministic operations, and nothing chosen by time. An operation that has no such form is an

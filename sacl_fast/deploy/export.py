@@ -18,7 +18,7 @@ from torch import Tensor
 from sacl_fast.checks import check
 from sacl_fast.config import Config, DataConfig
 from sacl_fast.config.choices import ExportFormat
-from sacl_fast.data.images.given import Given
+from sacl_fast.data.images.given import Given, refuse_both
 from sacl_fast.data.images.root import refuse_among_images
 from sacl_fast.deploy.card import model_card
 from sacl_fast.deploy.check import latency, parity, rounding_of
@@ -103,6 +103,8 @@ def export(
         (fold_norm, "fold_norm"), (int8, "int8"), (knn, "knn"))))  # fmt: skip
     _check_options(chosen, options)
     check_packages(chosen)
+    given = Given(source, val)
+    refuse_both(data, given)
     folder = _free_folder(out)
     trained = path if isinstance(path, Trained) else open_trained(path)
     for width in ratios:
@@ -115,7 +117,6 @@ def export(
         else "estimating batch-norm statistics" if needs_images(trained, ratios)
         else None
     )  # fmt: skip
-    given = Given(source, val)
     if source is None:
         refuse_among_images(folder, config.data, "a folder elsewhere works")
     asked = data is not None or source is not None
@@ -125,6 +126,7 @@ def export(
         needed_for=needed_for,
         asked=asked,
         given=given,
+        others=source is not None or not _are_same(trained, config.data),
     )
     if knn and (images is None or images.classes < 2):
         raise UserError(
@@ -154,7 +156,8 @@ class _Export:
         self.refused: list[str] = []
         if images is not None:
             self.compared = images.some(_COMPARED)
-            self.compared_with = f"{len(self.compared)} of the run's images"
+            whose = "the images given" if images.others else "the run's images"
+            self.compared_with = f"{len(self.compared)} of {whose}"
         else:
             size, generator = trained.size, torch.Generator().manual_seed(0)
             self.compared = torch.randn(8, 3, size, size, generator=generator)
@@ -327,6 +330,12 @@ def _size(path: Path) -> int:
     """Bytes of a file, or of all files in a folder."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files)
+
+
+def _are_same(trained: Trained, data: DataConfig) -> bool:
+    """Whether they are the images that it was trained on, as far as their names tell."""
+    own = trained.config.data
+    return trained.has_data and (data.source, data.root) == (own.source, own.root)
 
 
 def _with_data(trained: Trained, data: DataConfig) -> Config:

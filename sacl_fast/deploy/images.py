@@ -23,10 +23,11 @@ _CPU = torch.device("cpu")
 
 
 class RunImages:
-    """The training and validation images of a run, chosen as the run's own evaluation does."""
+    """The training and validation images of a run, or ``others``, chosen as the run's own
+    evaluation does."""
 
-    def __init__(self, config: Config, given: Given) -> None:
-        self._config = config
+    def __init__(self, config: Config, given: Given, others: bool) -> None:
+        self._config, self.others = config, others
         splits = open_sources(config.data, config.seed, download=False, given=given)
         kept = config.eval
         chosen = choose_images(splits, config.seed, train=kept.bank, test=kept.queries)
@@ -69,6 +70,7 @@ def open_images(
     needed_for: str | None,
     asked: bool = False,
     given: Given | None = None,
+    others: bool = False,
 ) -> RunImages | None:
     """The images of a run; None where they are not there and not needed.
 
@@ -77,13 +79,14 @@ def open_images(
         needed_for: what cannot be done without.
         asked: whether this call named them, and not the run.
         given: images from Python in their place.
+        others: whether they are not those that the run was trained on.
 
     Raises:
         UserError: they are needed or asked for, and not there.
     """
     if known:
         try:
-            return RunImages(config, given or Given())
+            return RunImages(config, given or Given(), others)
         except UserError as error:
             if needed_for is not None:
                 raise UserError(f"{needed_for} needs the run's images, and {error}") from None

@@ -59,8 +59,10 @@ class ExportResult:
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Head and rows."""
         has_knn = any(row.knn is not None for row in self.rows)
+        has_mean = any(row.format.endswith("int8") for row in self.rows)
         head = ["file", "parameters", "MFLOPs", "MB", "ms", "difference", "cosine"]
-        return [*head, *(["kNN %"] if has_knn else [])], [
+        more = ["mean cosine"] * has_mean + ["kNN %"] * has_knn
+        return [*head, *more], [
             [
                 row.name,
                 f"{row.parameters:,}",
@@ -69,7 +71,8 @@ class ExportResult:
                 _text(row.milliseconds, ".2f"),
                 f"{row.parity.difference:.1e}" if row.parity else "not run" if row.not_run else "",
                 "" if row.parity is None else f"{row.parity.cosine:.6f}",
-                *([_text(row.knn, ".2f")] if has_knn else []),
+                *(["" if row.parity is None else f"{row.parity.mean_cosine:.6f}"] * has_mean),
+                *([_text(row.knn, ".2f")] * has_knn),
             ]
             for row in self.rows
         ]
@@ -82,6 +85,11 @@ class ExportResult:
             f"ms: median of one image, CPU, {threads}. Difference (the largest, over the largest "
             f"feature) and cosine (the lowest): of the features in PyTorch and from the file, on "
             f"{self.compared_with}."
+            + (
+                " Files in int8 are kept by the mean cosine."
+                if any(row.format.endswith("int8") for row in self.rows)
+                else ""
+            )
             + (
                 " kNN %: accuracy on validation images, by their nearest training images."
                 if any(row.knn is not None for row in self.rows)

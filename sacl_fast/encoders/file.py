@@ -161,12 +161,21 @@ def load_encoder(path: str | os.PathLike[str]) -> nn.Module:
         width, size = float(metadata["width"]), int(metadata["image_size"])
         stem: Any = metadata["stem"]
         encoder = build_encoder(metadata["encoder"], width=width, stem=stem, image_size=size)
-        load_weights(encoder, safetensors.torch.load_file(path))
+        load_weights(encoder, read_weights(path))
     except (ValueError, RuntimeError, OSError, safetensors.SafetensorError) as error:
         raise UserError(
             f"{path} does not hold the encoder that it names: {reason_of(error)}"
         ) from error
     return encoder.eval()
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file. Its library takes no path that is no UTF-8.
+
+    Raises:
+        OSError, safetensors.SafetensorError: it cannot be read.
+    """
+    return safetensors.torch.load(user_path(path, "path").read_bytes())
 
 
 def load_weights(encoder: nn.Module, state: Mapping[str, torch.Tensor]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 class ResNet20(nn.Module):
     """Three stages of three basic blocks, 16, 32 and 64 channels times ``width``."""
 
+    pretrained_cfg = {"classifier": "fc"}  # noqa: RUF012  as timm's models say it
     layer1: nn.Module
     layer2: nn.Module
     layer3: nn.Module

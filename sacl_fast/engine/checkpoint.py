@@ -46,6 +46,12 @@ _CONTENT: dict[str, type | tuple[type, ...]] = {
     "knn_before": dict,
     "best_knn": (int, float),
 }
+# What a checkpoint of each command holds, and none of the others.
+_WRITTEN_BY = {
+    "config": "sacl-fast train",
+    "settings": "sacl-fast finetune",
+    "layers": "sacl-fast eval linear",
+}
 # What zipfile and pickle raise of bytes that are something else: pickle's documentation names
 # some and calls the list open.
 _NOT_READABLE = (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError,
@@ -55,6 +61,14 @@ _NOT_READABLE = (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupE
 
 class UnusableCheckpoint(UserError):
     """The file is damaged or something else; the checkpoint before it may work."""
+
+
+class OfAnotherCommand(UnusableCheckpoint):
+    """A whole checkpoint, of something else than a run of the command that reads it."""
+
+    def __init__(self, path: Path, command: str, own: str, state: dict[str, Any]) -> None:
+        super().__init__(f"checkpoint {path} is of '{command}'; one of '{own}' works")
+        self.state = state
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -244,11 +258,17 @@ def _check_content(
     if found == FORMAT and not sealed:
         raise UnusableCheckpoint(f"checkpoint {path} is damaged: its checksum is missing")
     lacking = [key for key, kind in content.items() if not isinstance(state.get(key), kind)]
+    command = _command_of(state)
+    if lacking and command and command != _command_of(content):
+        raise OfAnotherCommand(path, command, _command_of(content), state)
     if lacking or state.get("steps_per_epoch", 1) < 1 or state["step"] < 0:
         raise UnusableCheckpoint(
-            f"checkpoint {path} is not whole, or of another command: it lacks "
-            f"{', '.join(lacking) or 'a valid step'}"
+            f"checkpoint {path} is not whole: it lacks {', '.join(lacking) or 'a valid step'}"
         )
+
+
+def _command_of(content: Mapping[str, Any]) -> str:
+    return next((name for key, name in _WRITTEN_BY.items() if key in content), "")
 
 
 def _what_is_kept(folder: Path) -> str:

@@ -22,6 +22,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from sacl_fast.output import plain_text
+
 _REFRESH = 0.2  # seconds between drawings of the live display, at least
 _WAIT_WARNING = 0.2  # share of the time spent waiting for data from which it is highlighted
 
@@ -84,9 +86,9 @@ class RunConsole:
             epoch: epochs done, counted from 0 (0.5: in the middle of the first).
             metrics: any of ``loss``, ``on_diagonal``, ``off_diagonal``, ``distillation``, ``lr``,
                 ``images_per_second``, ``data_wait`` (0 to 1), ``peak_memory_bytes``,
-                ``embedding_std``, ``effective_rank``, ``knn_dense``, ``knn_slim``, ``accuracy``
-                (percent),
-                ``rankme_dense``, ``lidar_dense``; others are not shown.
+                ``embedding_std``, ``effective_rank``, ``knn_dense``, ``knn_slim``, ``accuracy``,
+                ``precision`` (mean average precision; percent all), ``rankme_dense``,
+                ``lidar_dense``; others are not shown.
         """
         if self._quiet or self._closed:
             return
@@ -111,7 +113,7 @@ class RunConsole:
         """Print a line above the live display; warnings stand out. A signal handler may call it."""
         if self._quiet:
             return
-        text = ("warning: " if warning else "") + self._encodable(_printable(text))
+        text = ("warning: " if warning else "") + self._encodable(plain_text(text, keep="\n\t"))
         rich = self._rich
         if rich is None:
             self._print_plain(text)
@@ -289,6 +291,7 @@ class _Status:
         yield from cell("RankMe", "rankme_dense", "magenta")
         yield from cell("LiDAR", "lidar_dense", "magenta")
         yield from cell("accuracy", "accuracy", "bold magenta", " %")
+        yield from cell("mAP", "precision", "bold magenta", " %")
 
 
 _PLAIN = {
@@ -307,6 +310,7 @@ _PLAIN = {
     "rankme_dense": ("RankMe", 5),
     "lidar_dense": ("LiDAR", 5),
     "accuracy": ("accuracy %", 5),
+    "precision": ("mAP %", 5),
 }
 
 
@@ -322,7 +326,7 @@ def _value(key: str, value: float) -> str:
             return f"{value:.3f}"
         case "effective_rank" | "rankme_dense" | "lidar_dense" | "knn_dense" | "knn_slim":
             return f"{value:.1f}"
-        case "accuracy":
+        case "accuracy" | "precision":
             return f"{value:.1f}"
         case _:
             return f"{value:#.4g}"
@@ -348,10 +352,3 @@ def _flow(
         line.no_wrap, line.overflow = True, overflow or "ellipsis"
     if line:
         yield line
-
-
-def _printable(text: str) -> str:
-    """File names can hold anything: control codes and lone surrogates are escaped."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
-    )

@@ -27,6 +27,15 @@ from rich.table import Table
 from rich.text import Text
 
 from sacl_fast._version import __version__
+from sacl_fast.config.choices import Backend
+from sacl_fast.ops.backend import (
+    FUSED_OPERATORS,
+    OPERATORS,
+    Check,
+    outcome_of_self_check,
+    resolve,
+)
+from sacl_fast.ops.self_check import Outcome
 
 # A git hook sets these, and they would point git at the hook's repository.
 _GIT_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")
@@ -334,19 +343,48 @@ def _backends() -> Iterator[Finding]:
     """What ``auto`` gives for the views and every operator, on the CPU and on the first GPU."""
     from sacl_fast.config import Config
     from sacl_fast.data.loading.open import resolve_loader
-    from sacl_fast.ops.backend import OPERATORS, resolve
 
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
         devices.append(torch.device("cuda", 0))
-    for operator in OPERATORS:
+    for operator, checks in OPERATORS.items():
         for device in devices:
             backend, reason = resolve("auto", operator, device)
-            name = f"{operator} on {device.type}"
-            detail = f"{backend}: {reason}"
-            yield Finding(section="backends", name=name, state="ok", detail=detail)
+            outcomes = _self_checks(operator, checks, device)
+            yield _backend(f"{operator} on {device.type}", f"{backend}: {reason}", outcomes)
+    for operator, checks in FUSED_OPERATORS.items():
+        for device in devices[1:]:
+            if outcomes := _self_checks(operator, checks, device):
+                yield _backend(f"{operator} on {device.type}", "in fused passes", outcomes)
     for device in devices:
         for packed, of in ((False, "files"), (True, "pixels")):
             loader, reason = resolve_loader(Config(), device, packed=packed)
             name = f"views of {of} on {device.type}"
             yield Finding(section="backends", name=name, state="ok", detail=f"{loader}: {reason}")
+
+
+_AGAIN = "SACL_FAST_SELF_CHECK=again checks anew, as after a change of driver or machine"
+
+
+def _backend(name: str, detail: str, outcomes: dict[str, Outcome]) -> Finding:
+    several = len(outcomes) > 1
+    said = [f"{of}'s {found}" if several else str(found) for of, found in outcomes.items()]
+    wrong = any(found.state == "failed" for found in outcomes.values())
+    return Finding(
+        section="backends",
+        name=name,
+        state="broken" if wrong else "ok",
+        detail="; ".join([detail, *said]),
+        remedy=_AGAIN if wrong else "",
+    )
+
+
+def _self_checks(
+    operator: str, checks: dict[Backend, Check], device: torch.device
+) -> dict[str, Outcome]:
+    """Of each backend that can run on the device."""
+    return {
+        backend: outcome_of_self_check(operator, backend, device)
+        for backend, check in checks.items()
+        if check(device) is None
+    }

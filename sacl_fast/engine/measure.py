@@ -29,7 +29,7 @@ from sacl_fast.engine.clock import Clock
 from sacl_fast.engine.convolutions import tried_algorithms
 from sacl_fast.engine.distributed import Ranks, device_name, pick_device
 from sacl_fast.engine.memory import keep_freed_memory
-from sacl_fast.engine.method import build_method
+from sacl_fast.engine.method import build_method, build_networks
 from sacl_fast.engine.plan import random_views, take_plan, why_not_tried
 from sacl_fast.engine.preflight import check_run
 from sacl_fast.engine.profiling import profiled, synchronize
@@ -218,8 +218,12 @@ def time_step(config: Config, images: int, *, seconds: float) -> tuple[float, in
 
 def _build(config: Config, ranks: Ranks) -> TrainingStep:
     torch.manual_seed(config.seed)
-    passes = choose_passes(config, ranks.device, steps_per_epoch=_PER_EPOCH)
-    step = TrainingStep(build_method(config, passes), config, ranks, steps_per_epoch=_PER_EPOCH)
+    networks = build_networks(config)
+    passes = choose_passes(
+        config, ranks.device, steps_per_epoch=_PER_EPOCH, encoder=networks.encoder
+    )
+    method = build_method(config, passes, networks)
+    step = TrainingStep(method, config, ranks, steps_per_epoch=_PER_EPOCH)
     take_plan(config, step, None)
     return step
 

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from sacl_fast.config import Config
 from sacl_fast.config.choices import Plan
 from sacl_fast.engine.distributed import Ranks
-from sacl_fast.engine.method import build_method
+from sacl_fast.engine.method import build_method, build_networks
 from sacl_fast.engine.step import TrainingStep
 from sacl_fast.passes import choose_passes, passes_of, plan_obstacle
 from sacl_fast.precision import autocast_dtype
@@ -163,13 +163,17 @@ def forecast(config: Config, device: torch.device, world_size: int = 1) -> Forec
         slim=replace(config.slim, mode=passes.mode),
         batch_size=parts * max(_FEW),
     )
+    torch.manual_seed(0)
+    networks = build_networks(few)
+    if world_size == 1:
+        passes = choose_passes(
+            config, device, steps_per_epoch=_STEPS_PER_EPOCH, encoder=networks.encoder
+        )
     plan: Plan = "eager" if plan_obstacle(passes.plan, few, _CPU) else passes.plan
     plan = "eager" if plan == "compile" else plan
-    torch.manual_seed(0)
     own = passes_of(plan, few, _CPU, steps_per_epoch=_STEPS_PER_EPOCH)
-    step = TrainingStep(
-        build_method(few, own), few, Ranks(0, 1, _CPU), steps_per_epoch=_STEPS_PER_EPOCH
-    )
+    method = build_method(few, own, networks)
+    step = TrainingStep(method, few, Ranks(0, 1, _CPU), steps_per_epoch=_STEPS_PER_EPOCH)
     (at_2, state), (at_3, _) = (trace(step, few, parts * n) for n in _FEW)
     rows = (at_3 - at_2) / (_FEW[1] - _FEW[0])
     parameters = sum(p.nbytes for p in step.method.parameters())

@@ -13,7 +13,7 @@ from sacl_fast.data.loading.contact_sheet import contact_sheet
 from sacl_fast.engine.metrics import read_metrics
 from sacl_fast.engine.plots import plot_curves
 from sacl_fast.engine.run_folder import CURVES, METRICS, VIEWS
-from sacl_fast.errors import UserError
+from sacl_fast.errors import UserError, reason_of
 from sacl_fast.files import whole_file
 
 logger = logging.getLogger(__name__)
@@ -55,4 +55,5 @@ class Pictures:
         try:
             draw(self._folder / name)
         except (OSError, UserError) as error:
-            logger.warning("cannot write %s: %s", self._folder / name, error)
+            why = reason_of(error) if isinstance(error, OSError) else error
+            logger.warning("cannot write %s: %s", self._folder / name, why)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from sacl_fast.config.choices import Plan
 from sacl_fast.engine.cuda_graph import StepGraph
 from sacl_fast.engine.step import TrainingStep
 from sacl_fast.errors import UserError
-from sacl_fast.files import whole_file
+from sacl_fast.files import user_cache, whole_file
 from sacl_fast.ops.collectives import world_size
 from sacl_fast.passes import Passes, passes_of, plan_obstacle
 from sacl_fast.precision import autocast
@@ -61,27 +60,31 @@ class Trial:
 
 
 def take_plan(config: Config, step: TrainingStep, resumed: Plan | None) -> None:
-    """Where ``engine.plan`` is ``auto``, on one GPU: have the step's model run by the best plan,
-    unless nothing is to be chosen by time (``deterministic``).
+    """Where ``engine.plan`` is ``auto``, in one process: have the step's model run by the plan that
+    it was resumed from; or on a GPU by the best one, unless nothing is to be chosen by time
+    (``deterministic``).
 
     Args:
         resumed: the plan of the checkpoint that the run goes on from; None where it starts.
     """
-    if config.engine.plan != "auto" or config.deterministic or not _may_try(step):
+    if config.engine.plan != "auto" or config.deterministic or world_size() > 1:
         return
     if resumed is not None and not plan_obstacle(resumed, config, step.device):
         plan, reason = resumed, "as before it was resumed"
-    else:
+    elif _may_try(step):
         plan, reason = _fastest(config, step)
+    else:
+        return
+    if plan == step.method.passes.plan and step.device.type == "cpu":
+        return
     per_epoch = step.steps_per_epoch
     passes = passes_of(plan, config, step.device, steps_per_epoch=per_epoch, reason=reason)
     step.method.run_by(passes)
 
 
 def _may_try(step: TrainingStep) -> bool:
-    """On a CPU the same plan runs everywhere, so that the same run gives the same figures; ranks
-    would have to agree."""
-    return step.device.type == "cuda" and world_size() == 1
+    """On a CPU the same plan runs everywhere, so that the same run gives the same figures."""
+    return step.device.type == "cuda"
 
 
 def _fastest(config: Config, step: TrainingStep) -> tuple[Plan, str]:
@@ -264,9 +267,9 @@ def _synchronize(device: torch.device) -> None:
 # --- remembering ------------------------------------------------------------------------------
 
 
-def _cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "sacl-fast/plans.json"
+def _cache() -> Path | None:
+    folder = user_cache()
+    return None if folder is None else folder / "plans.json"
 
 
 def _key(config: Config, step: TrainingStep) -> str:
@@ -287,17 +290,21 @@ def _key(config: Config, step: TrainingStep) -> str:
 
 
 def _remembered() -> dict[str, Any]:
+    if (file := _cache()) is None:
+        return {}
     try:
-        found = json.loads(_cache().read_text())
+        found = json.loads(file.read_text())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _remember(plans: dict[str, Any]) -> None:
+    if (path := _cache()) is None:
+        return
     try:
-        _cache().parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(_cache()) as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
             file.write(json.dumps(plans, indent=1).encode())
     except OSError as error:
         logger.debug("cannot remember the plan: %s", error)

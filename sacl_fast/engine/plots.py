@@ -72,15 +72,19 @@ def plot_curves(metrics: Sequence[dict[str, Any]], path: str | os.PathLike[str])
         canvas.print_png(file)
 
 
-def plot_accuracy(metrics: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> None:
-    """The same of a run that learns labels: loss, learning rate, accuracy."""
+def plot_accuracy(
+    metrics: Sequence[dict[str, Any]], path: str | os.PathLike[str], kind: str = "accuracy"
+) -> None:
+    """The same of a run that learns labels: loss, learning rate, and ``accuracy`` or, of images of
+    several classes, mean average ``precision``."""
     figure, canvas = _figure(15, 4)
     loss, rate, accuracy = (figure.add_subplot(1, 3, n) for n in range(1, 4))
     train = [row for row in metrics if row.get("kind") == "train"]
     _draw_loss(loss, train)
     _draw_rate(rate, train)
-    frame(accuracy, "Accuracy", "of validation images (%)")
-    epochs, values = series([row for row in metrics if row.get("kind") == "accuracy"], "accuracy")
+    title = "Accuracy" if kind == "accuracy" else "Mean average precision, 11 points"
+    frame(accuracy, title, "of validation images (%)")
+    epochs, values = series([row for row in metrics if row.get("kind") == "accuracy"], kind)
     if len(values):
         draw_line(accuracy, epochs, values, _BLUE, None, marker="o" if len(values) < 60 else None)
     else:

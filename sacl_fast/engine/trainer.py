@@ -13,7 +13,7 @@ import torch
 
 from sacl_fast import _version
 from sacl_fast.config import Config, to_dict
-from sacl_fast.data.images.given import Given, as_given
+from sacl_fast.data.images.given import Given, given_alone
 from sacl_fast.data.images.open import open_sources
 from sacl_fast.data.loading.open import open_view_loader
 from sacl_fast.data.loading.waiting import NoBatch
@@ -77,7 +77,7 @@ def train(
     """
     check_run(config)
     given = Given(source, val)
-    config = replace(config, data=as_given(config.data, given))
+    config = replace(config, data=given_alone(config.data, given))
     with deterministic(config.deterministic), process_group(config.device) as ranks:
         check_same_settings(config, ranks)
         with tried_algorithms(ranks.device), files.claimed_run_folder(config, ranks) as claim:
@@ -124,7 +124,9 @@ class Run:
             check=self.stop.check_wait,  # the others go on to the step that all stop at
         )
         steps_per_epoch = self.loader.steps_per_epoch
-        passes = choose_passes(config, ranks.device, steps_per_epoch=steps_per_epoch)
+        passes = choose_passes(
+            config, ranks.device, steps_per_epoch=steps_per_epoch, encoder=networks.encoder
+        )
         self.method = build_method(config, passes, networks)
         self.method.slicer.enabled = config.slim.warmup_epochs == 0
         self.step = TrainingStep(self.method, config, ranks, steps_per_epoch=steps_per_epoch)

@@ -44,21 +44,26 @@ def require_classes(images: ChosenImages, works: str = "data.limit") -> None:
     """Refuse images whose classes cannot be learnt; ``works``: settings that give more of them."""
     classes = images.train.classes
     if len(classes) < 2:
-        found = f"one class only ({classes[0]})" if classes else "no labels or one class only"
+        found = f"one class only ({few(classes)})" if classes else "no labels or one class only"
         raise UserError(
-            f"the images have {found}, so nothing can be told from their classes; a folder for "
-            "each of two classes or more works (data.root, data.labels)"
+            f"the images have {found}, so nothing can be told from their classes; images of two "
+            "classes or more work, such as in a folder for each (data.labels)"
         )
     there, tested = _of_each_class(images)
     if lacking := [classes[label] for label in tested if not there[label]]:
+        if images.test is images.train:
+            raise UserError(
+                f"all images of class {few(lacking)} are in the tenth that is held out for want of "
+                f"validation images; more of each class ({works}), or validation images, work"
+            )
         raise UserError(
             f"the training images have none of class {few(lacking)}, which images to be classified "
             f"are of; more training images work ({works})"
         )
     if (there > 0).sum() < 2:
-        (only,) = np.flatnonzero(there)
+        only = few([classes[i] for i in np.flatnonzero(there)])
         raise UserError(
-            f"the training images are of one class only ({classes[only]}), so nothing can be told "
+            f"the training images are of one class only ({only}), so nothing can be told "
             "from their classes; images of two or more work"
         )
 
@@ -69,7 +74,7 @@ def require_per_class(images: ChosenImages, count: int) -> None:
     fewest = tested[there[tested].argmin()]
     if count > there[fewest]:
         raise UserError(
-            f"per_class is {count}, but class {images.train.classes[fewest]} has only "
+            f"per_class is {count}, but class {few([images.train.classes[fewest]])} has only "
             f"{counted(int(there[fewest]), 'training image')}; at most {there[fewest]} works"
         )
 

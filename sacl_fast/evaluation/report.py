@@ -18,6 +18,7 @@ from sacl_fast.engine.glyphs import drawable
 from sacl_fast.errors import UserError, reason_of
 from sacl_fast.evaluation.scores import Figure, Result
 from sacl_fast.files import write_whole_files
+from sacl_fast.output import plain_text
 
 _NAMED = 40  # classes up to which the confusion matrix names them
 _NUMBERED = 15
@@ -58,10 +59,10 @@ def table(result: Result) -> list[list[str]]:
     first = "precision in %" if result.main.startswith("mAP") else "accuracy in %"
     rows = [[first, *columns, *over, *([""] if notes else [])]]
     for scores in result.scores:
-        row = [scores.name, *(_shown(scores.figures[name]) for name in columns)]
+        row = [scores.name, *(scores.figures[name].shown() for name in columns)]
         if gains:
             gain = result.gain(scores)
-            row.append("" if gain is None else f"{gain.mean:+.1f}{_margin(gain)}")
+            row.append("" if gain is None else gain.shown("+"))
         rows.append(row + ([scores.note] if notes else []))
     return rows
 
@@ -84,7 +85,7 @@ def plain(result: Result) -> str:
 def markdown(result: Result) -> str:
     """The whole of it."""
     rows = table(result)
-    lines = [f"# {result.method}: {result.path}", "", result.verdict, ""]
+    lines = [f"# {result.method}: {plain_text(result.path)}", "", result.verdict, ""]
     lines += _markdown_table(rows)
     tested = counted(result.test_images, "image") + (
         " of the training images, held out for want of validation images"
@@ -93,9 +94,11 @@ def markdown(result: Result) -> str:
     )
     lines += [
         "",
-        f"{_how(result)} Classified: {tested}. ± is the 95 % interval. sacl-fast "
-        f"{_version.__version__}.",
+        f"{_how(result)} Classified: {tested}. ± is the 95 % interval, which stands in full where "
+        f"the figure is not in its midst. sacl-fast {_version.__version__}.",
     ]
+    if result.note:
+        lines += ["", f"Note: {_escaped(result.note)}."]
     first = result.scores[0]
     if first.confusion is not None or first.images is not None:
         images = first.images if first.confusion is None else first.confusion.sum(axis=1)
@@ -117,8 +120,9 @@ def as_dict(result: Result) -> dict[str, Any]:
     def figure(value: Figure | None) -> dict[str, float | None] | None:
         if value is None:
             return None
-        margin = value.margin if math.isfinite(value.margin) else None
-        return {"mean": value.mean, "margin": margin}
+        known = math.isfinite(value.margin)
+        interval = {"margin": value.margin, "low": value.low, "high": value.high}
+        return {"mean": value.mean} | {k: v if known else None for k, v in interval.items()}
 
     encoders = []
     for scores in result.scores:
@@ -137,6 +141,7 @@ def as_dict(result: Result) -> dict[str, Any]:
         "method": result.method,
         "path": result.path,
         "verdict": result.verdict,
+        "note": result.note,
         "train_images": result.train_images,
         "test_images": result.test_images,
         "held_out": result.held_out,
@@ -145,6 +150,14 @@ def as_dict(result: Result) -> dict[str, Any]:
         "settings": result.settings,
         "sacl_fast": _version.__version__,
     }
+
+
+def figure_from(value: dict[str, Any]) -> Figure:
+    """A figure of ``as_dict``; earlier versions wrote of its interval the margin alone."""
+    mean, margin = value["mean"], value["margin"]
+    if margin is None:
+        return Figure(mean)
+    return Figure(mean, value.get("low", mean - margin), value.get("high", mean + margin))
 
 
 def _how(result: Result) -> str:
@@ -177,21 +190,13 @@ def _how(result: Result) -> str:
     )
 
 
-def _shown(figure: Figure) -> str:
-    return f"{figure.mean:.1f}{_margin(figure)}"
-
-
-def _margin(figure: Figure) -> str:
-    return f" ± {figure.margin:.1f}" if math.isfinite(figure.margin) else ""
-
-
 def _markdown_table(rows: list[list[str]]) -> list[str]:
     head, *body = [f"| {' | '.join(row)} |" for row in rows]
     return [head, "|---" + "|---:" * (len(rows[0]) - 1) + "|", *body]
 
 
 def _escaped(name: str) -> str:
-    return name.replace("|", "\\|").replace("\n", " ")
+    return plain_text(name).replace("|", "\\|")
 
 
 def _confusion_png(result: Result) -> bytes:

@@ -8,11 +8,13 @@ are known, else statistics estimated from the images at hand, as the untrained o
 from __future__ import annotations
 
 import contextlib
+import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +36,7 @@ from sacl_fast.engine.run_folder import CONFIG, ENCODER, METRICS
 from sacl_fast.errors import UserError, reason_of
 from sacl_fast.evaluation.evaluate import first_images
 from sacl_fast.evaluation.features import extract_features
-from sacl_fast.evaluation.few_shot import few_shot_accuracies
+from sacl_fast.evaluation.few_shot import few_shot_accuracies, less_than_one, short_of
 from sacl_fast.evaluation.images import (
     ChosenImages,
     choose_images,
@@ -52,6 +54,8 @@ from sacl_fast.evaluation.scores import METHODS, Result, Scores, classified, mea
 from sacl_fast.evaluation.trained import Trained
 from sacl_fast.files import shown_names, user_path
 from sacl_fast.precision import autocast_dtype
+
+logger = logging.getLogger(__name__)
 
 _Features = tuple[Tensor, Tensor]  # (N, F), labels (N,)
 
@@ -145,6 +149,12 @@ def _evaluate(
         test=config.eval.queries if own else None,
     )
     _check_images(images, settings)
+    note = ""
+    if isinstance(settings, FewShotEvaluation):
+        labels = images.train.labels[images.train_index]
+        note = less_than_one(labels, settings.percent, images.train.classes)
+    if note:
+        logger.warning("%s", note)
 
     def training_images() -> Iterator[Tensor]:
         loader = EvalLoader(images.train, images.train_index, config, device)
@@ -165,9 +175,11 @@ def _evaluate(
             compared = []
         for network in compared:
             config = replace(config, views=network.views)
-            train, test = _features(network, images, config, device, amp_dtype, progress)
+            train, test, readable = _features(network, images, config, device, amp_dtype, progress)
+            if isinstance(settings, FewShotEvaluation) and not scores:
+                note = _with_short_classes(note, train[1], images, settings)
             counts = len(train[1]), len(test[1])
-            scores.append(_scores(network, train, test, images, settings, progress))
+            scores.append(_scores(network, train, test, readable, images, settings, progress))
         result = Result(
             method=method_of(settings),
             main=_main(settings),
@@ -179,6 +191,7 @@ def _evaluate(
             settings=to_dict(settings),
             path=path,
             folder=folder,
+            note=note,
         )
         if folder is not None:
             write_result(result, folder)
@@ -261,30 +274,33 @@ def _features(
     device: torch.device,
     amp_dtype: torch.dtype | None,
     progress: EvaluationProgress,
-) -> tuple[_Features, _Features]:
+) -> tuple[_Features, _Features, np.ndarray]:
+    """Of the training images, of those to be classified, and which of the former (N,) could be
+    read."""
     encoder = network.build()
-    of_split = []
+    found = []
     for title, source, index in (
         ("training", images.train, images.train_index),
         ("validation", images.test, images.test_index),
     ):
         loader = EvalLoader(source, index, config, device)
         title = f"{network.name}: features of {counted(len(index), f'{title} image')}"
-        of_split.append(
-            extract_features(
-                encoder,
-                progress.over(loader, title, len(loader)),
-                device=device,
-                amp_dtype=amp_dtype,
-            )
+        features = extract_features(
+            encoder,
+            progress.over(loader, title, len(loader)),
+            device=device,
+            amp_dtype=amp_dtype,
         )
-    return of_split[0], of_split[1]
+        found.append((features, ~np.isin(index, list(loader.bad))))
+    (train, readable), (test, _) = found
+    return train, test, readable
 
 
 def _scores(
     network: Network,
     train: _Features,
     test: _Features,
+    readable: np.ndarray,
     images: ChosenImages,
     settings: Evaluation,
     progress: EvaluationProgress,
@@ -316,9 +332,21 @@ def _scores(
         decays=settings.weight_decays,
         seed=settings.seed,
         tell=progress.steps(f"{name}: draws", kinds * settings.draws),
+        among=(images.train.labels[images.train_index], readable),
     )
     figures = {name: mean_of(samples) for name, samples in accuracies.items()}
     return Scores(name, figures, accuracies[_main(settings)], control=control)
+
+
+def _with_short_classes(
+    note: str, labels: Tensor, images: ChosenImages, settings: FewShotEvaluation
+) -> str:
+    """The note, with what ``labels`` of the readable images lack."""
+    there = labels.cpu().numpy()
+    lacking = short_of(there, max(settings.per_class), images.train.classes)
+    if lacking:
+        logger.warning("%s", lacking)
+    return ". ".join(part for part in (note, lacking) if part)
 
 
 @contextlib.contextmanager

@@ -38,17 +38,21 @@ from sacl_fast.data.images.open import SOURCES
 from sacl_fast.encoders import build_encoder, load_encoder, read_encoder_metadata
 from sacl_fast.encoders.file import load_weights
 from sacl_fast.encoders.recalibrate import recalibrated
-from sacl_fast.engine.checkpoint import UnusableCheckpoint, list_checkpoints, load_checkpoint
+from sacl_fast.engine.checkpoint import (
+    OfAnotherCommand,
+    UnusableCheckpoint,
+    list_checkpoints,
+    load_checkpoint,
+)
 from sacl_fast.engine.run_folder import CHECKPOINTS, CONFIG, ENCODERS
-from sacl_fast.errors import UserError, reason_and_remedy, reason_of
+from sacl_fast.errors import UserError, reason_of
+from sacl_fast.evaluation.no_run import WORKS, in_folder, of_finetuning
 from sacl_fast.files import kind_of, user_path
 from sacl_fast.slim.slicer import Slicer
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal["checkpoint", "encoder"]
-
-_WORKS = "a run folder, a checkpoint (.pt) or an encoder (.safetensors) works"
 
 
 @dataclass
@@ -161,16 +165,16 @@ def open_trained(path: str | os.PathLike[str]) -> Trained:
     given = user_path(path, "the trained encoder's path")
     kind = kind_of(given)
     if kind is None:
-        raise UserError(f"nothing at {given} (from {Path.cwd()}); {_WORKS}")
+        raise UserError(f"nothing at {given} (from {Path.cwd()}); {WORKS}")
     if kind == "folder":
         return _open_folder(given)
     if kind == "other":
-        raise UserError(f"{given} is a pipe or a device; {_WORKS}")
+        raise UserError(f"{given} is a pipe or a device; {WORKS}")
     if given.suffix == ".safetensors":
         return _open_encoder(given)
     if given.suffix == ".pt":
-        return _open_checkpoint(given, load_checkpoint(given))
-    beside = f"; its folder {given.parent} works" if given.name == CONFIG else f"; {_WORKS}"
+        return _open_checkpoint(given)
+    beside = f"; its folder {given.parent} works" if given.name == CONFIG else f"; {WORKS}"
     raise UserError(f"{given} is neither a checkpoint nor an encoder{beside}")
 
 
@@ -201,24 +205,15 @@ def _open_folder(folder: Path) -> Trained:
     found = list_checkpoints(checkpoints)[::-1]
     for i, path in enumerate(found):
         try:
-            return _open_checkpoint(path, load_checkpoint(path))
+            return _open_checkpoint(path)
         except UnusableCheckpoint as error:
             if i + 1 == len(found):
                 raise
             logger.warning("%s; opening the one before", error)
-    for name in ENCODERS.values():
-        if kind_of(folder / name) == "file":
-            return _open_encoders_of(folder)
-    inside = [child for child in _children(folder) if list_checkpoints(child / CHECKPOINTS)]
-    hint = f"; the run folder {inside[-1]} in it works" if inside else f"; {_WORKS}"
-    raise UserError(f"{folder} holds no run: no checkpoint and no encoder{hint}")
-
-
-def _children(folder: Path) -> list[Path]:
-    try:
-        return sorted(child for child in folder.iterdir() if child.is_dir())
-    except OSError as error:
-        raise UserError(f"cannot read folder {folder}: {reason_and_remedy(error)}") from None
+    own = [name for name in ENCODERS.values() if kind_of(folder / name) == "file"]
+    if ENCODERS["dense"] in own or (own and kind_of(folder / CONFIG) == "file"):
+        return _open_encoders_of(folder)
+    raise in_folder(folder)
 
 
 def _open_encoders_of(folder: Path) -> Trained:
@@ -245,7 +240,11 @@ def _open_encoders_of(folder: Path) -> Trained:
 # --- a checkpoint ---------------------------------------------------------------------------------
 
 
-def _open_checkpoint(path: Path, state: dict[str, Any]) -> Trained:
+def _open_checkpoint(path: Path) -> Trained:
+    try:
+        state = load_checkpoint(path)
+    except OfAnotherCommand as error:
+        raise (of_finetuning(path, error.state) if "settings" in error.state else error) from None
     config, own_source = _config(state["config"], path)
     folder = path.absolute().parent.parent if path.absolute().parent.name == CHECKPOINTS else None
     try:

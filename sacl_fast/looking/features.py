@@ -22,6 +22,7 @@ from sacl_fast.checks import counted
 from sacl_fast.config import Config, ViewsConfig, to_dict
 from sacl_fast.config.evaluation import Evaluation
 from sacl_fast.config.looking import FeaturesConfig
+from sacl_fast.data.images.given import Given, as_given
 from sacl_fast.data.images.open import open_sources
 from sacl_fast.data.images.source import Source, Splits
 from sacl_fast.data.loading.evaluation import EvalLoader
@@ -39,6 +40,7 @@ from sacl_fast.precision import autocast, autocast_dtype
 SPLITS = ("train", "val")
 _TITLES = ("training", "validation")
 _NAMING = ("source", "root", "labels", "limit")  # settings that say which images
+_NOTHING = Given()
 _CHUNK = 2**24  # numbers read at a time
 
 
@@ -100,23 +102,31 @@ def to_unit_length(features: np.ndarray) -> np.ndarray:
 
 
 def features_of_trained(
-    trained: Trained, settings: FeaturesConfig, folder: Path | None, *, quiet: bool = False
+    trained: Trained,
+    settings: FeaturesConfig,
+    folder: Path | None,
+    *,
+    quiet: bool = False,
+    given: Given = _NOTHING,
 ) -> Features:
     """The features of what ``open_trained`` found.
 
     Args:
         folder: where the temporary file is made; None: where temporary files are.
         quiet: no progress.
+        given: images from Python in place of those that the settings name.
 
     Raises:
         UserError: before any work, where the images or the settings do not allow it; where images
             cannot be read or the disk is full.
     """
-    require_images(trained, settings.data)
+    if given.source is None:
+        require_images(trained, settings.data)
+    settings = replace(settings, data=as_given(settings.data, given))
     trained.check_width(settings.width)
     device = pick_device(settings.device)
     config = _configured(trained.config, settings)
-    splits = open_sources(config.data, config.seed)
+    splits = open_sources(config.data, config.seed, given=given)
 
     def training_images() -> Iterator[Tensor]:
         chosen = choose_images(splits, config.seed, train=config.eval.bank)
@@ -132,12 +142,18 @@ def features_of_trained(
 
 
 def features_of_module(
-    encoder: nn.Module, views: ViewsConfig, settings: FeaturesConfig, folder: Path | None
+    encoder: nn.Module,
+    views: ViewsConfig,
+    settings: FeaturesConfig,
+    folder: Path | None,
+    *,
+    given: Given = _NOTHING,
 ) -> Features:
     """The features of a module (N, 3, S, S) -> (N, F) in eval mode, on the device that it is on."""
+    settings = replace(settings, data=as_given(settings.data, given))
     device = next(encoder.parameters()).device
     config = _configured(replace(Config(), views=views), settings)
-    shares = _shares(open_sources(config.data, config.seed), settings)
+    shares = _shares(open_sources(config.data, config.seed, given=given), settings)
     said = {"encoder": type(encoder).__name__}
     flags = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
@@ -254,7 +270,8 @@ def _spool(folder: Path | None) -> Iterator[BinaryIO]:
             yield cast(BinaryIO, file)
     except OSError as error:
         where = folder or tempfile.gettempdir()
+        works = "--out in a folder" if folder else "a TMPDIR"
         raise UserError(
-            f"cannot write the features into a temporary file in {where}: {reason_of(error)}; a "
-            "folder that can be written and has room works"
+            f"cannot write the features into a temporary file in {where}: {reason_of(error)}; "
+            f"{works} that can be written and has room works"
         ) from error

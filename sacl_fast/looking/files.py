@@ -30,6 +30,7 @@ from sacl_fast import _version
 from sacl_fast.errors import UserError, reason_of
 from sacl_fast.files import whole_file
 from sacl_fast.looking.features import SPLITS, Features
+from sacl_fast.output import plain_text
 
 _ROWS = 4096  # of a Parquet row group
 _SETTINGS = 2**24  # bytes at most
@@ -74,13 +75,6 @@ def said_of(path: Path) -> dict[str, Any] | None:
     except Exception:  # whatever zipfile, zlib and numpy raise on files of others
         return None
     return said if isinstance(said, dict) and "sacl_fast" in said else None
-
-
-def plain_text(name: str) -> str:
-    """A name as Unicode: bytes that are no UTF-8 (of file names), as ``\\udcff``, and control
-    characters are escaped."""
-    text = name.encode("utf-8", "backslashreplace").decode()
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _metadata(found: Features) -> str:

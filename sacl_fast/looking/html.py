@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from sacl_fast.looking.files import plain_text
+from sacl_fast.output import plain_text
 
 THUMBNAIL = 64  # pixels
 _BYTES = 3 * 1024  # of a thumbnail, 4 KiB as text

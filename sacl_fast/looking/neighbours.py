@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sacl_fast.evaluation.scores import Figure, mean_of
+from sacl_fast.evaluation.scores import Figure, accuracy_of, mean_of
 from sacl_fast.looking.features import Features
 
 _JUDGED = 2000  # images whose neighbours are held against their labels
@@ -99,7 +99,7 @@ def purity_of(found: Features, k: int, seed: int) -> Purity | None:
     right = 100.0 * ((votes.argmax(axis=1) == own) & (votes.max(axis=1) > 0))
     counts = np.bincount(found.labels[labelled], minlength=len(found.classes))
     chance = 100.0 * float((np.maximum(counts[own] - 1, 0) / (len(found) - 1)).mean())
-    return Purity(len(chosen), nearest.shape[1], mean_of(same), mean_of(right), chance)
+    return Purity(len(chosen), nearest.shape[1], mean_of(same), accuracy_of(right), chance)
 
 
 def spread_choice(groups: np.ndarray, count: int, seed: int) -> np.ndarray:

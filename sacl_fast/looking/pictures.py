@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from sacl_fast.engine.glyphs import drawable, font_path
-from sacl_fast.looking.files import plain_text
 from sacl_fast.looking.projection import Plane
+from sacl_fast.output import plain_text
 
 # Okabe & Ito's palette, told apart with every common colour blindness, without black, which a dark
 # page swallows. Where colours do not suffice, shapes tell groups apart.

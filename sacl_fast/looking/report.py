@@ -17,10 +17,10 @@ from sacl_fast.config.looking import ReportConfig
 from sacl_fast.engine.plots import draw_line, frame, series
 from sacl_fast.files import user_path
 from sacl_fast.looking import html
-from sacl_fast.looking.files import plain_text
 from sacl_fast.looking.pictures import COLOURS
 from sacl_fast.looking.run import check_new, made_folder, write_whole
 from sacl_fast.looking.runs import Run, open_runs
+from sacl_fast.output import plain_text
 
 _PANELS = {
     "loss": ("Loss", "loss"),

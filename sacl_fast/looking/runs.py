@@ -18,8 +18,9 @@ from sacl_fast.engine.metrics import read_metrics
 from sacl_fast.engine.plots import series
 from sacl_fast.engine.run_folder import CONFIG, ENCODER, METRICS
 from sacl_fast.errors import UserError, reason_of
+from sacl_fast.evaluation.report import figure_from
 from sacl_fast.files import kind_of, user_path
-from sacl_fast.looking.files import plain_text
+from sacl_fast.output import plain_text
 
 _FINETUNED = "finetune.json"
 _PAUSE = 600.0  # seconds without a reading, at least, that are no part of the run's time
@@ -208,9 +209,9 @@ def _evaluations(folder: Path, notes: list[str]) -> dict[str, str]:
                 if "untrained" in encoder["name"]:
                     continue
                 for what, value in encoder["figures"].items():
-                    margin = value["margin"]
-                    shown = f"{value['mean']:.1f}" + (f" ± {margin:.1f}" if margin else "")
-                    figures[f"eval {result['method']}, {encoder['name']}, {what} %"] = shown
+                    unit = "of images, %" if what.endswith("%") else "%"
+                    title = f"eval {result['method']}, {encoder['name']}, {what} {unit}"
+                    figures[title] = figure_from(value).shown()
         except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
             notes.append(f"eval/{file.name} cannot be understood ({reason_of(error)})")
     return figures

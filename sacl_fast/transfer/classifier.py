@@ -12,19 +12,19 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from sacl_fast.config import Config
 from sacl_fast.encoders import build_encoder, output_dim, read_encoder_metadata
+from sacl_fast.encoders.file import read_weights
 from sacl_fast.errors import UserError, reason_of
 from sacl_fast.evaluation.trained import fresh_slicer
-from sacl_fast.ops import compiled
+from sacl_fast.files import kind_of, user_path
+from sacl_fast.ops.backend import of_slim_operators, resolve_all
 from sacl_fast.slim.export import compact_zeroed
 from sacl_fast.slim.slicer import Slicer
 
@@ -47,7 +47,8 @@ class Classifier:
             yield
             return
         device = next(self.module.parameters()).device
-        skips = device.type == "cpu" and amp_dtype is None and compiled.obstacle() is None
+        skips = device.type == "cpu" and amp_dtype is None
+        skips = skips and of_slim_operators(resolve_all("auto", device)).backend == "cpu"
         with self.slicer.mode("skip" if skips else "mask"):
             yield
 
@@ -113,8 +114,13 @@ def load_classifier(path: str | os.PathLike[str], *, compact: bool = False) -> n
     Raises:
         UserError: it is something else.
     """
-    if (inside := Path(path) / LAST).is_file():
-        path = inside
+    path = user_path(path, "path")
+    if kind_of(path) == "folder":
+        path = path / LAST
+    if kind_of(path) != "file":
+        raise UserError(f"no fine-tuned network at {path}; {LAST} of 'sacl-fast finetune' works")
+    if path.suffix == ".pt":
+        raise UserError(f"{path} is a checkpoint; {LAST} of 'sacl-fast finetune' works")
     said = read_encoder_metadata(path)
     try:
         classes = json.loads(said["classes"])
@@ -122,7 +128,7 @@ def load_classifier(path: str | os.PathLike[str], *, compact: bool = False) -> n
         size, width = int(said["image_size"]), float(said["width"])
         module = build_encoder(said["encoder"], width=width, stem=stem, image_size=size)
         _add_head(module, said["encoder"], len(classes))
-        state: dict[str, Tensor] = safetensors.torch.load_file(path)
+        state: dict[str, Tensor] = read_weights(path)
         module.load_state_dict(state)
     except KeyError as error:
         raise UserError(

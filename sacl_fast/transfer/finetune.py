@@ -27,7 +27,7 @@ from sacl_fast.config.finetune import FinetuneConfig
 from sacl_fast.data.images.given import Given
 from sacl_fast.data.images.open import open_sources
 from sacl_fast.data.images.root import refuse_among_images
-from sacl_fast.data.loading.evaluation import EvalLoader
+from sacl_fast.data.loading.evaluation import EvalLoader, ReadableImages
 from sacl_fast.engine.checkpoint import list_checkpoints
 from sacl_fast.engine.convolutions import tried_algorithms
 from sacl_fast.engine.distributed import pick_device
@@ -121,7 +121,10 @@ def finetune(
     splits = open_sources(config.data, config.seed, given=given)
     images = choose_images(splits, config.seed)
     task_of(images)  # what all of them lack, before what few of them lack
-    images = with_few_labels(images, settings)
+    drawn_from = ReadableImages(images.train, len(images.train_index), config, device)
+    images, note = with_few_labels(images, settings, drawn_from.unreadable)
+    if note:
+        logger.warning("%s", note)
     task = task_of(images)
     settings = replace(settings, steps=_steps(settings, len(images.train_index)))
     stop = StopRequest()
@@ -171,6 +174,7 @@ def finetune(
             path=str(trained.path),
             folder=folder,
             few_labels=settings.few_labels,
+            note=note,
         )
         write_result(result, folder)
     return Finetuned(result, folder)

@@ -9,8 +9,9 @@ objects of a class are difficult counts neither for nor against it, in the loss 
 
 from __future__ import annotations
 
-import math
-from typing import Any, Protocol
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +21,12 @@ from torch.nn import functional as F
 from sacl_fast.config.finetune import FinetuneConfig
 from sacl_fast.data.images.voc import VOC_CLASSES, targets_of
 from sacl_fast.errors import UserError
-from sacl_fast.evaluation.few_shot import draw_per_class, draw_percent
+from sacl_fast.evaluation.few_shot import (
+    draw_per_class,
+    draw_percent,
+    less_than_one,
+    short_of,
+)
 from sacl_fast.evaluation.images import ChosenImages, require_classes, require_per_class
 from sacl_fast.evaluation.scores import Figure, Scores, classified
 
@@ -32,6 +38,8 @@ class Task(Protocol):
     classes: tuple[str, ...]
     main: str
     """The figure that the verdict is about."""
+    kind: str
+    """What it is: ``accuracy`` or ``precision``, as readings and the console call it."""
     train_targets: Tensor
     """(N, ...) of the training images of the source, by their index."""
     test_targets: Tensor
@@ -61,32 +69,58 @@ def task_of(images: ChosenImages) -> Task:
     return OneClass(tuple(images.train.classes), *labels)
 
 
-def with_few_labels(images: ChosenImages, settings: FinetuneConfig) -> ChosenImages:
-    """With those training images only that ``settings`` ask for: the first draw of few-shot
-    evaluation with that seed. Of images without classes of their own, a share of all.
+class FewLabels(NamedTuple):
+    """What is learnt from where labels are few."""
+
+    images: ChosenImages
+    note: str
+    """Where they are not what their name says."""
+
+
+def with_few_labels(
+    images: ChosenImages,
+    settings: FinetuneConfig,
+    unreadable: Callable[[np.ndarray], Collection[int]],
+) -> FewLabels:
+    """Those training images only that ``settings`` ask for: the first draw of few-shot evaluation
+    with that seed. Of images without classes of their own, a share of all.
+
+    Args:
+        unreadable: which of some images of the source cannot be read. It is asked about those that
+            are drawn, and about the ones that are drawn in their place.
 
     Raises:
         UserError: a class has fewer.
     """
-    labels = images.train.labels[images.train_index]
-    if settings.percent is not None:
-        drawn = draw_percent(labels, settings.percent, seed=settings.seed)
-    elif settings.per_class is None:
-        return images
+    labels, classes = images.train.labels[images.train_index], images.train.classes
+    percent, per_class = settings.percent, settings.per_class
+    if percent is not None:
+        note = less_than_one(labels, [percent], classes)
+        draw: Callable[..., np.ndarray] = partial(draw_percent, labels, percent)
+    elif per_class is None:
+        return FewLabels(images, "")
     elif targets_of(images.train) is not None:
         raise UserError(
             "per_class is of images that show one class each, and these show several; percent works"
         )
     else:
-        require_per_class(images, settings.per_class)
-        drawn = draw_per_class(labels, settings.per_class, seed=settings.seed)
-    return images._replace(train_index=images.train_index[drawn])
+        require_per_class(images, per_class)
+        note = ""
+        draw = partial(draw_per_class, labels, per_class)
+    readable, known = np.ones(len(labels), bool), np.zeros(len(labels), bool)
+    while not known[drawn := draw(seed=settings.seed, readable=readable)].all():
+        new = drawn[~known[drawn]]
+        bad = unreadable(images.train_index[new])
+        readable[new], known[new] = ~np.isin(images.train_index[new], list(bad)), True
+    if per_class is not None:
+        note = short_of(labels[drawn], per_class, classes)
+    return FewLabels(images._replace(train_index=images.train_index[drawn]), note)
 
 
 class OneClass:
     """Cross-entropy; top-1 and top-5."""
 
-    main = "top-1"
+    main, kind = "top-1", "accuracy"
 
     def __init__(self, classes: tuple[str, ...], train: Tensor, test: Tensor) -> None:
         self.classes, self.train_targets, self.test_targets = classes, train, test
@@ -103,7 +137,7 @@ class OneClass:
 class PresentClasses:
     """Binary cross-entropy of each class; mean average precision."""
 
-    main = "mAP 11-point"
+    main, kind = "mAP 11-point", "precision"
 
     def __init__(self, train: Tensor, test: Tensor) -> None:
         self.classes, self.train_targets, self.test_targets = VOC_CLASSES, train, test
@@ -121,7 +155,7 @@ class PresentClasses:
             raise UserError("the validation images show no object of any class")
         # An interval over classes would say how much classes differ, and nothing of chance.
         means = {self.main: points[there].mean(), "mAP": whole[there].mean()}
-        figures = {title: Figure(float(mean), math.inf) for title, mean in means.items()}
+        figures = {title: Figure(float(mean)) for title, mean in means.items()}
         images = (targets == 1).sum(dim=0).numpy()
         return Scores(name, figures, points[there], by_class=points, images=images, **more)
 

@@ -270,14 +270,15 @@ class Training:
             )
         scores = self.labelled.task.scores(more.pop("name", ""), logits, targets, **more)
         figures = {name: figure.mean for name, figure in scores.figures.items()}
-        accuracy = figures[self.labelled.task.main]
+        task = self.labelled.task
+        main = figures[task.main]
         if self.evaluated < self.step:
-            row = {"accuracy": accuracy, **figures}
+            row = {task.kind: main, **figures}
             self.writer.write("accuracy", self.step, self._epoch, row)
         self.evaluated = self.step
-        self.console.update(self.step, self._epoch, {"accuracy": accuracy})
-        if accuracy > self.best:
-            self.best, self.best_step = accuracy, self.step
+        self.console.update(self.step, self._epoch, {task.kind: main})
+        if main > self.best:
+            self.best, self.best_step = main, self.step
             self._write_network(BEST)
         return scores
 
@@ -290,7 +291,8 @@ class Training:
         self._save()
         self._write_network(LAST)
         try:
-            plot_accuracy(read_metrics(self.folder / METRICS), self.folder / CURVES)
+            kind = self.labelled.task.kind
+            plot_accuracy(read_metrics(self.folder / METRICS), self.folder / CURVES, kind)
         except (OSError, UserError) as error:  # pictures are a courtesy
             logger.warning("cannot write %s: %s", self.folder / CURVES, reason_of(error))
         return scores

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sacl_fast.config import Config, DataConfig
 from sacl_fast.config.choices import Backend, LoaderName
 from sacl_fast.data.images.open import open_sources
+from sacl_fast.data.images.pixel_file import PixelFile
 from sacl_fast.data.loading.open import read_views, resolve_loader
+from sacl_fast.data.loading.pixel_stream import PixelReader
+from sacl_fast.data.loading.residence import Pixels
 from sacl_fast.engine.trainer import train
 from sacl_fast.errors import UserError
-from tests.caching.cases import cached
+from tests.caching.cases import cached, in_a_process
 from tests.data.loading.cases import CPU, assert_same, batches_by, config_of, encoded, loader_by
 
 STEPS = [(0, 0), (1, 2)]  # an epoch, and the rest of one
@@ -117,6 +123,42 @@ def test_a_damaged_image_is_named_and_another_stands_for_it(
     assert len(batches) == 6
     assert not any((batch.index == 0).any() for batch in batches)
     assert f"00.jpg: block 0 of {file} is damaged: its bytes 4096 to" in caplog.text
+
+
+def test_a_file_that_is_replaced_or_written_over_while_it_is_read(
+    cache: Path, tmp_path: Path
+) -> None:
+    """Reading what was cut off a mapped file would be SIGBUS; one that was replaced is there."""
+    file, other, some = tmp_path / "x.pixels", tmp_path / "y.pixels", np.arange(4)
+    shutil.copy(cache, file)
+    shutil.copy(cache, other)
+    source = open_sources(data(file), 0).train
+    assert isinstance(source, PixelFile)
+    readers = [
+        PixelReader(Pixels(source, where, CPU), config_of(data=data(file)))
+        for where in ("disk", "ram")
+    ]
+    expected = [reader[0, some].pixels.clone() for reader in readers]
+    kept = file.rename(tmp_path / "kept.pixels")
+    other.rename(file)
+    os.truncate(file, 0)
+    assert torch.equal(readers[0][0, some].pixels, expected[0])
+
+    unread = open_sources(data(kept), 0).train
+    assert isinstance(unread, PixelFile)
+
+    def read() -> None:
+        os.truncate(kept, 4096)
+        for what in (
+            lambda: source.load(0),
+            lambda: unread.check(some),
+            lambda: readers[0][0, some],
+        ):
+            with pytest.raises(UserError, match=r"was cut or written over while.*\(mv, not cp\)"):
+                what()
+        assert torch.equal(readers[1][0, some].pixels, expected[1])
+
+    assert in_a_process(read) == 0
 
 
 def test_a_run_is_the_same_and_goes_on(tiny: Config, tmp_path: Path) -> None:

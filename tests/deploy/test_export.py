@@ -79,6 +79,11 @@ def test_weights_and_graphs_give_the_features_of_the_run(run: Path, tmp_path: Pa
             torch.testing.assert_close(graph(images), features, rtol=1e-4, atol=1e-5)
     dense = build_encoder("resnet20", width=0.5)
     dense.load_state_dict(load_file(out / "encoder_dense.safetensors"))
+    with pytest.raises(UserError) as told:
+        sacl_fast.load_encoder(out)  # which of them?
+    assert "holds exported files (encoder_" in str(told.value)
+    assert all(row.name in str(told.value) for row in result.rows if row.is_file)
+    assert ".safetensors file works, such as" in str(told.value)
     own, exported = run / "encoder.safetensors", out / "encoder_dense.safetensors"
     assert read_encoder_metadata(own) == read_encoder_metadata(exported)
     assert all(torch.equal(load_file(own)[k], v) for k, v in load_file(exported).items())
@@ -121,6 +126,10 @@ def test_onnx_and_int8(run: Path, tmp_path: Path, monkeypatch):
         torch.testing.assert_close(run_onnx(whole, images), features, rtol=1e-4, atol=1e-5)
         cosines = torch.cosine_similarity(run_onnx(small, images), features)
         assert cosines.mean() > 0.9
+    head, rows = result.table()
+    shown = {row[0]: float(row[head.index("mean cosine")]) for row in rows[1:]}
+    assert shown[whole.name] > 0.9999 > shown[small.name] > 0.9
+    assert "in int8 are kept by the mean cosine" in (out / "MODEL_CARD.md").read_text()
     for path in (whole, small):
         model = onnx.load(path)
         onnx.checker.check_model(model)
@@ -302,7 +311,8 @@ def test_a_checkpoint_in_the_midst_of_a_run(run: Path, tmp_path: Path):
     trained.states.clear()
     result = sacl_fast.export(trained, tmp_path / "a", ["dense"])
     assert result.compared_with == "16 of the run's images"
-    sacl_fast.export(run / "encoder.safetensors", tmp_path / "b", [0.3], data=_demo())
+    other = sacl_fast.export(run / "encoder.safetensors", tmp_path / "b", [0.3], data=_demo())
+    assert re.fullmatch(r"\d+ of the images given", other.compared_with)
     assert (tmp_path / "b/encoder_0.3.safetensors").exists()
 
 

@@ -1,6 +1,7 @@
 """encoder.safetensors: loaded by timm's own names, and what it says of itself."""
 
 import json
+import os
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from sacl_fast.encoders import build_encoder
 from sacl_fast.encoders.file import (
     encode_encoder,
     encoder_metadata,
+    load_encoder,
     read_encoder_metadata,
     save_encoder,
 )
@@ -46,6 +48,9 @@ def test_what_it_says_of_itself_builds_it(tmp_path):
         image_size=int(said["image_size"]),
     )
     again.load_state_dict(load_file(path))
+    odd = path.rename(os.fsdecode(os.fsencode(tmp_path) + b"/a\xff \n.safetensors"))
+    first = load_encoder(odd).get_parameter("conv_stem.weight")
+    assert torch.equal(first, again.get_parameter("conv_stem.weight"))
 
 
 def test_without_labels_or_distillation():

@@ -16,7 +16,9 @@ import torch
 from sacl_fast._version import __version__
 from sacl_fast.engine import environment as module
 from sacl_fast.engine.environment import Finding, doctor, environment, git_state, print_doctor
+from sacl_fast.ops import compiled, self_check
 from sacl_fast.ops.backend import OPERATORS, resolve
+from sacl_fast.ops.self_check import Outcome
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -111,7 +113,22 @@ def test_doctor_covers_packages_devices_and_every_operator():
     assert ("no GPU" in devices[0].detail) == (not torch.cuda.is_available())
     for operator in OPERATORS:
         backend, reason = resolve("auto", operator, torch.device("cpu"))
-        assert finding(f"{operator} on cpu").detail == f"{backend}: {reason}"
+        found = next(f for f in findings if f.name == f"{operator} on cpu")
+        assert found.detail.startswith(f"{backend}: {reason}")
+        assert (backend != "torch") == ("self-check passed 20" in found.detail)
+
+
+@pytest.mark.skipif(compiled.obstacle() is not None, reason=str(compiled.obstacle()))
+def test_an_operator_that_failed_its_self_check_stands_out(monkeypatch: pytest.MonkeyPatch):
+    passed = {f"{op} cpu": Outcome("passed", when=1e9) for op in OPERATORS}
+    failed = Outcome("failed", "its process ended by SIGILL", 1e9)
+    monkeypatch.setattr(self_check, "_found", {"cpu": {**passed, "slim_add cpu": failed}})
+    found = {f.name: f for f in doctor()}
+    assert found["slim_gate on cpu"].state == "ok"
+    wrong = found["slim_add on cpu"]
+    assert wrong.state == "broken" and "SACL_FAST_SELF_CHECK=again" in wrong.remedy
+    assert wrong.detail.startswith("torch: ")
+    assert "self-check failed 2001-09-0" in wrong.detail and "SIGILL" in wrong.detail
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def holder(tmp_path):
 @pytest.fixture
 def soon(monkeypatch):
     monkeypatch.setattr(module, "BEAT", 0.02)
-    monkeypatch.setattr(module, "PATIENCE", 0.5)
+    monkeypatch.setattr(module, "PATIENCE", 1.0)
     monkeypatch.setattr(module, "_SETTLE", 0.1)
 
 
@@ -132,7 +132,8 @@ def test_another_machine_s_process_that_is_silent(tmp_path, soon, caplog):
     assert "was left by process 77 on node7" in caplog.text
 
 
-def test_another_machine_s_process_that_runs(tmp_path, soon):
+def test_another_machine_s_process_that_runs(tmp_path, soon, monkeypatch):
+    monkeypatch.setattr(module, "PATIENCE", 100.0)
     left_by(tmp_path, machine="other", host="node7", pid=77)
     end = threading.Event()
 
@@ -189,24 +190,34 @@ def test_without_locks_on_the_file_system(tmp_path, no_locks, holder):
     lock.release()
 
 
-def test_without_locks_the_last_to_write_has_it(tmp_path, no_locks):
-    timer = threading.Timer(0.05, left_by, (tmp_path,), {"pid": 77, "start": 1})
-    timer.start()
+def test_without_locks_the_last_to_write_has_it(tmp_path, no_locks, monkeypatch):
+    """Another one writes while this one waits for such."""
+    monkeypatch.setattr(module.time, "sleep", lambda _: left_by(tmp_path, pid=77, start=1))
     with pytest.raises(UserError, match="in use by process 77"):
         RunLock(tmp_path)
-    timer.join()
 
 
 def test_one_of_many_that_start_at_once_gets_it(tmp_path):
-    code = HOLD.replace("sys.stdin.readline()", "time.sleep(3)")
+    code = HOLD.replace("lock =", "print('ready', flush=True); sys.stdin.readline(); lock =")
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     processes = [
-        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=-1, stdout=-1, env=env)
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)], text=True, env=env,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
         for _ in range(4)
-    ]
-    said = [p.communicate()[1].decode() for p in processes]
-    refused = [text for text in said if "is in use by process" in text]
-    assert len(refused) >= 1 and all(text in ("", *refused) for text in said), said
+    ]  # fmt: skip
+    for process in processes:
+        assert process.stdout and process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    first = [process.stdout.readline() for process in processes if process.stdout]
+    said = [process.communicate("end\n")[1] for process in processes]
+    assert sorted(first) == ["", "", "", "held\n"]
+    for line, text in zip(first, said, strict=True):
+        assert "is in use by process" in text if not line else not text
 
 
 def test_a_folder_that_was_taken_over(tmp_path):

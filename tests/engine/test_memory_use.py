@@ -27,7 +27,7 @@ from sacl_fast.engine.memory_use import (
     peak_memory,
     trace,
 )
-from sacl_fast.engine.method import build_method
+from sacl_fast.engine.method import build_method, build_networks
 from sacl_fast.engine.metrics import read_metrics
 from sacl_fast.engine.step import TrainingStep
 from sacl_fast.passes import choose_passes
@@ -49,7 +49,9 @@ def config_of(name: str, size: int, batch: int, **changes) -> Config:
 def measured(config: Config) -> int:
     """Bytes alive at most in a step of the whole batch."""
     torch.manual_seed(0)
-    method = build_method(config, choose_passes(config, CPU, steps_per_epoch=100))
+    networks = build_networks(config)
+    passes = choose_passes(config, CPU, steps_per_epoch=100, encoder=networks.encoder)
+    method = build_method(config, passes, networks)
     step = TrainingStep(method, config, Ranks(0, 1, CPU), steps_per_epoch=100)
     return int(trace(step, config, config.batch_size)[0].max())
 

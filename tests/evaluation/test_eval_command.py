@@ -127,7 +127,7 @@ def test_linear_and_few_shot_write_what_they_print(folder, tmp_path, capsys):
     assert written["verdict"] in told and written["verdict"] in page and "| three | 10 |" in page
     assert Image.open(out / "linear-fast_confusion.png").size[0] > 400
     told = said(capsys, "eval", "few-shot", folder, "--out", out, *SMALL.split())
-    assert "(few-shot, 3 per class, 30 images;" in told
+    assert "(few-shot, 3 per class, 30 images; 95 % interval over draws " in told
     figures = json.loads((out / "few-shot.json").read_text())["encoders"][0]["figures"]
     assert list(figures) == ["1 per class", "3 per class", "20 %"]
 
@@ -249,7 +249,7 @@ def test_a_folder_is_opened_as_what_it_is(folder, noisy, tmp_path, capsys):
     told = said(capsys, "eval", "knn", folder, "--data.root", noisy, "--eval.k", "5")
     assert "(kNN, 30 images" in told
     told = said(capsys, "export", folder, tmp_path / "out", "--data.root", noisy)
-    assert "on 16 of the run's images" in told
+    assert "on 16 of the images given" in told
     # Images that were given from Python are in no file.
     (folder / "config.yaml").write_text(settings.replace("source: folder", "source: arrays"))
     told = refused(capsys, "eval", "knn", folder)

@@ -7,7 +7,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sacl_fast.evaluation.few_shot import draw_per_class, draw_percent, few_shot_accuracies
+from sacl_fast.evaluation.few_shot import (
+    draw_per_class,
+    draw_percent,
+    few_shot_accuracies,
+    less_than_one,
+)
 from sacl_fast.evaluation.linear import choose_decay, fit_linear, fit_with_decay
 
 
@@ -64,6 +69,43 @@ def test_draws_take_so_many_of_each_class():
     assert np.bincount(labels[draw_percent(labels, 10, seed=0)]).tolist() == [4, 3, 1]
     drawn = draw_per_class(labels, 40, seed=0)
     assert len(set(drawn.tolist())) == len(drawn) == 73
+
+
+def test_draws_pass_over_images_that_cannot_be_read():
+    (x, y), test = blobs(60, spread=1.0), blobs(30, spread=1.0, seed=1)
+    readable = np.arange(60) % 4 != 1
+    kept = torch.from_numpy(readable)
+    found = few_shot_accuracies(
+        (x[kept], y[kept]),
+        test,
+        3,
+        per_class=(2,),
+        percent=(),
+        draws=3,
+        decays=(1.0,),
+        seed=0,
+        among=(y.numpy(), readable),
+    )["2 per class"]
+    centre = x[kept].mean(0)
+    for nth in range(3):
+        drawn = draw_per_class(y.numpy(), 2, seed=0, nth=nth, readable=readable)
+        assert readable[drawn].all() and np.bincount(y[drawn]).tolist() == [2, 2, 2]
+        some, queries = (F.normalize(f - centre, dim=1) for f in (x[drawn], test[0]))
+        means = some.unflatten(0, (3, 2)).mean(1)
+        right = (torch.cdist(queries, means).argmin(1) == test[1]).float().mean()
+        assert found[nth] == pytest.approx(100 * float(right))
+
+
+def test_shares_of_less_than_an_image_are_said():
+    labels = np.repeat([0, 1, 2], [100, 99, 2])
+    assert less_than_one(labels, (1.0, 50.0), ("a", "b", "c")) == (
+        "1 % is less than one image of 2 classes (b, c); one of each is taken, which makes 1.49 % "
+        "of all"
+    )
+    assert less_than_one(labels, (50.0,), ("a", "b", "c")) == ""
+    assert less_than_one(np.full(20, -1), (1.0,), ()) == (
+        "1 % is less than one image; one is taken, which makes 5 % of all"
+    )
 
 
 def test_more_images_do_better_and_draws_are_those_of_the_seed():

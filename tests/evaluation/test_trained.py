@@ -20,7 +20,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def run(tiny: Config) -> RunResult:
-    return train(replace(tiny, checkpoint=replace(tiny.checkpoint, keep=9, every_steps=1)))
+    result = train(replace(tiny, checkpoint=replace(tiny.checkpoint, keep=9, every_steps=1)))
+    assert result.finished, f"stopped by signal {result.stopped_by}"
+    return result
 
 
 def newest(folder: Path) -> Path:

@@ -29,8 +29,9 @@ from sacl_fast.engine.trainer import train
 from sacl_fast.errors import UserError
 from sacl_fast.evaluation.trained import open_trained
 from sacl_fast.looking.features import to_unit_length
-from sacl_fast.looking.files import plain_text, write_features
+from sacl_fast.looking.files import write_features
 from sacl_fast.looking.run import write_whole
+from sacl_fast.output import plain_text
 
 
 @pytest.fixture(scope="module")

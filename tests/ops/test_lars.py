@@ -200,6 +200,7 @@ def apex_on_cpu(apex, monkeypatch: pytest.MonkeyPatch) -> None:
     apex()
     checks = {"apex": lambda device: lars_apex.obstacle()}
     monkeypatch.setitem(backends.OPERATORS, "lars", checks)
+    monkeypatch.setenv("SACL_FAST_SELF_CHECK", "off")  # in whose process it is not so
 
 
 @pytest.mark.parametrize("settings", [SETTINGS[1], SETTINGS[2], SETTINGS[6]], ids=str)

@@ -16,6 +16,7 @@ from torch import nn
 
 from sacl_fast.bench.figures import kernel_launches
 from sacl_fast.optim import Lars
+from sacl_fast.verification import Wrong, verify
 from sacl_kernels import lars as kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -229,6 +230,19 @@ def test_with_a_grad_scaler(backend):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
+
+
+@device_test
+def test_the_self_check_passes_and_finds_a_wrong_rate(monkeypatch: pytest.MonkeyPatch):
+    verify("lars", "triton", torch.device(DEVICE))
+    update = kernels.update
+
+    def further(*given: Any, lr: torch.Tensor, **options: Any) -> None:
+        update(*given, lr=lr * 1.01, **options)
+
+    monkeypatch.setattr(kernels, "update", further)
+    with pytest.raises(Wrong, match=r"update \(\(19, 7, 3, 3\)\) is off by 0.0"):
+        verify("lars", "triton", torch.device(DEVICE))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is it")

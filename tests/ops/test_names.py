@@ -13,7 +13,7 @@ from typing import get_args
 
 import pytest
 
-from sacl_fast.ops.backend import OPERATORS, SLIM_OPERATORS
+from sacl_fast.ops.backend import FUSED_OPERATORS, OPERATORS, SLIM_OPERATORS
 from sacl_fast.ops.batch_norm_act import ACTIVATIONS, Activation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,12 +106,19 @@ def test_no_file_has_another_name():
     assert not strangers(names("csrc/cuda/*.cpp"))
     assert not strangers(names("csrc/cuda/*.cu"), "device", "build_info")
     assert not strangers(names("kernels/sacl_kernels/*.py"), "__init__")
-    assert not strangers(names("tests/cuda/test_cuda_*.py", "test_cuda_"), "code", "graph", "skip")
+    about_cuda = {"code", "graph", "self_check", "skip"}
+    assert not strangers(names("tests/cuda/test_cuda_*.py", "test_cuda_"), *about_cuda)
     assert not strangers(names("benchmarks/bench_*.py", "bench_"), *benchmarks)
     assert not strangers(names("benchmarks/tune_*.py", "tune_"))
     about_all = {"backend", "compiled", "global_batch_norm", "names", "slim_channels"}
     assert not strangers(names("tests/ops/test_*.py", "test_"), *about_all)
-    plain = {"__init__", "backend", "compiled"}  # and what has no backend but PyTorch
+    plain = {
+        "__init__",
+        "backend",
+        "compiled",
+        "self_check",
+        "self_check_process",
+    }  # and what has no backend but PyTorch
     plain |= {
         "batch_norm",
         "collectives",
@@ -153,6 +160,7 @@ def test_doctor_and_resolve_know_each_operator_by_its_name():
     called = set(COMPILED) - FUSED
     assert set(OPERATORS) == {*called, "xcorr_loss", "lars"}
     assert set(SLIM_OPERATORS) == called - {"augment", "draw_views"}
+    assert set(FUSED_OPERATORS) == {*FUSED, "norm_pointwise"}
     for op, backends in OPERATORS.items():
         assert ("cpu" in backends) == (op in called)
         assert ("cuda" in backends) == (op in called and op not in WITHOUT_CUDA)

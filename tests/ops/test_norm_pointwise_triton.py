@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from cuda_graphs import captured
 from torch import Tensor
 
+from sacl_fast.ops.norm_pointwise import register
+from sacl_fast.verification import Wrong, verify
 from sacl_kernels import norm_pointwise
 from sacl_kernels.norm_pointwise_launch import launch_for
 
@@ -242,6 +244,34 @@ def test_in_a_cuda_graph():
     graph.replay()
     for again, first in zip(results, (*case.forward(), *case.backward()), strict=True):
         assert torch.equal(again, first)
+
+
+@device_test
+def test_the_self_check_passes_and_finds_a_wrong_gradient(monkeypatch):
+    op, device = torch.ops.sacl_fast, torch.device(DEVICE)
+    register()
+    kernels = {
+        "norm_pointwise": norm_pointwise.forward,
+        "norm_pointwise_backward": norm_pointwise.backward,
+    }
+    if INTERPRETED:  # in place of what runs on CPUs, but in float64, in which cases are exact
+        for name, kernel in kernels.items():
+            plain = getattr(op, name)
+            monkeypatch.setattr(op, name, by_type(plain, kernel))
+    verify("norm_pointwise", "triton", device)
+    own = op.norm_pointwise_backward
+
+    def off(*given):
+        dx, gsums, dgate, dweight = own(*given)
+        return dx, gsums, dgate * (1.01 if given[0].dtype == torch.float32 else 1), dweight
+
+    monkeypatch.setattr(op, "norm_pointwise_backward", off)
+    with pytest.raises(Wrong, match=r"^float32: gradient of the gate \(13 to 9\) is off by 0.01"):
+        verify("norm_pointwise", "triton", device)
+
+
+def by_type(plain, kernel):
+    return lambda g, *given: (plain if g.dtype == torch.float64 else kernel)(g, *given)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is it")

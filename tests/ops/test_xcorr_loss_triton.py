@@ -19,6 +19,7 @@ from sacl_fast.losses import SaclXdLoss
 from sacl_fast.ops import xcorr_loss_reference
 from sacl_fast.ops.xcorr_loss import _xcorr_loss, sacl_xd_loss
 from sacl_fast.ops.xcorr_loss_reference import Rows, Terms
+from sacl_fast.verification import Wrong, verify
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -165,6 +166,25 @@ def test_at_most_six_launches_forward_and_backward():
     forward_and_backward()  # compiles what is launched
     launches = kernel_launches(forward_and_backward)
     assert 5 <= len(launches) <= 6, launches
+
+
+@device_test
+@pytest.mark.parametrize("kernel", ["gram_backward", "tiles"])
+def test_the_self_check_passes_and_finds_a_wrong_gradient(kernel, monkeypatch):
+    from sacl_kernels import xcorr_loss as kernels
+
+    verify("xcorr_loss", "triton", torch.device(DEVICE))
+    own = getattr(kernels, kernel)
+
+    def off(*given, **options):
+        out = own(*given, **options)
+        gradients = out if kernel == "gram_backward" else out[2][0]
+        gradients[1, -1, -1] *= 1.5
+        return out
+
+    monkeypatch.setattr(kernels, kernel, off)
+    with pytest.raises(Wrong, match=rf"gradient of z2 \({kernel.removesuffix('_backward')}\)"):
+        verify("xcorr_loss", "triton", torch.device(DEVICE))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is it")

@@ -4,7 +4,7 @@ import copy
 import re
 from dataclasses import replace
 from functools import partial
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -29,8 +29,9 @@ from tests.modules import channels_last
 CPU = torch.device("cpu")
 
 
-def chosen(steps_per_epoch=1, **changes) -> Passes:
-    return choose_passes(Config(**changes), CPU, steps_per_epoch=steps_per_epoch)
+def chosen(steps_per_epoch=1, encoder: nn.Module | None = None, /, **changes) -> Passes:
+    config = Config(**changes)
+    return choose_passes(config, CPU, steps_per_epoch=steps_per_epoch, encoder=encoder)
 
 
 def test_slim_passes_are_recorded_where_that_pays():
@@ -40,6 +41,28 @@ def test_slim_passes_are_recorded_where_that_pays():
     assert not chosen(1000, slim=replace(skip, refresh_steps=29)).recorded
     assert chosen(1, slim=replace(skip, refresh_steps=30)).recorded
     assert not chosen(1000, slim=SlimConfig(mode="mask")).recorded
+
+
+def test_dense_passes_are_recorded_too_where_that_pays_on_a_cpu():
+    """Of an encoder with depthwise convolutions, on the compiled operators."""
+    mobile = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8))
+    recorded = chosen(1000).recorded  # where the compiled module is built
+    assert chosen(1000, mobile).plan == ("dense+skip" if recorded else "eager")
+    for groups in (1, 2):
+        plain = nn.Sequential(nn.Conv2d(8, 8, 3, groups=groups), nn.Conv2d(1, 8, 3))
+        assert chosen(1000, plain).plan == "eager"
+    assert chosen(29, mobile).plan == "eager"
+    others: tuple[dict[str, Any], ...] = (
+        {"precision": "bf16"},
+        {"backend": "torch"},
+        {"channels_last": False},
+        {"deterministic": True},
+        {"slim": SlimConfig(mode="mask")},
+        {"slim": SlimConfig(mode="skip")},
+        {"engine": EngineConfig(plan="eager")},
+    )
+    for other in others:
+        assert chosen(1000, mobile, **other).plan == "eager"
 
 
 @pytest.mark.parametrize("mode", ["mask", "skip"])
@@ -102,6 +125,7 @@ def test_on_a_gpu_norms_are_fused_around_products(changes, monkeypatch):
     if compiled.obstacle():
         pytest.skip("the operators are not compiled")
     monkeypatch.setattr(choice, "resolve_all", lambda backend, _: resolve_all(backend, CPU))
+    monkeypatch.setattr(choice, "fused_obstacle", lambda *_, **__: None)
     gpu, config = torch.device("cuda"), Config(**changes)
     passes = passes_of("dense+skip", config, gpu, steps_per_epoch=100)
     assert passes.fused == ("none" if changes else "around")

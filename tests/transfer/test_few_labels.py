@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ import sacl_fast
 from sacl_fast.config import DataConfig
 from sacl_fast.config.finetune import FinetuneConfig
 from sacl_fast.data.images.open import open_sources
+from sacl_fast.data.loading.evaluation import ReadableImages
 from sacl_fast.engine.checkpoint import list_checkpoints
 from sacl_fast.errors import UserError
 from sacl_fast.evaluation.few_shot import draw_per_class, draw_percent
@@ -41,16 +45,47 @@ def test_few_labels(run_folder, labelled, tiny, capsys):
     ]
     assert [[group["base"] for group in groups] for groups in of] == [[0.01, 0.1], [0.1]]
 
-    images = choose_images(open_sources(replace(tiny.data, root=str(labelled)), 0), 3)
-    labels = images.train.labels[images.train_index]
-    for few_of, counts in {("percent", 10.0): [2, 2, 2], ("per_class", 3): [3, 3, 3]}.items():
-        settings = FinetuneConfig(seed=3, **dict([few_of]))
-        index = with_few_labels(images, settings).train_index
-        assert np.bincount(images.train.labels[index]).tolist() == counts
-        draw = {"percent": draw_percent, "per_class": draw_per_class}[few_of[0]]
-        first = draw(labels, few_of[1], seed=3)  # of 'sacl-fast eval few-shot'
-        assert np.array_equal(index, images.train_index[first])
-    assert with_few_labels(images, FinetuneConfig()) is images
+
+def test_few_labels_are_those_of_few_shot_evaluation(labelled, tiny, tmp_path):
+    """Of files that cannot be read, only those drawn are looked at."""
+    root = Path(shutil.copytree(labelled, tmp_path / "some"))
+    broken = sorted((root / "train/one").iterdir())[::2]
+    for path in broken:
+        path.write_text("none")
+    config = replace(tiny, data=replace(tiny.data, root=str(root), max_bad_share=0.5))
+    images = choose_images(open_sources(config.data, 0), 3)
+    index = images.train_index
+    labels = images.train.labels[index]
+    readable = np.array([Path(images.train.name(i)) not in broken for i in index])
+    looked: list[int] = []
+
+    def unreadable(some: np.ndarray) -> set[int]:
+        looked.extend(some.tolist())
+        of = ReadableImages(images.train, len(index), config, torch.device("cpu"))
+        return of.unreadable(some)
+
+    def per_class(count: int) -> tuple[FinetuneConfig, np.ndarray]:
+        drawn = draw_per_class(labels, count, seed=3, readable=readable)
+        return FinetuneConfig(seed=3, per_class=count), drawn
+
+    percent = draw_percent(labels, 10.0, seed=3, readable=readable)
+    short = "fewer than 12 images can be read of 1 class (one 10); all are taken"
+    for (settings, drawn), counts, note in (
+        ((FinetuneConfig(seed=3, percent=10.0), percent), [2, 2, 2], ""),
+        (per_class(3), [3, 3, 3], ""),
+        (per_class(12), [10, 12, 12], short),
+    ):
+        looked.clear()
+        some = with_few_labels(images, settings, unreadable)
+        assert np.bincount(images.train.labels[some.images.train_index]).tolist() == counts
+        assert np.array_equal(some.images.train_index, index[drawn]) and some.note == note
+        assert len(looked) == len({*looked}) < len(index)
+    assert with_few_labels(images, FinetuneConfig(), unreadable) == (images, "")
+    note = with_few_labels(images, FinetuneConfig(percent=4.0), unreadable).note
+    assert note == (
+        "4 % is less than one image of 3 classes (one, three, two); one of each is taken, which "
+        "makes 5 % of all"
+    )
 
 
 def test_steps_and_folders_of_few_labels(run_folder):
@@ -82,3 +117,17 @@ def test_images_from_python_are_those_of_a_folder(run_folder, labelled, tiny, tm
     assert done.result.settings["data"]["source"] == "python"
     with pytest.raises(UserError, match="val= was given without source="):
         sacl_fast.evaluate.finetune(run_folder, val=given[1], **FEW)
+
+    own = sacl_fast.evaluate.features(run_folder)
+    found = sacl_fast.evaluate.features(run_folder, source=given[0], val=given[1])
+    assert np.array_equal(found.features, own.features)
+    assert np.array_equal(found.labels, own.labels) and found.classes == own.classes
+    assert (found.name(0), found.name(60)) == ("source[0]", "val[0]")
+    assert found.settings["data"]["source"] == "python"
+    other = DataConfig(root=str(labelled)), DataConfig(source="cifar10")
+    of = sacl_fast.evaluate
+    for call in (of.knn, of.linear, of.few_shot, of.finetune, of.features,
+                 partial(sacl_fast.export, out=tmp_path / "exported")):  # fmt: skip
+        for data in other:
+            with pytest.raises(UserError, match=r"and source= gives .*; one of the two works"):
+                call(run_folder, data=data, source=given[0])

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,9 +26,12 @@ from sacl_fast.data.loading.crops import CropLoader
 from sacl_fast.data.loading.evaluation import EvalLoader
 from sacl_fast.encoders import build_encoder, read_encoder_metadata
 from sacl_fast.encoders.file import encoder_metadata, save_encoder
-from sacl_fast.engine.checkpoint import list_checkpoints
+from sacl_fast.encoders.pretrained import load_pretrained
+from sacl_fast.engine.checkpoint import list_checkpoints, load_checkpoint
 from sacl_fast.engine.metrics import read_metrics
 from sacl_fast.errors import Stopped, UserError
+from sacl_fast.evaluation.trained import fresh_encoder
+from sacl_fast.ops.backend import Resolution
 from sacl_fast.transfer.classifier import load_classifier
 from sacl_fast.transfer.training import Training
 from tests.commands import refused, said
@@ -63,6 +65,22 @@ def test_what_is_written_is_what_is_printed(run_folder, labelled, tiny, capsys):
     assert (said_of["image_size"], said_of["finetuned_steps"]) == ("16", "6")
     with pytest.raises(UserError, match=r"classifier, which sacl_fast.load_classifier opens; .*"):
         sacl_fast.load_encoder(folder / "last.safetensors")
+    (checkpoint,) = list_checkpoints(folder / "checkpoints")
+    for given in (folder, checkpoint.parent, checkpoint):
+        hint = "of a fine-tuning, whose last.safetensors .* works here: .*run/checkpoints/step"
+        with pytest.raises(UserError, match=hint):
+            sacl_fast.load_encoder(given)
+    with pytest.raises(UserError, match=r"the run folder .*run that it is in works"):
+        sacl_fast.load_encoder(folder.parent)
+    with pytest.raises(UserError, match="of 'sacl-fast finetune'; one of 'sacl-fast train' works"):
+        load_checkpoint(checkpoint)
+    with pytest.raises(UserError, match=r"is a checkpoint; last.safetensors of"):
+        load_classifier(checkpoint)
+    # Pre-training may go on from it, without the classifier.
+    encoder = fresh_encoder(tiny)
+    load_pretrained(encoder, tiny.encoder.name, str(folder / "last.safetensors"))
+    kept = network(folder / "last.safetensors")["conv1.weight"]
+    assert torch.equal(encoder.get_parameter("conv1.weight"), kept)
     module = load_classifier(folder)
     data = replace(tiny.data, root=str(labelled))
     right = predicted(module, replace(tiny, data=data), labelled)
@@ -133,8 +151,8 @@ def test_the_slim_network_keeps_its_zeros(run_folder, capsys):
 def test_slim_training_is_that_of_masked_weights(run_folder, labelled, monkeypatch):
     """Skipping the zeroed filters changes nothing but the time."""
     done = sacl_fast.evaluate.finetune(run_folder, width="slim", **FEW, out=run_folder / "a")
-    none = SimpleNamespace(obstacle=lambda: "none here")
-    monkeypatch.setattr("sacl_fast.transfer.classifier.compiled", none)
+    none = Resolution("torch", "none here")
+    monkeypatch.setattr("sacl_fast.transfer.classifier.of_slim_operators", lambda _: none)
     plain = sacl_fast.evaluate.finetune(run_folder, width="slim", **FEW, out=run_folder / "b")
     a, b = (network(d.folder / "last.safetensors") for d in (done, plain))
     for name, value in a.items():

@@ -115,6 +115,8 @@ def test_fine_tuning_on_voc(run_folder, voc, capsys):
     assert not (folder / "finetune_confusion.png").exists()
     rows = [r for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "accuracy"]
     assert [row["step"] for row in rows] == [2, 4] and "mAP" in rows[0]
+    assert rows[1]["precision"] == of["figures"]["mAP 11-point"]["mean"]
+    assert "accuracy" not in rows[0] and "accuracy" not in told and "  mAP %" in told
 
 
 def test_what_is_not_whole_is_one_sentence(run_folder, voc, tmp_path, monkeypatch):

@@ -28,12 +28,19 @@ def fingerprint(source: Source) -> str:
     of a run does it.
     """
     digest = hashlib.blake2b(digest_size=16)
-    digest.update("\0".join(source.classes).encode(errors="surrogateescape"))
+    digest.update(_bytes_of("\0".join(source.classes)))
     digest.update(b"\0%d\0" % len(source))
     digest.update(np.ascontiguousarray(source.labels, np.int64).tobytes())
     for part in _identities(source):
         digest.update(part)
     return digest.hexdigest()
+
+
+def _bytes_of(names: str) -> bytes:
+    try:
+        return names.encode(errors="surrogateescape")  # of folders
+    except UnicodeEncodeError:  # of Python, where a text may hold any half of a pair
+        return names.encode(errors="surrogatepass")
 
 
 def _identities(source: Source) -> Iterator[bytes]:

@@ -139,7 +139,7 @@ def _validation(manifest: Manifest, train: FolderSource) -> FolderSource:
             f"{manifest.root} holds {what} none of the class folders of {train.manifest.root} "
             f"({few(train.classes)}); the same class folders in both work, so do class names in "
             f"{annotations.name} beside the images (a line each: file name, tab, class), and so "
-            "does data.labels none (no kNN evaluation)"
+            "does data.labels none where no labels are needed"
         )
     else:
         labels = _positions(manifest, top, train.classes)
@@ -157,7 +157,7 @@ def _annotated(path: Path, manifest: Manifest, classes: Sequence[str]) -> np.nda
         raise UserError(
             f"{path} has no class of the training images for {len(missing)} of "
             f"{counted(len(names), 'image')} "
-            f"({few(missing, 3)}); data.labels none works (no kNN evaluation)"
+            f"({few(missing, 3)}); data.labels none works where none are needed"
         )
     return np.array([position[class_of[name]] for name in names], np.int64)
 

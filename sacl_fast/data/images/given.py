@@ -122,7 +122,7 @@ def open_given(config: DataConfig, _download: bool) -> Splits:
     raise UserError(
         "data.source is python: the images of this run were given from Python, so they are to be "
         "given again, by the argument source= of sacl_fast.train, load_encoder, export or "
-        "evaluate.knn; --data.source and --data.root name others"
+        "those of sacl_fast.evaluate; --data.source and --data.root name others"
     )
 
 
@@ -159,11 +159,38 @@ def given_splits(config: DataConfig, given: Given) -> Splits | None:
     return Splits(train, held_out)
 
 
+def refuse_both(data: DataConfig | None, given: Given) -> None:
+    """Raise UserError where settings that were made for this call name images, and others are
+    given: one would be ignored."""
+    if data is None or given.source is None:
+        return
+    given_alone(data, given)
+    if data.source not in ("folder", "python"):
+        raise UserError(
+            f"data.source is {data.source}, and source= gives images from Python; one of the two "
+            "works"
+        )
+
+
 def as_given(config: DataConfig, given: Given) -> DataConfig:
     """The settings of images as a run records them where they are given from Python."""
     if given.source is None:
         return config
     return replace(config, source="python", root=None)
+
+
+def given_alone(config: DataConfig, given: Given) -> DataConfig:
+    """``as_given``, of settings that name no folder beside them. (A preset names a source.)
+
+    Raises:
+        UserError: they name one, which would be ignored.
+    """
+    if given.source is not None and config.root is not None:
+        raise UserError(
+            f"data.root is {config.root}, and source= gives images from Python; one of the two "
+            "works"
+        )
+    return as_given(config, given)
 
 
 # --- items ----------------------------------------------------------------------------------------

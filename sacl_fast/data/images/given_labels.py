@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NO_LABELS = "data.labels none does without labels"
-_WORKS = "a whole number from 0 on, or a text,"
+_WORKS = "a whole number from 0 on or a text"
 _MANY = 64  # images, each of a class of its own: more are no classes
 
 
@@ -71,8 +71,9 @@ def labels_of(source: GivenSource) -> Labels | None:
 
 def _unused(source: GivenSource, why: str) -> None:
     logger.warning(
-        "%s counts as unlabelled: %s; %s of several images each works as a label",
-        *(source.title, why, _WORKS.rstrip(",")),
+        "%s counts as unlabelled: %s; labels work that are whole numbers from 0 on or texts, each "
+        "of several images",
+        *(source.title, why),
     )
 
 

@@ -49,7 +49,7 @@ def open_sources(
     """
     splits = given_splits(config, given) or SOURCES[config.source](config, download)
     train = _limited(splits.train, config.limit, seed)
-    val = "no validation images"
+    val = "no validation images" if train.classes else "none for validation, which needs labels"
     if splits.val is not None:
         val = counted(len(splits.val), "validation image")
     logger.info("%s, %s", counted(len(train), "training image"), val)
@@ -59,9 +59,9 @@ def open_sources(
 
 def _described_labels(classes: Sequence[str], config: DataConfig) -> str:
     if config.source == "voc2007":
-        return "labels: several classes an image, which fine-tuning learns; no kNN evaluation"
+        return "labels: several classes an image, which fine-tuning alone uses"
     if not classes:
-        return "no labels, so no kNN evaluation"
+        return "no labels"
     origin = {
         "folder": "the names of folders, or of classes in the list",
         "webdataset": "the .cls files in the shards",
@@ -69,7 +69,7 @@ def _described_labels(classes: Sequence[str], config: DataConfig) -> str:
         "cache": "those of the images that it was made of",
     }.get(config.source, f"those of {config.source}")
     return (
-        f"labels for kNN evaluation: {counted(len(classes), 'class')} ({few(classes)}), which "
+        f"labels: {counted(len(classes), 'class')} ({few(classes)}), which "
         f"are {origin}; "
         "data.labels none does without"
     )

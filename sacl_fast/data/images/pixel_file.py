@@ -42,6 +42,10 @@ logger = logging.getLogger(__name__)
 
 _MAKES = "sacl-fast cache makes such a file"
 _AGAIN = "sacl-fast cache makes it anew"
+CUT = (
+    "was cut or written over while its images were read; a file that is moved to its name works "
+    "(mv, not cp), since this process then keeps the old one"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,10 +56,16 @@ class _Opened:
     seal: bytes
     about: About
     index: Index
+    memory: mmap.mmap  # the whole file
     pixels: np.ndarray  # (bytes,) uint8, in the file
     placement: np.ndarray  # (N, 3) int64
     ends: np.ndarray  # (N,) int64: of the names
     intact: np.ndarray  # (N,) bool: whose checksum was right; shared with forked processes
+
+    def require_whole(self) -> None:
+        """UserError where the file was cut since: reading what is gone would kill the process."""
+        if is_cut(self.memory):
+            raise UserError(f"{self.path} {CUT}")
 
 
 class PixelFile:
@@ -110,6 +120,7 @@ class PixelFile:
         offset, height, width = self.placement[index].tolist()
         if not height:
             raise BadImage(self._reason(index))
+        self._opened.require_whole()
         if not self._opened.intact[self._first + index]:
             self._compare(index)
         pixels = self.pixels[offset : offset + height * width * 3]
@@ -127,6 +138,7 @@ class PixelFile:
             self._compare(index)
 
     def _compare(self, index: int) -> None:
+        self._opened.require_whole()
         offset, height, width = self.placement[index].tolist()
         size = height * width * 3
         block, pixels = self._first + index, self.pixels[offset : offset + size]
@@ -255,7 +267,7 @@ def _opened(path: Path) -> _Opened:
     intact = np.frombuffer(mmap.mmap(-1, len(placement)), np.bool_)
     ends = ends_of(index.names)
     text = os.fspath(path)
-    return _Opened(text, header.seal, about, index, pixels, placement, ends, intact)
+    return _Opened(text, header.seal, about, index, memory, pixels, placement, ends, intact)
 
 
 def _check_header(path: Path, header: Header, size: int) -> None:
@@ -269,6 +281,11 @@ def _check_header(path: Path, header: Header, size: int) -> None:
     if header.start != START or header.index_offset < START or end != size:
         changed = "was cut, or more was written to it" if header.start == START else "is damaged"
         raise UserError(f"{path} has {size} bytes, and {end} by its header: it {changed}; {_AGAIN}")
+
+
+def is_cut(memory: mmap.mmap) -> bool:
+    """Whether a file that is mapped from its start became shorter than that."""
+    return memory.size() < len(memory)
 
 
 def is_cache(path: Path) -> bool:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from sacl_fast.data.images.manifest import is_folder, is_image
 from sacl_fast.errors import UserError, reason_and_remedy
+from sacl_fast.output import plain_text
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +65,9 @@ def words_of(name: str) -> set[str]:
 
 
 def few(names: Sequence[str], show: int = 5) -> str:
-    """The first of some names, and how many more there are."""
+    """The first of some names, as a sentence can hold them, and how many more there are."""
     more = f" and {len(names) - show} more" if len(names) > show else ""
-    return ", ".join(names[:show]) + more
+    return ", ".join(plain_text(name) for name in names[:show]) + more
 
 
 def are_beside(name: str, root: Path) -> bool:

@@ -123,7 +123,7 @@ def open_shards(
     if classes and (unknown := sorted(set(map(str, names)) - position.keys())):
         raise UserError(
             f"the shards of {where} have images of class {few(unknown)}, which those for "
-            "training have not; data.labels none works (no kNN evaluation)"
+            "training have not; data.labels none works where no labels are needed"
         )
     labels = np.array([position[name] for name in names] if classes else [-1] * len(rows))
     return WebDatasetSource(

@@ -84,6 +84,38 @@ class EvalLoader:
             batches.close()
 
 
+class ReadableImages:
+    """Tells which images of a source can be read, by reading them.
+
+    Args:
+        count: images that those asked about are drawn from.
+    """
+
+    def __init__(self, source: Source, count: int, config: Config, device: torch.device) -> None:
+        self._bad = BadImages(source, config.data.max_bad_share, sample=count)
+        self._source, self._config, self._device = source, config, device
+
+    def unreadable(self, indices: np.ndarray) -> set[int]:
+        """Those of ``indices`` (n,) that cannot be read.
+
+        Raises:
+            UserError: they are too many.
+        """
+        config, size = self._config, self._config.eval.batch_size
+        chunks = [indices[i : i + size] for i in range(0, len(indices), size)]
+        reader = PlainReader(self._source, config.views.size)
+        waits, found = Patience(config.data.batch_timeout), set()
+        batches = by_data_workers(reader, chunks, config, self._device, waits)
+        try:
+            for chunk, plain in zip(chunks, batches, strict=True):
+                self._bad.add(plain.bad)
+                self._bad.drew(len(chunk), len(plain.bad))
+                found |= {index for index, _ in plain.bad}
+        finally:
+            batches.close()
+        return found
+
+
 class AugmentedLoader:
     """Random views of the images ``indices`` of a source, the same ones each time: those of the
     first ``epochs`` epochs of training, view a and view b of each.

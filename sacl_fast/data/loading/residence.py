@@ -20,7 +20,9 @@ from torch import Tensor
 
 from sacl_fast.config.choices import Residence, ResidenceSetting
 from sacl_fast.data.images.decode import BadImage
+from sacl_fast.data.images.pixel_file import CUT, is_cut
 from sacl_fast.data.images.source import Packed
+from sacl_fast.data.loading.waiting import NoBatch
 from sacl_fast.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -133,14 +135,14 @@ class Pixels:
         self.placement = source.placement
         """(N, 3) int64, in ``memory``"""
         pixels = source.pixels
-        self._mapped = is_mapped(pixels) and residence == "disk"
+        self._file = mapped_file(pixels) if residence == "disk" else None
         copied = residence == "device" or (residence == "ram" and is_mapped(pixels))
         self.memory = self._copied(pixels) if copied else _tensor(pixels)
         self._bytes = None if self.memory.is_cuda else self.memory.numpy()
 
     def expect(self, indices: np.ndarray) -> None:
         """These images are needed soon: a disk is told to read them."""
-        if not self._mapped:
+        if self._file is None:
             return
         for first, bytes_ in self._ranges(indices):
             begin = first // _PAGE * _PAGE
@@ -174,9 +176,11 @@ class Pixels:
         Where pixels go to a GPU, they are the rows of pixels that crops need, in pinned memory.
         """
         images = self.placement[indices]
+        if self._file is not None and is_cut(self._file):
+            raise NoBatch(f"the file of images {CUT}")
         if self._device.type != "cpu" and self._bytes is not None:
             return gathered(self._bytes, images, draws, pin=True)
-        if self._mapped:
+        if self._file is not None:
             self._touch(images)
         return self.memory, torch.from_numpy(images), draws
 
@@ -261,12 +265,15 @@ def gathered(
 
 def is_mapped(array: np.ndarray) -> bool:
     """Whether an array lies in a file that is mapped into memory."""
+    return mapped_file(array) is not None
+
+
+def mapped_file(array: np.ndarray) -> mmap.mmap | None:
+    """The file, mapped into memory, that an array lies in."""
     base: Any = array
-    while base is not None:
-        if isinstance(base, np.memmap | mmap.mmap):
-            return True
+    while base is not None and not isinstance(base, mmap.mmap):
         base = base.obj if isinstance(base, memoryview) else getattr(base, "base", None)
-    return False
+    return base
 
 
 def pixel_bytes(placement: np.ndarray) -> int:

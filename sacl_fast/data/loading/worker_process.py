@@ -101,7 +101,10 @@ def _answer(channel: socket.socket, reader: Reader, task: Any) -> None:
     except ConnectionError:
         raise
     except OSError as error:
-        told = NoBatch(f"a worker process cannot hand over a batch: {reason_of(error)}")
+        told = NoBatch(
+            f"a worker process cannot hand over a batch in shared memory: {reason_of(error)}; "
+            "data.workers 0 works without"
+        )
         send_batch(channel, Failure(told))
 
 

@@ -2,13 +2,12 @@
 
 They are those of ``draw.py``, from numpy's streams, and in Python take longer than the views of
 32 px. The operator ``draw_views`` draws the same at once. numpy promises its streams of bits to
-stay, but not what its ``Generator`` makes of them: so before the operator is first used, it is
-compared with numpy, and not used where they differ.
+stay, but not what its ``Generator`` makes of them: so the operator's self-check compares it with
+the numpy that is there, and where they differ it is not used.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from functools import cache
 
@@ -19,8 +18,6 @@ from torch import Tensor
 from sacl_fast.config import ViewConfig, ViewsConfig
 from sacl_fast.data.views.draw import draw_view, sample_rng
 from sacl_fast.data.views.operator import pack_rows
-
-logger = logging.getLogger(__name__)
 
 _COMPARED = 48  # images; of four factors, all orders come up
 
@@ -35,7 +32,7 @@ def draw_rows(
 ) -> Tensor:
     """(2, n, 16) float64: the draws of both views of the images ``indices`` (n,), whose heights and
     widths are ``sizes`` (n, 2)."""
-    if agrees_with_numpy():
+    if _is_used():
         return _compiled(views, seed, epoch, indices, sizes, threads)
     return drawn_by_numpy(views, seed, epoch, indices, sizes)
 
@@ -61,26 +58,20 @@ def drawn_by_numpy(
 
 
 @cache
-def agrees_with_numpy() -> bool:
-    """Whether the compiled operator is there and draws what this numpy does; asked once a process,
-    in a few milliseconds."""
-    from sacl_fast.ops import compiled
+def _is_used() -> bool:
+    from sacl_fast.ops.backend import resolve
 
-    if compiled.obstacle() is not None:
-        return False
+    return resolve("auto", "draw_views", torch.device("cpu")).backend == "cpu"
+
+
+def agrees_with_numpy() -> bool:
+    """Whether the compiled operator draws what this numpy does."""
     views = ViewsConfig(a=ViewConfig(blur=0.5, solarize=0.5), b=ViewConfig(jitter=1.0))
     indices = np.arange(_COMPARED) * 997 + 2**40
     sizes = np.stack([1 + indices % 613, 1 + indices % 389], axis=1)
     sizes[::3] = (480, 640)
     given = views, 2**53 - 1, 12, indices, sizes
-    if torch.equal(_compiled(*given, threads=1), drawn_by_numpy(*given)):
-        return True
-    logger.warning(
-        "the compiled operator draw_views does not draw what numpy %s does; drawing by numpy, "
-        "which is slower",
-        np.__version__,
-    )
-    return False
+    return torch.equal(_compiled(*given, threads=1), drawn_by_numpy(*given))
 
 
 def _compiled(

@@ -18,6 +18,7 @@ from sacl_fast.data.images.given import Given, GivenSource
 from sacl_fast.data.images.given_item import pixels_of
 from sacl_fast.data.images.open import open_sources
 from sacl_fast.data.images.source import ArraySource
+from sacl_fast.data.images.splits import few
 from sacl_fast.errors import UserError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 5, 7, 3), np.uint8)
@@ -156,7 +157,7 @@ MANY = [(PIXELS[i % 6], i) for i in range(65)]
 @pytest.mark.parametrize(
     ("items", "said"),
     [
-        (pairs([0.5] * 6), r"source\[0\] has 0.5 in its label's place; a whole number"),
+        (pairs([0.5] * 6), r"source\[0\] has 0.5 in its label's place; labels work that are whole"),
         (pairs([None, 0.5] * 3), r"source\[0\] has None in its label's place"),
         (pairs([True, False] * 3), r"source\[0\] has True in"),
         (pairs(np.array([True, False] * 3)), r"has (np.)?True_? in"),
@@ -229,6 +230,11 @@ def test_a_source_of_the_package_is_taken_as_it_is() -> None:
     assert opened(source, source).train is source
     assert opened(source, labels="none").train.classes == ()
     assert len(opened(PIXELS, limit=4).train) == 4
+
+
+def test_labels_of_any_characters() -> None:
+    odd = opened([(p, "\ud800b\n"[i % 2 :]) for i, p in enumerate(PIXELS)]).train
+    assert len(fingerprint(odd)) == 32 and few(odd.classes) == r"b\n, \ud800b\n"
 
 
 def test_the_fingerprint_tells_data_sets_apart() -> None:

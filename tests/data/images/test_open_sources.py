@@ -73,13 +73,12 @@ def test_demo() -> None:
 def test_labels_are_said(tmp_path: Path, info: pytest.LogCaptureFixture) -> None:
     root = paint(tmp_path / "x", *(f"{year}/1.png" for year in range(2019, 2026)))
     opened(root)
-    assert "labels for kNN evaluation: 7 classes (2019, 2020, 2021, 2022, 2023 and 2 more)" in (
-        said(info)
-    )
+    assert "labels: 7 classes (2019, 2020, 2021, 2022, 2023 and 2 more)" in (said(info))
     assert "names of folders" in said(info) and "data.labels none does without" in said(info)
     info.clear()
     opened(root, labels="none")
-    assert "no labels, so no kNN evaluation" in said(info)
+    assert "7 training images, none for validation, which needs labels" in said(info)
+    assert "\nno labels" in said(info)
 
 
 # --- archives -------------------------------------------------------------------------------------

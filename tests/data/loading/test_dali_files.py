@@ -240,3 +240,4 @@ def test_nothing_but_bad_images(jpeg_folder: Path) -> None:
     loader = opened(open_sources(settings.data, 0).train, settings)
     with pytest.raises(UserError, match="unreadable"):
         next(loader.epoch(0))
+    loader.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from collections.abc import Iterator
@@ -64,11 +65,12 @@ def test_a_batch_is_its_owners(ends: Ends) -> None:
 
 
 def test_no_file_stays_open(ends: Ends) -> None:
+    gc.collect()  # which closes what others left, and not in between
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(20):
         send_batch(ends[0], mixed(9))
         receive_batch(ends[1])
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_the_end_of_the_other_is_seen(ends: Ends) -> None:
