@@ -29,6 +29,7 @@ import triton
 from torch import Tensor
 
 from sacl_kernels.lars_kernels import norms_kernel, table_kernel, update_kernel
+from sacl_kernels.options import FMA
 
 # pyright: reportArgumentType=false, reportCallIssue=false
 # (Triton's `kernel[grid]` takes what the kernel declares as constexpr, and launch options besides.)
@@ -88,7 +89,7 @@ def _written(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     table = torch.empty(len(encoded), dtype=torch.int64, device=device)
     for first in range(0, len(encoded), NUMBERS):
         part = tuple(encoded[first : first + NUMBERS])
-        table_kernel[(1,)](table, first, part, OFFSET=_OFFSET, COUNT=len(part), num_warps=1)
+        table_kernel[(1,)](table, first, part, OFFSET=_OFFSET, COUNT=len(part), num_warps=1, **FMA)
     return table
 
 
@@ -137,7 +138,7 @@ def update(
         partial = torch.empty(2, firsts[scaled], device=device)
         if scaled:
             norms_kernel[(firsts[scaled],)](
-                *(tensors, gradients, partial, P, firsts[scaled], chunk_size), **common
+                *(tensors, gradients, partial, P, firsts[scaled], chunk_size), **common, **FMA
             )
         update_kernel[(firsts[-1],)](
             *(tensors, gradients, partial, lr, grad_scale, found_inf, P, firsts[scaled]),
@@ -146,4 +147,5 @@ def update(
             CLIP=clip,
             BLOCK_SUMS=launch.sums,
             **common,
+            **FMA,
         )

@@ -42,6 +42,7 @@ from sacl_kernels.norm_pointwise_gradient_kernels import (
 )
 from sacl_kernels.norm_pointwise_kernels import forward_kernel, part_kernel
 from sacl_kernels.norm_pointwise_launch import Launch, Tile, launch_for
+from sacl_kernels.options import FMA
 
 # pyright: reportArgumentType=false, reportCallIssue=false
 # (Triton's `kernel[grid]` takes what the kernel declares as constexpr, and launch options besides.)
@@ -92,6 +93,7 @@ def forward(
             ALIGN_O=_alignment(O),
             WARPS=tile.sharing,
             **_options(tile, x),
+            **FMA,
         )
     return y, sums
 
@@ -153,6 +155,7 @@ def backward(
                 WARPS=tile.sharing,
                 **common,
                 **_options(tile, x),
+                **FMA,
             )
         else:
             if input:
@@ -168,6 +171,7 @@ def backward(
                     WARPS=tile.sharing,
                     **common,
                     **_options(tile, x),
+                    **FMA,
                 )
             tile = launch.weight
             blocks = triton.cdiv(O, tile.outs) * triton.cdiv(K, tile.ins)
@@ -177,11 +181,13 @@ def backward(
                 *(*of_dy, x, affine, gate, partial, dweight, M, K, O, H * W, fill),
                 **common,
                 **_options(tile, x),
+                **FMA,
             )
         scatter_kernel[(triton.cdiv(O * K, 128),)](
             *(partial, out_index, in_index, dweight, len(partial), K, O * K, weight.stride(0)),
             BLOCK_P=16,
             BLOCK=128,
+            **FMA,
         )
         if gates is not None:
             dgate = gates.sum(1)
@@ -197,7 +203,10 @@ def _part(
     O, K = (_count(i, n) for i, n in zip((out_index, in_index), weight.shape, strict=True))
     part = like.new_empty(O, K)
     part_kernel[(triton.cdiv(O, 16), triton.cdiv(K, 128))](
-        *(weight, out_index, in_index, part, O, K, weight.stride(0)), BLOCK_O=16, BLOCK_K=128
+        *(weight, out_index, in_index, part, O, K, weight.stride(0)),
+        BLOCK_O=16,
+        BLOCK_K=128,
+        **FMA,
     )
     return part
 

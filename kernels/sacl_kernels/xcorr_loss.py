@@ -24,6 +24,7 @@ import triton
 from torch import Tensor
 from triton import knobs
 
+from sacl_kernels.options import FMA
 from sacl_kernels.xcorr_loss_gradient_kernels import gradient_kernel, project_kernel
 from sacl_kernels.xcorr_loss_kernels import (
     combine_kernel,
@@ -64,6 +65,7 @@ def gram_forward(
             BLOCK_K=launch.gram_depth,
             num_warps=launch.gram_warps,
             num_stages=launch.gram_stages,
+            **FMA,
         )
         grid = triton.cdiv(n, launch.combine_block), triton.cdiv(N, launch.combine_block)
         factors, sums = _fp32(x, 2, n, N), _fp32(x, 2, grid[0] * grid[1])
@@ -73,6 +75,7 @@ def gram_forward(
             TARGETS=embeddings == 4,
             SPLITS=splits,
             BLOCK=launch.combine_block,
+            **FMA,
         )
         if rows.sum_over_ranks is not None:
             sums = sums.sum(1, keepdim=True)
@@ -107,6 +110,7 @@ def gram_backward(
             BLOCK_K=launch.gradient_depth,
             num_warps=launch.gradient_warps,
             num_stages=launch.gradient_stages,
+            **FMA,
         )
         if not fused:
             out = _project(out, x, sums, rstd, grad, rows, terms, launch, x.dtype)
@@ -142,6 +146,7 @@ def tiles(
                 BLOCK_K=launch.correlation_depth,
                 num_warps=launch.correlation_warps,
                 num_stages=launch.correlation_stages,
+                **FMA,
             )
             if not keep:
                 continue
@@ -157,6 +162,7 @@ def tiles(
                 BLOCK_K=launch.gradient_depth,
                 num_warps=launch.gradient_warps,
                 num_stages=launch.gradient_stages,
+                **FMA,
             )
         loss, parts = _finish(sums, diagonals, terms, 1.0, with_diagonal=False)
         if not keep:
@@ -183,6 +189,7 @@ def _standardize(
         BLOCK_N=min(launch.standardize_rows, triton.next_power_of_2(N)),
         BLOCK_D=launch.standardize_columns,
         num_warps=launch.standardize_warps,
+        **FMA,
     )
     return x, rstd, diagonals
 
@@ -197,6 +204,7 @@ def _finish(
         TARGETS=len(diagonals) == 3,
         WITH_DIAGONAL=with_diagonal,
         BLOCK=1024,
+        **FMA,
     )
     return loss, parts
 
@@ -222,6 +230,7 @@ def _project(
         *(dx, x, sums, rstd, grad, out, rows.first, n, N, D, sums.shape[2], N - terms.unbiased),
         BLOCK_N=block_n,
         BLOCK_D=block_d,
+        **FMA,
     )
     return out
 

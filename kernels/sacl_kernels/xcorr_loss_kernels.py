@@ -202,10 +202,10 @@ def combine_kernel(
     offsets = rows[:, None].to(tl.int64) * N + cols[None, :]
     tl.store(factors + offsets, m1, mask=mask)
     tl.store(factors + size + offsets, m2, mask=mask)
-    if SYMMETRIC:
+    if SYMMETRIC and i > j:
         mirrored = cols[None, :].to(tl.int64) * N + rows[:, None]
-        tl.store(factors + mirrored, m1, mask=mask & (i > j))
-        tl.store(factors + size + mirrored, m2, mask=mask & (i > j))
+        tl.store(factors + mirrored, m1, mask=mask)
+        tl.store(factors + size + mirrored, m2, mask=mask)
 
 
 @triton.jit

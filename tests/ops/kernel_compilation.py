@@ -37,6 +37,7 @@ def noted_launches(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -
     noted = []
 
     def note(kernel, *arguments, grid, warmup, **options):
+        assert options["enable_fp_fusion"], "Triton's default changes with its version"
         noted.append((kernel, arguments, options))
 
     monkeypatch.setattr(JITFunction, "run", note)
