@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,13 @@ from PIL import Image
 
 from sacl_fast.config import Config
 from tests.tiny import tiny_run
+
+# Whoever started the tests may ignore signals (nohup, a shell's background), and what they start
+# would inherit that.
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        interrupt = signal.default_int_handler
+        signal.signal(number, interrupt if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

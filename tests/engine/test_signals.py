@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -22,18 +21,10 @@ from sacl_fast.engine.signals import *
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_ignored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever started the tests: nohup, a shell's background, torchrun."""
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever started the tests."""
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.delenv("RANK", raising=False)
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
-    ignored = [number for number, handler in before.items() if handler is signal.SIG_IGN]
-    for number in ignored:
-        signal.signal(number, signal.SIG_DFL)
-    yield
-    for number in ignored:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
