@@ -294,8 +294,9 @@ def _bench(args: list[str]) -> None:
         extra="Times training steps on random images: the paper's pseudocode in eager PyTorch, "
         "then this engine's, a feature at a time. --steps N: how many of each (10). --variants "
         "A,B: only these of pseudocode, plain, kernels, trial, skip, dense, fused, graph, run, "
-        "compiled (which takes minutes, and is left out otherwise). --out FOLDER: write "
-        "bench.json and bench.png there.",
+        "compiled (which takes minutes, and is left out otherwise). --out FOLDER: where "
+        "bench.json and bench.png are written, which nothing else is. Options that change no step "
+        "do nothing.",
     )
     # The profiler, which counts memory, warns of what was allocated before it.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -47,11 +47,13 @@ def user_path(given: str | os.PathLike[str], setting: str) -> Path:
 def user_cache() -> Path | None:
     """Where what can be found out again is kept for this user; None where no home is known. Not
     created here."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if given.is_absolute():  # its specification has others ignored
+        return given / "sacl-fast"
     try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        return Path("~/.cache/sacl-fast").expanduser()
     except RuntimeError:
         return None
-    return home / "sacl-fast"
 
 
 def kind_of(path: Path) -> Kind | None:

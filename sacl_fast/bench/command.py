@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sacl_fast.bench.waterfall import plot, prepared, variants, waterfall
+from sacl_fast.bench.figures import write_json
+from sacl_fast.bench.waterfall import VARIANTS, plot, prepared, variants, waterfall
+from sacl_fast.checks import counted
 from sacl_fast.config import Config
+from sacl_fast.engine.ceilings import machine_load
 from sacl_fast.engine.convolutions import tried_algorithms
 from sacl_fast.engine.distributed import pick_device
-from sacl_fast.engine.measure import fitting, machine_load
+from sacl_fast.engine.measure import fitting
 from sacl_fast.engine.preflight import check_run
 from sacl_fast.engine.verdict import other_work
 from sacl_fast.errors import UserError, nearest, reason_of
@@ -33,16 +36,12 @@ def run_bench(config: Config, *, steps: str | None = None, names: str | None = N
     """
     timed, load = _count(steps), machine_load()
     check_run(config)
-    found = variants(config)
-    chosen = [n for n in found if n != "compiled"] if names is None else names.split(",")
-    for name in chosen:
-        if name not in found:
-            raise UserError(f"there is no variant {name!r}; {nearest(name, found)}")
+    chosen = _chosen(list(variants(config)), names)
     folder = None if config.out is None else _folder(config.out)
     with tried_algorithms(pick_device(config.device)):
         asked, config = config.batch_size, fitting(config, prepared(config)[0], _SECONDS)
         what = f"{config.encoder.name} x {config.encoder.width:g}, {config.views.size} px"
-        print(f"{what}, batch {config.batch_size}, {timed} steps of each:")
+        print(f"{what}, batch {config.batch_size}, {counted(timed, 'step')} of each:")
         if config.batch_size < asked:
             print(f"(one of {asked}, as asked for, takes too long here, or too much memory)")
         makers = variants(config)  # of the batch that fits
@@ -95,11 +94,28 @@ def _count(given: str | None) -> int:
     return int(given)
 
 
+def _chosen(found: list[str], names: str | None) -> list[str]:
+    """In their own order, since all are compared with the first."""
+    if names is None:
+        return [name for name in found if name != "compiled"]
+    given = names.split(",")
+    for name in given:
+        if name not in VARIANTS:
+            raise UserError(f"there is no variant {name!r}; {nearest(name, found)}")
+        if name not in found:
+            raise UserError(
+                f"the variant {name} does not run here, on this device and by these settings; "
+                f"{', '.join(found)} do"
+            )
+    return [name for name in found if name in given]
+
+
 def _folder(out: str) -> Path:
+    """The folder, in which a file of figures can be written."""
     folder = user_path(out, "out")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "bench.json", {"benchmark": "bench_step", "rows": []})
     except OSError as error:
         why = reason_of(error)
-        raise UserError(f"cannot make {folder}: {why}; --out names another folder") from error
+        raise UserError(f"cannot write into {folder}: {why}; --out names another folder") from error
     return folder

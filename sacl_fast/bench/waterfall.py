@@ -16,7 +16,7 @@ run         what a run with the given settings does: its plan, its slim mode
 compiled    the pseudocode by torch.compile
 ==========  =====================================================================================
 
-On the CPU each step of a variant is timed next to one of the pseudocode, and the ratio is the
+On the CPU each step of a variant is timed next to one of the first, and the ratio is the
 median of theirs, so that what slows the machine down for a while slows both.
 
 One image is one sample of the batch, that is two views and (with distillation) four passes.
@@ -51,6 +51,11 @@ from sacl_fast.passes import choose_passes, plan_obstacle
 
 Run = Callable[[Tensor, Tensor, int], Any]
 Make = Callable[[], tuple[Run, Tensor, Tensor]]
+
+VARIANTS = (
+    *("pseudocode", "plain", "kernels", "trial", "skip", "dense", "fused", "graph", "run"),
+    "compiled",
+)
 
 
 def prepared(config: Config, *, chosen: bool = False) -> tuple[TrainingStep, Tensor, Tensor]:
@@ -115,7 +120,7 @@ def variants(config: Config) -> dict[str, Make]:
         torch.backends.cudnn.benchmark = True
         return prepared(config, chosen=True)
 
-    found = {
+    found: dict[str, Make] = {
         "pseudocode": lambda: baseline(compiled=False),
         "plain": lambda: ours("torch", "mask"),
         "kernels": lambda: ours("auto", "mask"),
@@ -127,12 +132,14 @@ def variants(config: Config) -> dict[str, Make]:
         "run": run,
         "compiled": lambda: baseline(compiled=True),  # last, since compiling takes minutes
     }
-    device = pick_device(config.device)
+    device, left_out = pick_device(config.device), set[str]()
     if device.type != "cuda":
-        del found["trial"], found["graph"]
+        left_out |= {"trial", "graph"}
     if plan_obstacle("fused", replace(config, backend="auto"), device):
-        found = {name: make for name, make in found.items() if name not in ("fused", "graph")}
-    return found
+        left_out |= {"fused", "graph"}
+    if config.backend == "torch":
+        left_out |= set(VARIANTS) - {"pseudocode", "plain", "run", "compiled"}
+    return {name: make for name, make in found.items() if name not in left_out}
 
 
 def waterfall(
@@ -149,13 +156,15 @@ def waterfall(
             run, view_a, view_b = make()
             if not result:
                 result = {**described(config, prepared(config)[0]), "steps": steps, "rows": rows}
+            row |= timed_steps(run, view_a, view_b, config.batch_size, steps, warmup, first)
             if view_a.device.type == "cpu" and first is None:
                 first = partial(run, view_a, view_b, 0)
-            row |= timed_steps(run, view_a, view_b, config.batch_size, steps, warmup, first)
+            if isinstance(run, TrainingStep):
+                row |= {"plan": run.method.passes.plan, "slim_mode": run.method.passes.mode}
         except (RuntimeError, torch.OutOfMemoryError, ImportError) as error:
             row["error"] = f"{type(error).__name__}: {error}".split("\n")[0]
         rows.append(row)
-        print_row(row, rows[0])
+        print_row(row, rows[0], on_gpu=pick_device(config.device).type == "cuda")
         if json:
             write_json(json, result or {"benchmark": "bench_step", "rows": rows})
         run = view_a = view_b = None
@@ -218,20 +227,21 @@ def peak_memory(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
-def print_row(row: dict[str, Any], first: dict[str, Any]) -> None:
+def print_row(row: dict[str, Any], first: dict[str, Any], *, on_gpu: bool) -> None:
     if "error" in row:
         print(f"  {row['name']:12} failed: {row['error'][:100]}", flush=True)
         return
     ms = row["step_ms"]
     line = f"  {row['name']:12} {ms['p50']:9.2f} ms ({ms['p20']:.2f} .. {ms['p80']:.2f})"
     line += f"  {row['images_per_second']:10,.1f} images/s"
-    paired = "of_first" in row  # on a CPU
-    if row is not first and paired:
+    if "of_first" in row:
         line += f"  {row['of_first']['p50']:.2f}x"
     elif row is not first and "step_ms" in first:
         line += f"  {first['step_ms']['p50'] / ms['p50']:.2f}x"
-    line += f"  {row['launches']:,} {'operators' if paired else 'launches'}"
+    line += f"  {row['launches']:,} {'launches' if on_gpu else 'operators'}"
     line += f", {row['peak_memory_bytes'] / 2**30:.2f} GiB"
+    if row["name"] == "run":
+        line += f" (plan {row['plan']}, slim.mode {row['slim_mode']})"
     print(line, flush=True)
 
 
@@ -243,8 +253,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(7, 0.5 * len(rows) + 1.2), layout="constrained")
     axes = figure.subplots()
     names = [row["name"] for row in rows]
-    paired = "of_first" in rows[0]
-    lengths = [row["of_first"]["p50"] if paired else row["images_per_second"] for row in rows]
+    paired = any("of_first" in row for row in rows)
+    lengths = [
+        row.get("of_first", {"p50": 1.0})["p50"] if paired else row["images_per_second"]
+        for row in rows
+    ]
     bars = axes.barh(names, lengths)
     axes.bar_label(bars, fmt="{:.2f}x" if paired else "{:,.0f}", padding=3, fontsize=8)
     axes.invert_yaxis()

@@ -7,6 +7,7 @@ these, is the time that it cannot fall below.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from functools import cache, partial
@@ -14,6 +15,11 @@ from statistics import quantiles
 from typing import Any
 
 import torch
+
+
+def machine_load() -> float:
+    """Processes that ran or waited for a core, on average over the last minute."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def copy_bandwidth(device: torch.device, *, seconds: float = 1.0) -> float:

@@ -21,7 +21,7 @@ from sacl_fast.data.images.open import open_sources
 from sacl_fast.engine.distributed import device_name, pick_device
 from sacl_fast.engine.launch import read_launch
 from sacl_fast.engine.measure import time_step
-from sacl_fast.engine.memory_use import Forecast, forecast, memory_here
+from sacl_fast.engine.memory_use import STEPS_PER_EPOCH, Forecast, forecast, memory_here
 from sacl_fast.engine.method import SaclXd, build_method
 from sacl_fast.engine.outlook import spoken
 from sacl_fast.engine.preflight import check_run, remarks
@@ -60,15 +60,18 @@ def print_dry_run(config: Config) -> None:
         f"({passes} forwards)"
     )
     del method  # which the estimate makes once more
-    for name, text in _memory(config, world_size):
-        print(f"{name:<11} {text}")
-    seconds = _time_of_a_step(config, world_size)
+    why_not, images, steps = "", 0, STEPS_PER_EPOCH
     try:
         images = len(open_sources(config.data, config.seed, download=False).train)
-    except UserError as error:
-        print(f"data        not available: {error}")
-    else:
         steps = images // config.batch_size
+    except UserError as error:
+        why_not = str(error)
+    for name, text in _memory(config, world_size, max(1, steps)):
+        print(f"{name:<11} {text}")
+    seconds = _time_of_a_step(config, world_size, max(1, steps))
+    if why_not:
+        print(f"data        not available: {why_not}")
+    else:
         whole = steps * config.epochs
         print(
             f"data        {counted(images, 'image')}, {counted(steps, 'step')} an epoch, "
@@ -103,11 +106,11 @@ def _forward_flops(method: SaclXd, size: int) -> int:
     return counter.get_total_flops()
 
 
-def _time_of_a_step(config: Config, world_size: int) -> float | None:
+def _time_of_a_step(config: Config, world_size: int, per_epoch: int) -> float | None:
     """Time one on random images and say so; in seconds, None where it cannot be timed here."""
     share = config.batch_size // world_size
     try:
-        seconds, timed = time_step(config, share, seconds=_TIMED)
+        seconds, timed = time_step(config, share, seconds=_TIMED, per_epoch=per_epoch)
     except UserError as error:
         print(f"time        not measured: {error}")
         return None
@@ -120,10 +123,10 @@ def _time_of_a_step(config: Config, world_size: int) -> float | None:
     return seconds
 
 
-def _memory(config: Config, world_size: int) -> Iterator[tuple[str, str]]:
+def _memory(config: Config, world_size: int, per_epoch: int) -> Iterator[tuple[str, str]]:
     """What a step will take in a process, what there is, and what would fit where that does not."""
     device = pick_device(config.device)
-    expected = forecast(config, device, world_size)
+    expected = forecast(config, device, world_size, steps_per_epoch=per_epoch)
     images, parts = config.batch_size // world_size, config.engine.accumulate
     peak, (total, free) = expected.peak(images, parts), memory_here(device)
     yield (
@@ -138,12 +141,14 @@ def _memory(config: Config, world_size: int) -> Iterator[tuple[str, str]]:
     sharing = world_size if device.type == "cpu" else 1
     room = free // sharing - _RUNTIME
     if peak > room:
-        ways = ", or ".join(_ways_to_fit(config, expected, world_size, room))
+        ways = ", or ".join(_ways_to_fit(config, expected, world_size, room, per_epoch))
         says = f"; {ways} would fit" if ways else ", nor would less of a batch"
         yield "warning", f"a step will not fit into {room / _GIB:.1f} GiB{says}"
 
 
-def _ways_to_fit(config: Config, expected: Forecast, world_size: int, room: int) -> Iterator[str]:
+def _ways_to_fit(
+    config: Config, expected: Forecast, world_size: int, room: int, per_epoch: int
+) -> Iterator[str]:
     images, parts = config.batch_size // world_size, config.engine.accumulate
     more = (n for n in range(parts + 1, images // 2 + 1) if images % n == 0)
     if n := next((n for n in more if expected.peak(images, n) <= room), None):
@@ -151,7 +156,12 @@ def _ways_to_fit(config: Config, expected: Forecast, world_size: int, room: int)
     if not config.engine.activation_checkpointing:
         engine = replace(config.engine, activation_checkpointing=True)
         with suppress(UserError):  # an encoder or a plan that cannot
-            own = forecast(replace(config, engine=engine), pick_device(config.device), world_size)
+            own = forecast(
+                replace(config, engine=engine),
+                pick_device(config.device),
+                world_size,
+                steps_per_epoch=per_epoch,
+            )
             if own.peak(images, parts) <= room:
                 yield "--engine.activation-checkpointing"
     fewer = (images // 2**k // parts * parts for k in range(1, images.bit_length()))

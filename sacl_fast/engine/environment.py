@@ -35,7 +35,7 @@ from sacl_fast.ops.backend import (
     outcome_of_self_check,
     resolve,
 )
-from sacl_fast.ops.self_check import Outcome
+from sacl_fast.ops.self_check import Outcome, is_off
 
 # A git hook sets these, and they would point git at the hook's repository.
 _GIT_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")
@@ -368,12 +368,17 @@ _AGAIN = "SACL_FAST_SELF_CHECK=again checks anew, as after a change of driver or
 
 def _backend(name: str, detail: str, outcomes: dict[str, Outcome]) -> Finding:
     several = len(outcomes) > 1
-    said = [f"{of}'s {found}" if several else str(found) for of, found in outcomes.items()]
+    said = [
+        f"{of}'s {found}" if several else str(found)
+        for of, found in outcomes.items()
+        if found.state != "not checked" or f"{found.obstacle}" not in detail
+    ]
     wrong = any(found.state == "failed" for found in outcomes.values())
+    unsure = any(found.state == "not checked" for found in outcomes.values()) and not is_off()
     return Finding(
         section="backends",
         name=name,
-        state="broken" if wrong else "ok",
+        state="broken" if wrong else "missing" if unsure else "ok",
         detail="; ".join([detail, *said]),
         remedy=_AGAIN if wrong else "",
     )

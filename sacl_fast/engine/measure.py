@@ -7,7 +7,6 @@ written. What the figures mean stands in ``verdict.py``.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -24,7 +23,13 @@ from sacl_fast.data.images.source import Source, as_packed
 from sacl_fast.data.loading.batch import Batch
 from sacl_fast.data.loading.open import dali_obstacle, open_view_loader, resolve_loader
 from sacl_fast.data.loading.workers import worker_count
-from sacl_fast.engine.ceilings import copy_bandwidth, launch_cost, percentiles, product_rate
+from sacl_fast.engine.ceilings import (
+    copy_bandwidth,
+    launch_cost,
+    machine_load,
+    percentiles,
+    product_rate,
+)
 from sacl_fast.engine.clock import Clock
 from sacl_fast.engine.convolutions import tried_algorithms
 from sacl_fast.engine.distributed import Ranks, device_name, pick_device
@@ -142,7 +147,8 @@ def _measure(config: Config, ranks: Ranks, seconds: float) -> Measured:
     step = _build(config, ranks)
     asked, config = config.batch_size, fitting(config, step)
     whole = _steps(step, config, config.batch_size, seconds=seconds / 5, warm_up=0)
-    few = _steps(step, config, _FEW, seconds=seconds / 25)
+    few_images = min(_FEW * config.engine.accumulate, config.batch_size)
+    few = _steps(step, config, few_images, seconds=seconds / 25)
     figures, traffic = _looked_into(config, step)
     return Measured(
         config=config,
@@ -152,7 +158,7 @@ def _measure(config: Config, ranks: Ranks, seconds: float) -> Measured:
         plan=step.method.passes.plan,
         step=whole,
         few=few,
-        few_images=min(_FEW, config.batch_size),
+        few_images=few_images,
         figures=figures,
         bytes=traffic.bytes,
         flops=_flops(config, step) * config.batch_size,
@@ -169,7 +175,9 @@ def _measure(config: Config, ranks: Ranks, seconds: float) -> Measured:
     )
 
 
-def time_step(config: Config, images: int, *, seconds: float) -> tuple[float, int]:
+def time_step(
+    config: Config, images: int, *, seconds: float, per_epoch: int = _PER_EPOCH
+) -> tuple[float, int]:
     """Seconds of a step of one process on so many random images, and on how many it was timed:
     fewer where there is no time for more, but always on two numbers of images, since what a step
     takes for none does not grow. It takes about ``seconds`` once it is built.
@@ -194,7 +202,7 @@ def time_step(config: Config, images: int, *, seconds: float) -> tuple[float, in
 
     parts = config.engine.accumulate
     with tried_algorithms(ranks.device):
-        step = _build(replace(config, batch_size=images), ranks)
+        step = _build(replace(config, batch_size=images), ranks, per_epoch)
         end = time.perf_counter() + seconds
         few = many = min(_FEW * parts, images)
         try:
@@ -216,21 +224,16 @@ def time_step(config: Config, images: int, *, seconds: float) -> tuple[float, in
 # --- the step -------------------------------------------------------------------------------------
 
 
-def _build(config: Config, ranks: Ranks) -> TrainingStep:
+def _build(config: Config, ranks: Ranks, per_epoch: int = _PER_EPOCH) -> TrainingStep:
     torch.manual_seed(config.seed)
     networks = build_networks(config)
     passes = choose_passes(
-        config, ranks.device, steps_per_epoch=_PER_EPOCH, encoder=networks.encoder
+        config, ranks.device, steps_per_epoch=per_epoch, encoder=networks.encoder
     )
     method = build_method(config, passes, networks)
-    step = TrainingStep(method, config, ranks, steps_per_epoch=_PER_EPOCH)
+    step = TrainingStep(method, config, ranks, steps_per_epoch=per_epoch)
     take_plan(config, step, None)
     return step
-
-
-def machine_load() -> float:
-    """Processes that ran or waited for a core, on average over the last minute."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def fitting(config: Config, step: TrainingStep, seconds: float | None = None) -> Config:
@@ -245,18 +248,19 @@ def fitting(config: Config, step: TrainingStep, seconds: float | None = None) ->
             torch.cuda.empty_cache()
             return None
 
-    batch = config.batch_size
-    some = min(batch, _SOME)
-    if (few := milliseconds(_FEW)) is None:
-        raise UserError(f"a step of {_FEW} images does not fit into the GPU's memory")
-    while (time_of_some := milliseconds(some)) is None:
+    parts = config.engine.accumulate  # of as many images each
+    batch, least = config.batch_size // parts, min(_FEW, config.batch_size // parts)
+    some = min(batch, max(least, _SOME // parts))
+    if (few := milliseconds(parts * least)) is None:
+        raise UserError(f"a step of {parts * least} images does not fit into the GPU's memory")
+    while (time_of_some := milliseconds(parts * some)) is None:
         batch = some = some // 2
-    each = max(0.0, time_of_some - few) / max(1, some - _FEW)
-    while batch > 2 * _FEW and few + each * batch > 1e3 * seconds:
+    each = max(0.0, time_of_some - few) / max(1, some - least)
+    while batch > 2 * least and few + each * batch > 1e3 * seconds:
         batch //= 2
-    while milliseconds(batch) is None:
+    while milliseconds(parts * batch) is None:
         batch //= 2
-    return replace(config, batch_size=batch)
+    return replace(config, batch_size=parts * batch)
 
 
 def _looked_into(config: Config, step: TrainingStep) -> tuple[Figures, Traffic]:
@@ -277,8 +281,7 @@ def _looked_into(config: Config, step: TrainingStep) -> tuple[Figures, Traffic]:
 def _steps(
     step: TrainingStep, config: Config, images: int, *, seconds: float, warm_up: int = _WARM_UP
 ) -> float:
-    """Milliseconds of a step, the median, after some that settle it; on a CPU after fewer where
-    they are slow."""
+    """Milliseconds of a step, the median, after some that settle it, on a CPU fewer slow ones."""
     views = random_views(config, step.device, images)
     stop = time.perf_counter() + max(seconds, _STEP)
     for _ in range(warm_up):

@@ -34,7 +34,7 @@ from sacl_fast.precision import autocast_dtype
 _FEW = (2, 3)  # images
 _WARM_UP = 1  # steps, after which the optimiser has its state
 _WARM_UP_RECORDED = 3  # and passes run from their recording
-_STEPS_PER_EPOCH = 100  # where that is not known: slim passes are recorded
+STEPS_PER_EPOCH = 100  # where that is not known: slim passes are recorded
 _CPU = torch.device("cpu")
 
 
@@ -142,7 +142,13 @@ class Forecast:
         return step + views + others + factors
 
 
-def forecast(config: Config, device: torch.device, world_size: int = 1) -> Forecast:
+def forecast(
+    config: Config,
+    device: torch.device,
+    world_size: int = 1,
+    *,
+    steps_per_epoch: int = STEPS_PER_EPOCH,
+) -> Forecast:
     """What a step of this run will take on a device; it is computed on the CPU.
 
     Where the plan is still to be chosen, or cannot run on a CPU, that of ``eager``.
@@ -150,7 +156,7 @@ def forecast(config: Config, device: torch.device, world_size: int = 1) -> Forec
     Raises:
         UserError: the model cannot be built, or not with what was asked for.
     """
-    passes = choose_passes(config, device, steps_per_epoch=_STEPS_PER_EPOCH)
+    passes = choose_passes(config, device, steps_per_epoch=steps_per_epoch)
     half = autocast_dtype(config.precision, device) is not None
     parts = min(2, config.engine.accumulate)
     engine = replace(config.engine, plan="auto", accumulate=parts, cuda_graph="off")
@@ -167,13 +173,13 @@ def forecast(config: Config, device: torch.device, world_size: int = 1) -> Forec
     networks = build_networks(few)
     if world_size == 1:
         passes = choose_passes(
-            config, device, steps_per_epoch=_STEPS_PER_EPOCH, encoder=networks.encoder
+            config, device, steps_per_epoch=steps_per_epoch, encoder=networks.encoder
         )
     plan: Plan = "eager" if plan_obstacle(passes.plan, few, _CPU) else passes.plan
     plan = "eager" if plan == "compile" else plan
-    own = passes_of(plan, few, _CPU, steps_per_epoch=_STEPS_PER_EPOCH)
+    own = passes_of(plan, few, _CPU, steps_per_epoch=steps_per_epoch)
     method = build_method(few, own, networks)
-    step = TrainingStep(method, few, Ranks(0, 1, _CPU), steps_per_epoch=_STEPS_PER_EPOCH)
+    step = TrainingStep(method, few, Ranks(0, 1, _CPU), steps_per_epoch=steps_per_epoch)
     (at_2, state), (at_3, _) = (trace(step, few, parts * n) for n in _FEW)
     rows = (at_3 - at_2) / (_FEW[1] - _FEW[0])
     parameters = sum(p.nbytes for p in step.method.parameters())

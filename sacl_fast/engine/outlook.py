@@ -35,15 +35,11 @@ def outlook(
     Args:
         peak: bytes at most so far. memory: bytes that there are.
     """
-    left = config.epochs * steps_per_epoch - steps_done
-    epochs = left / steps_per_epoch
-    # But for the first steps, which were measured, a new run is the whole run.
-    what = (
-        counted(config.epochs, "epoch")
-        if steps_done < steps_per_epoch
-        else counted(epochs, "more epoch", ".3g")
-    )
-    time = spoken(left * config.batch_size / images_per_second)
+    steps, what = config.epochs * steps_per_epoch, counted(config.epochs, "epoch")
+    if steps_done >= steps_per_epoch:  # before, the whole run is meant
+        steps -= steps_done
+        what = counted(steps / steps_per_epoch, "more epoch", ".3g")
+    time = spoken(steps * config.batch_size / images_per_second)
     about = "" if time.startswith("less") else "about "
     return (
         f"{about}{time} for {what} ({images_per_second:,.0f} images/s), peak memory "

@@ -92,7 +92,7 @@ def _by_a_child(
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         try:
             child = subprocess.Popen(
-                [sys.executable, "-c", _CHILD, given],
+                [sys.executable, "-P", "-c", _CHILD, given],  # nothing of the current folder
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=errors,

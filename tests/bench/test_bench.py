@@ -10,7 +10,7 @@ import torch
 
 from sacl_fast.bench.command import conclusion
 from sacl_fast.bench.pseudocode import pseudocode_step
-from sacl_fast.bench.waterfall import prepared, variants
+from sacl_fast.bench.waterfall import VARIANTS, prepared, variants
 from sacl_fast.cli import main, parse_config
 
 SMALL = (
@@ -55,7 +55,7 @@ def test_the_pseudocode_moves_the_weights(name):
 
 def test_the_command(tmp_path, capsys):
     out = tmp_path / "figures"
-    given = ["--steps", "1", "--variants", "pseudocode,run", "--out", str(out)]
+    given = ["--steps", "1", "--variants", "run,pseudocode", "--out", str(out)]
     assert main(["bench", *SMALL, *given]) == 0
     printed = capsys.readouterr().out
     assert (out / "bench.png").stat().st_size > 5000
@@ -65,12 +65,18 @@ def test_the_command(tmp_path, capsys):
     for row in result["rows"]:
         assert f"{row['name']} " in printed and f"{row['images_per_second']:,.1f}" in printed
     assert conclusion(result) in printed
+    first, last = result["rows"]
+    assert "of_first" not in first and last["of_first"]["p50"] > 0
+    assert (last["plan"], last["slim_mode"]) == ("eager", "skip")
+    assert "(plan eager, slim.mode skip)" in printed
 
 
 def test_variants_are_of_the_device_and_the_backend():
     found = list(variants(parse_config("bench", SMALL)))
     assert found[0] == "pseudocode" and found[-1] == "compiled"
-    assert not {"trial", "graph"} & set(found)
+    assert not {"trial", "graph"} & set(found) and set(found) < set(VARIANTS)
+    plain = list(variants(parse_config("bench", [*SMALL, "--backend", "torch"])))
+    assert plain == ["pseudocode", "plain", "run", "compiled"]
 
 
 def row(name: str, ms: float, **more: object) -> dict[str, object]:
@@ -115,7 +121,9 @@ def test_the_sentence_is_of_the_figures(rows, said):
         (["--steps", "many"], "--steps is 'many'"),
         (["--steps"], "--steps needs a number"),
         (["--variants", "plain,skp"], "there is no variant 'skp'; did you mean skip?"),
+        (["--variants", "graph"], "the variant graph does not run here"),
         (["--out", "{file}"], "--out names another folder"),
+        (["--out", "/proc"], "cannot write into /proc"),
         (["--data.workers", "many"], "--data.workers"),
     ],
 )

@@ -60,6 +60,13 @@ def test_a_slow_step_is_measured_on_fewer_images(tiny, monkeypatch):
     assert "(one of 16, as asked for" in "\n".join(screen(found))
 
 
+def test_a_step_of_parts(tiny, monkeypatch):
+    monkeypatch.setattr(module, "_STEP", 0.0)
+    parts = replace(tiny, batch_size=12, engine=replace(tiny.engine, accumulate=3))
+    found = measure(parts, seconds=0.0)
+    assert (found.config.batch_size, found.few_images) == (12, 6)  # parts of 4, and of 2
+
+
 def test_memory_that_is_too_small(tiny, monkeypatch):
     steps = module._steps
 

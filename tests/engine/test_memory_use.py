@@ -139,7 +139,7 @@ def test_what_was_taken(monkeypatch, tiny):
 def test_what_does_not_fit_and_what_would(monkeypatch, gib, ways):
     """8 GiB for 64 images, and 3 GiB where activations are computed again."""
 
-    def foretold(config: Config, device: torch.device, world_size: int) -> Forecast:
+    def foretold(config: Config, device: torch.device, world_size: int, **_: int) -> Forecast:
         total = 3 if config.engine.activation_checkpointing else 8
         per_image = torch.tensor([total * 2**30 / 64])
         return replace(of(), fixed=torch.zeros(1), per_image=per_image, embedding=0)
@@ -147,7 +147,7 @@ def test_what_does_not_fit_and_what_would(monkeypatch, gib, ways):
     room = int(gib * 2**30) + dry_run._RUNTIME + 2**20
     monkeypatch.setattr(dry_run, "forecast", foretold)
     monkeypatch.setattr(dry_run, "memory_here", lambda device: (room, room))
-    lines = list(dry_run._memory(config_of("resnet20", 32, 64), 1))
+    lines = list(dry_run._memory(config_of("resnet20", 32, 64), 1, 100))
     assert lines[0][1].startswith("8.00 GiB per process, estimated")
     assert bool(lines[2:]) == bool(ways)
     for way in ways:

@@ -38,6 +38,9 @@ def test_the_line_after_the_first_steps():
     config = Config(epochs=100, batch_size=256)
     said = outlook(config, steps_per_epoch=193, steps_done=20, **told)
     assert said == "about 3 h 20 min for 100 epochs (412 images/s), peak memory 9.1 of 80 GB"
+    short = Config(epochs=1, batch_size=32)  # of which 40 steps are most
+    said = outlook(short, steps_per_epoch=50, steps_done=40, **(told | {"images_per_second": 400}))
+    assert said.startswith("about 4 s for 1 epoch (400 images/s)")
     said = outlook(config, steps_per_epoch=193, steps_done=193 * 60, **told)
     assert said.startswith("about 1 h 20 min for 40 more epochs (")
     said = outlook(
@@ -63,8 +66,8 @@ def test_a_step_is_timed_on_what_there_is_time_for(tiny, images, parts):
 
 
 def test_a_dry_run_says_how_long(tiny, monkeypatch, capsys):
-    def step(config, images, *, seconds):
-        assert (images, seconds) == (16, dry_run._TIMED)
+    def step(config, images, *, seconds, per_epoch):
+        assert (images, seconds, per_epoch) == (16, dry_run._TIMED, 3)
         return 20.0, 8
 
     monkeypatch.setattr(dry_run, "time_step", step)
@@ -75,7 +78,7 @@ def test_a_dry_run_says_how_long(tiny, monkeypatch, capsys):
     )
     assert "time        about 2 min for 2 epochs, where images" in said
 
-    def none(config, images, *, seconds):
+    def none(config, images, *, seconds, per_epoch):
         raise UserError("a step of 16 images does not fit into the GPU's memory")
 
     monkeypatch.setattr(dry_run, "time_step", none)

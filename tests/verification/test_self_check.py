@@ -50,6 +50,13 @@ def test_all_are_checked_by_one_process_when_one_is_asked_for(children):
     assert len(children.asked) == 1
 
 
+def test_modules_of_the_current_folder_are_not_its(children, tmp_path, monkeypatch):
+    for name in ("json", "signal", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not meant')")
+    monkeypatch.chdir(tmp_path)
+    assert states() == ["passed"] * 3
+
+
 @pytest.mark.parametrize(
     ("deed", "why"),
     [

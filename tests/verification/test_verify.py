@@ -32,9 +32,15 @@ def operator_of(kernel: str) -> str:
     return "norm_act" if kernel.startswith("norm_act_") else kernel.partition("_backward")[0]
 
 
-def replaced(monkeypatch: pytest.MonkeyPatch, kernel: str, change: Callable[[Any], Any]) -> None:
+@pytest.fixture(autouse=True)
+def described() -> None:
+    """PyTorch is told of the operators before a test replaces one."""
     for module in (batch_norm_act, depthwise_conv, slim_add, slim_gate, pointwise):
-        assert module.is_compiled()  # and tells torch of the operators before one is replaced
+        module.is_compiled()
+    _register()
+
+
+def replaced(monkeypatch: pytest.MonkeyPatch, kernel: str, change: Callable[[Any], Any]) -> None:
     own = getattr(torch.ops.sacl_fast, kernel)
     monkeypatch.setattr(torch.ops.sacl_fast, kernel, lambda *a, **k: change(own(*a, **k)))
 
@@ -74,7 +80,6 @@ def test_passes_on_this_gpu(op, backend):
 @pytest.mark.parametrize("op", FUSED_OPERATORS)
 def test_rounding_passes_where_the_types_are_those_of_a_gpu(op):
     """Of operators of fused passes, on the CPU plain PyTorch in float32 and bfloat16."""
-    _register()
     compare(CASES[op], CPU, "torch", (torch.float32, torch.bfloat16))
 
 
@@ -82,7 +87,6 @@ def test_rounding_passes_where_the_types_are_those_of_a_gpu(op):
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if operator_of(k) in CASES])
 def test_any_output_of_which_a_value_is_off_is_found(kernel, monkeypatch):
     """Kernels of fused passes are plain PyTorch here."""
-    _register()
     own = getattr(torch.ops.sacl_fast, kernel)
     for number in range(len(own.default._schema.returns)):
         changed = []
