@@ -105,7 +105,7 @@ def test_no_file_has_another_name():
     assert not strangers(names("csrc/cpu/*_kernels.inl"))
     assert not strangers(names("csrc/cuda/*.cpp"))
     assert not strangers(names("csrc/cuda/*.cu"), "device", "build_info")
-    assert not strangers(names("kernels/sacl_kernels/*.py"), "__init__")
+    assert not strangers(names("kernels/sacl_kernels/*.py"), "__init__", "options")
     about_cuda = {"code", "graph", "self_check", "skip"}
     assert not strangers(names("tests/cuda/test_cuda_*.py", "test_cuda_"), *about_cuda)
     assert not strangers(names("benchmarks/bench_*.py", "bench_"), *benchmarks)
