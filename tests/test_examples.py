@@ -34,7 +34,7 @@ def test_an_own_source(tmp_path: Path, tiny: Config, loader: str, workers: int):
     images = np.random.default_rng(0).integers(0, 256, (48, 20, 20, 3), np.uint8)
     np.save(tmp_path / "images.npy", images)
     source = own_source.NumpyImages(tmp_path / "images.npy")
-    data = replace(tiny.data, loader=loader, workers=workers)
+    data = replace(tiny.data, root=None, loader=loader, workers=workers)
     result = sacl_fast.train(replace(tiny, data=data), source=source)
     assert result.finished and result.steps == 6
     assert sacl_fast.load_encoder(result.folder)(torch.zeros(2, 3, 16, 16)).shape == (2, 16)
