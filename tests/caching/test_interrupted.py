@@ -149,7 +149,9 @@ def test_a_full_disk(root: Path, tmp_path: Path) -> None:
 
     def with_limit(limit: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        with pytest.raises(UserError, match=r"cannot write .*/out: File too large \(.*\); (.*)") as caught:
+        with pytest.raises(
+            UserError, match=r"cannot write .*/out: File too large \(.*\); (.*)"
+        ) as caught:
             cached(root, out)
         done = "is kept" in str(caught.value)
         assert folder.exists() == done, caught.value
