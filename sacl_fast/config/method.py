@@ -122,7 +122,8 @@ class SlimConfig(Settings, path="slim"):
     min(1, variance / eps), so 0 there. 'auto': 'damped' where the architecture has two or more
     norms of constant channels in a row, over which an untrained encoder's gradients grow: RepViT to
     1e30, FastViT to 1e13, EfficientViT-M, EfficientViM, MobileOne and GhostNets; ResNets,
-    MobileNets and EfficientNets stay exact."""
+    MobileNets and EfficientNets stay exact. Where it is 'damped', norms also take a channel of
+    variance below eps less its first value, so that rounding of a constant stays rounding."""
     mode: SlimModeSetting = "auto"
     """How the slim passes run, with equal results: 'mask' multiplies masks into the full weights
     and saves no work; 'skip' computes the kept filters only. 'auto' takes 'skip' where that was

@@ -71,7 +71,9 @@ def _estimate(encoder: nn.Module, norms: list[_BatchNorm], batches: Iterable[Ten
     seen = 0
     with ExitStack() as undo:
         for of_norm in constants:
-            undo.callback(of_norm.norm.register_forward_pre_hook(of_norm.take_out).remove)
+            # Before a slicer's hooks, which take a constant's value away.
+            hook = of_norm.norm.register_forward_pre_hook(of_norm.take_out, prepend=True)
+            undo.callback(hook.remove)
         for seen, images in enumerate(batches, start=1):  # noqa: B007
             encoder(images)
     if seen == 0:

@@ -14,41 +14,79 @@ DAMPED: ContextVar[bool] = ContextVar("DAMPED", default=False)
 which sees to ordinary tensors itself."""
 
 
-def damped(x: Tensor, eps: float) -> Tensor:
-    """``x``, to be normalised in training, with its gradient times ``min(1, variance / eps)``.
+def damped(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``x``, to be normalised in training, without what norms in a row make too large.
 
-    A norm multiplies gradients by ``weight / sqrt(variance + eps)``. Of a channel that hardly
-    varies that is ``weight / sqrt(eps)``, 316 times the weight for eps 1e-5, and several such norms
-    in a row multiply theirs. With the factor it is never more than ``weight / sqrt(2 eps)``, and 0
-    for a constant. A channel of variance eps or more keeps its gradient to the bit. The factor is
-    continuous, so how a variance of 0 is rounded does not matter, and no value is read by the host.
+    A norm divides a channel that hardly varies by ``sqrt(eps)``: it multiplies it by 316 for eps
+    1e-5, and several such norms in a row multiply theirs.
+
+    - Forward, they multiply the rounding of the mean, which makes of a constant one that is not 0,
+      and of that, by padding, a map. So a channel of variance beneath eps comes less its first
+      value. A norm gives the same of both, but for the running mean (``put_back``).
+    - Backward, they multiply gradients. So those are multiplied by ``min(1, variance / eps)``; then
+      a norm multiplies them by ``weight / sqrt(2 eps)`` at most, and by 0 for a constant.
+
+    A channel of variance eps or more keeps values and gradient to the bit. No value is read by the
+    host.
 
     Args:
         x: (N, C, ...).
+
+    Returns:
+        what the norm is to be given, like x, and what was taken away of each channel (C,).
     """
-    if not (torch.is_grad_enabled() and x.requires_grad and eps > 0):
-        return x
+    if eps == 0:
+        return x, x.new_zeros(x.shape[1])
     with torch.no_grad():
-        # Batch norm's own statistics: on the CPU, channels-last, ``var`` takes 90 times as long (32
-        # images of 64 x 56 x 56, one core: 1.5 and 135 ms or more).
-        # Of differences to a channel's first value, so that a large constant's is exactly 0.
-        first = x[:1, :, *[slice(1)] * (x.ndim - 2)]
-        _, variance = torch.batch_norm_update_stats(x - first, None, None, 0.0)
+        first, variance = first_and_variance(x)
         factor = (variance / eps).clamp(max=1).to(x.dtype)
-    return _Damped.apply(x, factor.view(1, -1, *[1] * (x.ndim - 2)))
+        taken = torch.where(variance < eps, first, 0)
+    shape = [1, -1, *[1] * (x.ndim - 2)]
+    return _Damped.apply(x, factor.view(shape), taken.view(shape)), taken
 
 
 class _Damped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, factor: Tensor, taken: Tensor) -> Tensor:
         ctx.save_for_backward(factor)
-        return x.view_as(x)
+        return x - taken
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (factor,) = ctx.saved_tensors
-        return gradient * factor, None
+        return gradient * factor, None, None
+
+
+def first_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each channel of (N, C, ...) the first value (C,) and the biased variance (C,), which of a
+    constant is exactly 0, however large that is."""
+    first = x[:1, :, *[slice(1)] * (x.ndim - 2)]
+    # Batch norm's own statistics: on the CPU, channels-last, ``var`` takes 90 times as long (32
+    # images of 64 x 56 x 56, one core: 1.5 and 135 ms or more).
+    _, variance = torch.batch_norm_update_stats(x - first, None, None, 0.0)
+    return first.flatten(), variance
+
+
+@torch.no_grad()
+def put_back(
+    running_mean: Tensor | None, taken: Tensor, momentum: float, index: Tensor | None = None
+) -> None:
+    """Have a running mean, just updated by a norm, be of values from which ``taken`` (K,) was not
+    taken away.
+
+    Args:
+        running_mean: (C,) or None.
+        index: (K,), which of the C channels were given; None: all, in order.
+    """
+    if running_mean is None:
+        return
+    own = momentum * taken.to(running_mean.dtype)
+    # Without autograd's notice: it may have saved the buffer.
+    if index is None:
+        running_mean.data.add_(own)
+    else:
+        running_mean.data.index_add_(0, index, own)
 
 
 def standardize_channels(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

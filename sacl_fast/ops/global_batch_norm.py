@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from sacl_fast.ops.batch_norm import update_running
+from sacl_fast.ops.batch_norm import first_and_variance, put_back, update_running
 from sacl_fast.ops.collectives import world_size
 
 _ops = torch.ops.sacl_fast
@@ -46,7 +46,7 @@ def global_batch_norm(
     Args:
         x: (N, C, ...), on each rank as many samples.
         running_mean, running_var, weight, bias: (C,) or None.
-        damped: have the gradient of x be that of ``ops.batch_norm.damped(x)``.
+        damped: normalise ``ops.batch_norm.damped(x)``, by the first rank's first values.
         count: this rank's values of a channel that the unbiased running variance is of; None:
             those of x.
     """
@@ -73,8 +73,13 @@ class _GlobalBatchNorm(torch.autograd.Function):
         damped: bool,
         count: int,
     ) -> Tensor:
+        taken = _common(*first_and_variance(x), eps) if damped else None
+        if taken is not None:
+            x = x - taken.to(x.dtype).view(_dims(x)[1])
         x = x.contiguous(memory_format=_format(x))
         mean, rstd = _statistics(x, running_mean, running_var, momentum, eps, count)
+        if taken is not None:
+            put_back(running_mean, taken, momentum)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.eps, ctx.damped = eps, damped
         return _normalised(x, weight, bias, mean, rstd, eps)
@@ -106,6 +111,14 @@ class _GlobalBatchNorm(torch.autograd.Function):
 
 def _by_kernels(x: Tensor) -> bool:
     return x.is_cuda
+
+
+def _common(first: Tensor, variance: Tensor, eps: float) -> Tensor:
+    """What is taken away (C,) on all ranks: the first rank's first value of a channel that hardly
+    varies on any, else 0."""
+    own = torch.cat([first.to(variance.dtype), variance])
+    firsts, variances = _ops.all_gather(own).view(world_size(), 2, -1).unbind(1)
+    return torch.where((variances < eps).all(0), firsts[0], 0)
 
 
 def _statistics(

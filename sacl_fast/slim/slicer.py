@@ -15,7 +15,8 @@ operator.
 
 What zeroed filters leave behind is constant, and a batch norm of it multiplies gradients by
 ``weight / sqrt(eps)``. In most encoders none of that arrives anywhere, in some it compounds;
-``norm_gradient="damped"`` bounds it, in both modes alike (``ops.batch_norm.damped``).
+``norm_gradient="damped"`` bounds it, and what rounding makes of constants, in both modes alike
+(``ops.batch_norm.damped``).
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sacl_fast.checks import Pattern, Ratio, checked
 from sacl_fast.config import SlimConfig
 from sacl_fast.config.choices import NormGradient, SlimBatchNorm, SlimMode
-from sacl_fast.encoders.batch_norm import GlobalBatchNorm
 from sacl_fast.encoders.recalibrate import recalibrated
 from sacl_fast.errors import UserError, nearest
-from sacl_fast.ops.batch_norm import DAMPED, damped
+from sacl_fast.ops.batch_norm import DAMPED
 from sacl_fast.ops.slim_conv import BACKEND
 from sacl_fast.slim.channels import Channels, all_channels, channels
 from sacl_fast.slim.checkpointing import Recomputation, blocks_of, checkpointed
-from sacl_fast.slim.tensor import KeptFilters, SlimTensor, dense, resolving
+from sacl_fast.slim.damping import damp
+from sacl_fast.slim.tensor import KeptFilters, dense, resolving
 
 Mode = Literal["dense", "whole", SlimMode]
 Given = dict[nn.Conv2d, dict[str, Tensor]]
@@ -301,7 +302,7 @@ class Slicer(nn.Module):
                 if self.norm_gradient == "damped":
                     undo.callback(DAMPED.reset, DAMPED.set(True))
                     for norm in self._norms:
-                        undo.callback(_damp(norm))
+                        undo.callback(damp(norm))
                 if mode == "skip":
                     self._run_by_rules(self._unslimmed, undo)
             elif mode == "whole":
@@ -355,21 +356,6 @@ def _swap_module(parent: nn.Module, child: str, module: nn.Module) -> Callable[[
     module.train(own.training)
     setattr(parent, child, module)
     return lambda: setattr(parent, child, own)
-
-
-def _damp(norm: nn.Module) -> Callable[[], None]:
-    """Damp the gradient of what a batch norm is given; the rule of slim activations does theirs."""
-    if isinstance(norm, GlobalBatchNorm) and norm.is_global:
-        norm.damped = True
-        return lambda: setattr(norm, "damped", False)
-
-    def before(norm: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        x, *rest = arguments
-        if isinstance(x, SlimTensor) or not norm.training:
-            return None
-        return damped(x, norm.eps), *rest  # type: ignore[arg-type]
-
-    return norm.register_forward_pre_hook(before).remove
 
 
 def _keep_all(conv: nn.Conv2d, given: Given) -> Callable[[], None]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sacl_fast.ops.batch_norm import DAMPED, damped
+from sacl_fast.ops.batch_norm import DAMPED, damped, put_back
 from sacl_fast.ops.batch_norm_act import Activation, batch_norm_act
 from sacl_fast.ops.global_batch_norm import global_batch_norm
 from sacl_fast.ops.slim_batch_norm import slim_batch_norm
@@ -43,17 +43,28 @@ def batch_norm(
     def index(channels: Channels) -> Tensor | None:
         return channels.index(input.device, shape[1])
 
+    all_taken: list[tuple[Tensor, Tensor | None]] = []
+
     def given(p: Part) -> Tensor:
         if not (training and DAMPED.get()) or (over_ranks and len(p.values) > 1):
             return p.values
-        return damped(p.values, eps)
+        values, taken = damped(p.values, eps)
+        all_taken.append((taken, index(p.channels)))
+        return values
+
+    def put_all_back(running_mean: Tensor | None) -> None:
+        for taken, own in all_taken:
+            put_back(running_mean, taken, momentum, own)
+        all_taken.clear()
 
     if not training or over_ranks or weight is None or bias is None:
         norm = running_mean, running_var, weight, bias
         options |= {"training": training, **over_ranks}
-        return by_part(
+        out = by_part(
             input, lambda p: slim_batch_norm(given(p), index(p.channels), count, *norm, **options)
         )
+        put_all_back(running_mean)
+        return out
     parts, zeroed = input.nonzero_parts, input.zeroed
     zeroed_index = None if zeroed is None else zeroed.on(input.device)
     running: tuple[Tensor | None, Tensor | None] = running_mean, running_var
@@ -84,6 +95,7 @@ def batch_norm(
                     given(p), *norm, kept_index=index(p.channels), **options
                 )
                 outputs.append(p._replace(values=values))
+        put_all_back(running[0])
         running = None, None  # whoever asks again has the same batch
         return arranged(outputs, shape)
 
