@@ -31,6 +31,7 @@ from sacl_fast.errors import (
     reason_of,
 )
 from sacl_fast.files import kind_of, user_path
+from sacl_fast.machine import limit_threads
 from sacl_fast.options import parse_options
 from sacl_fast.output import is_courtesy, make_courtesy, open_standard_streams
 from sacl_fast.presets import PRESETS, get_preset
@@ -88,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     open_standard_streams()
     make_courtesy("stderr")
+    limit_threads(os.environ)  # before torch is imported
     status = _run(list(sys.argv[1:] if argv is None else argv))
     if argv is None and status == 128 + signal.SIGINT:
         from sacl_fast.engine.signals import die_of
