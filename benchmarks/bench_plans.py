@@ -59,12 +59,10 @@ def main() -> None:
 def paired(encoder: str, plan: Plan, size: int, batch: int, pairs: int) -> dict[str, float]:
     """The time of a step by plan ``eager``, as a multiple of one by ``plan``."""
     eager, other = made(encoder, "eager", size, batch), made(encoder, plan, size, batch)
-    for i in range(_WARM_UP):
-        seconds(*eager, i), seconds(*other, i)
-    ratios = [seconds(*eager, i) / seconds(*other, i) for i in range(_WARM_UP, _WARM_UP + pairs)]
+    ratios = [seconds(*eager, i) / seconds(*other, i) for i in range(_WARM_UP + pairs)]
     del eager, other
     gc.collect()
-    return percentiles(ratios)
+    return percentiles(ratios[_WARM_UP:])
 
 
 def made(encoder: str, plan: Plan, size: int, batch: int) -> tuple[TrainingStep, Tensor, Tensor]:
