@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-_SPINS = 2000
+_SPINS = 20_000  # tens of microseconds; with fewer, a step of small operators is slower alone
 
 
 class Memory(NamedTuple):
