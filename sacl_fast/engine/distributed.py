@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from sacl_fast.data.loading.workers import worker_count
 from sacl_fast.engine.launch import Launch, read_launch
 from sacl_fast.engine.signals import StopRequest
 from sacl_fast.engine.watch import FAILED, Watch
@@ -31,6 +32,7 @@ _START_UP = timedelta(minutes=5)
 """From the first rank's start to the last's."""
 _ANSWER = 10.0  # seconds beyond it, for a store that says itself what it waited for
 _COLLECTIVE = timedelta(minutes=30)
+_FAILING = 60.0  # seconds from the first rank's failure at something to the last's
 _groups = count()
 """How many groups this process has joined; all ranks join the same ones."""
 
@@ -147,6 +149,19 @@ class Ranks:
             _fail_together(failed if told == self.rank else None, sentences[told])
         return value  # type: ignore[return-value]
 
+    def all_fail(self, what: str) -> bool:
+        """Whether ``what`` failed on every rank, as it did here: whether all come to ask. One that
+        does not may wait in a collective, so no collective can tell."""
+        if self.world_size == 1 or self._store is None:
+            return self.world_size == 1
+        end = time.monotonic() + _FAILING
+        failed = self._store.add(f"failing: {what}", 1)
+        while failed < self.world_size and time.monotonic() < end:
+            time.sleep(0.1)
+            _check_others(self._store)
+            failed = self._store.add(f"failing: {what}", 0)
+        return failed == self.world_size
+
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank."""
         if self.world_size == 1:
@@ -196,6 +211,8 @@ def process_group(requested_device: str) -> Iterator[Ranks]:
     if launch.world_size == 1:
         yield Ranks(0, 1, device)
         return
+    if not os.environ.get("OMP_NUM_THREADS"):
+        share_cores()
     store = _meet(launch)
     watch = Watch(store, launch.rank, launch.world_size)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -222,6 +239,13 @@ def process_group(requested_device: str) -> Iterator[Ranks]:
         if dist.is_initialized():
             dist.destroy_process_group()
         watch.end()
+
+
+def share_cores() -> None:
+    """Have torch's threads be no more than this rank's share of the machine's cores: loops of ranks
+    that each take all cores wait for one another's threads. torchrun gives each rank one thread by
+    OMP_NUM_THREADS, srun does not."""
+    torch.set_num_threads(min(torch.get_num_threads(), worker_count(-1)))
 
 
 def _meet(launch: Launch) -> dist.Store:
@@ -295,7 +319,7 @@ def _tell_the_others(
     store: dist.Store, watch: Watch, error: BaseException
 ) -> OtherRankFailed | None:
     """Say in the store why this rank leaves. Where that is another's failure: what to raise."""
-    lost = isinstance(error, RuntimeError) and _is_of_a_lost_rank(error)
+    lost = isinstance(error, RuntimeError) and is_of_a_lost_rank(error)
     mine = f"rank {watch.rank} failed: {type(error).__name__}: {reason_of(error)}"
     if isinstance(error, UserError):
         mine = f"rank {watch.rank} failed: {error}"
@@ -315,7 +339,7 @@ def _tell_the_others(
     return OtherRankFailed(mine, said=False) if lost else None
 
 
-def _is_of_a_lost_rank(error: RuntimeError) -> bool:
+def is_of_a_lost_rank(error: BaseException) -> bool:
     """Whether a collective or the store failed, rather than something of this rank's own."""
     signs = ("gloo", "Connection closed by peer", "NCCL", "a rank that is waited for")
     return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)

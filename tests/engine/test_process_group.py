@@ -20,7 +20,7 @@ import torch.multiprocessing as mp
 from sacl_fast.config import Config, DataConfig, OptimConfig
 from sacl_fast.engine import distributed, watch
 from sacl_fast.engine.agreement import check_same_settings
-from sacl_fast.engine.distributed import Ranks, process_group
+from sacl_fast.engine.distributed import Ranks, process_group, share_cores
 from sacl_fast.errors import OtherRankFailed, Stopped, UserError
 
 
@@ -330,6 +330,18 @@ def test_torchrun_keeps_the_store_over_a_restart(monkeypatch):
     dist.PrefixStore("sacl_fast 0 0", agent).set("rank 1", "1")
     with pytest.raises(UserError, match="rank 1 of 2 did not come within"), process_group("cpu"):
         pass
+
+
+def test_ranks_share_the_cores_of_their_machine(monkeypatch):
+    before, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    try:
+        torch.set_num_threads(cores + 1)
+        for ranks in (1, 2, cores + 1):
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+            share_cores()
+            assert torch.get_num_threads() == max(1, cores // ranks)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_one_process_needs_no_others():
