@@ -161,10 +161,9 @@ def forecast(
     )
     torch.manual_seed(0)
     networks = build_networks(few)
-    if world_size == 1:
-        passes = choose_passes(
-            config, device, steps_per_epoch=steps_per_epoch, encoder=networks.encoder
-        )
+    passes = choose_passes(
+        config, device, steps_per_epoch=steps_per_epoch, encoder=networks.encoder
+    )
     plan: Plan = "eager" if plan_obstacle(passes.plan, few, _CPU) else passes.plan
     plan = "eager" if plan == "compile" else plan
     own = passes_of(plan, few, _CPU, steps_per_epoch=steps_per_epoch)
