@@ -30,6 +30,7 @@ from sacl_fast.cli import parse_config
 from sacl_fast.config import Config
 from sacl_fast.engine.ceilings import percentiles
 from sacl_fast.engine.convolutions import tried_algorithms
+from sacl_fast.engine.determinism import deterministic
 from sacl_fast.engine.distributed import pick_device
 from sacl_fast.engine.profiling import synchronize
 
@@ -48,16 +49,22 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw the waterfall here")
     own, options = parser.parse_known_args()
     config = parse_config("train", [own.preset, *options])
-    if own.waterfall:
-        found = variants(config)
-        if unknown := set(own.variants or ()) - set(found):
-            parser.error(f"unknown variants {', '.join(unknown)}; there are {', '.join(found)}")
-        chosen = {name: make for name, make in found.items() if name in (own.variants or found)}
-        result = waterfall(config, chosen, steps=own.steps, warmup=own.warmup, json=own.json)
-        if own.plot:
-            plot(result, own.plot)
-        return
-    with tried_algorithms(pick_device(config.device)):  # as training does
+    device = pick_device(config.device)
+    with deterministic(config.deterministic), tried_algorithms(device):  # as training does
+        if own.waterfall:
+            found = variants(config)
+            if unknown := set(own.variants or ()) - set(found):
+                parser.error(f"unknown variants {', '.join(unknown)}; there are {', '.join(found)}")
+            result = waterfall(
+                config,
+                {name: make for name, make in found.items() if name in (own.variants or found)},
+                steps=own.steps,
+                warmup=own.warmup,
+                json=own.json,
+            )
+            if own.plot:
+                plot(result, own.plot)
+            return
         result = measure(config, steps=own.steps, warmup=own.warmup)
         print_table(result)
         if own.trace:

@@ -15,11 +15,12 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from sacl_fast._version import __version__
 from sacl_fast.checks import counted
 from sacl_fast.config import Config
+from sacl_fast.config.choices import BenchVariant
 from sacl_fast.config.file import layered, read_config_file
 from sacl_fast.errors import (
     OtherRankFailed,
@@ -31,6 +32,7 @@ from sacl_fast.errors import (
     reason_of,
 )
 from sacl_fast.files import kind_of, user_path
+from sacl_fast.machine import limit_threads
 from sacl_fast.options import parse_options
 from sacl_fast.output import is_courtesy, make_courtesy, open_standard_streams
 from sacl_fast.presets import PRESETS, get_preset
@@ -88,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     open_standard_streams()
     make_courtesy("stderr")
+    limit_threads(os.environ)  # before torch is imported
     status = _run(list(sys.argv[1:] if argv is None else argv))
     if argv is None and status == 128 + signal.SIGINT:
         from sacl_fast.engine.signals import die_of
@@ -293,10 +296,10 @@ def _bench(args: list[str]) -> None:
         args,
         extra="Times training steps on random images: the paper's pseudocode in eager PyTorch, "
         "then this engine's, a feature at a time. --steps N: how many of each (10). --variants "
-        "A,B: only these of pseudocode, plain, kernels, trial, skip, dense, fused, graph, run, "
-        "compiled (which takes minutes, and is left out otherwise). --out FOLDER: where "
-        "bench.json and bench.png are written, which nothing else is. Options that change no step "
-        "do nothing.",
+        f"A,B: only these of {', '.join(get_args(BenchVariant))} (which takes minutes, and is left "
+        "out otherwise). --out FOLDER: where bench.json and bench.png are written, which nothing "
+        "else is. Ignored, since they change no step: resume, resume-at, epochs, all of data, "
+        "eval, log and checkpoint, and of views all but views.size.",
     )
     # The profiler, which counts memory, warns of what was allocated before it.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

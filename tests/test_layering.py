@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Parts of sacl_fast. "data.views" is a room with a rule of its own where it has a row, and else one
 # module of a part. A part may always import itself.
-COMMON = ("errors", "files", "output", "checks", "config", "_version")
+COMMON = ("errors", "files", "output", "machine", "checks", "config", "_version")
 METHOD = ("ops", "losses", "slim", "encoders", "optim")
 RUN = (*METHOD, "passes", "precision", "data", "engine", "evaluation", "presets")
 COMMANDS = ("transfer", "looking", "deploy", "caching", "bench")
@@ -25,6 +25,7 @@ OURS: dict[str, tuple[str, ...]] = {
     "errors": (),
     "files": (),
     "output": (),
+    "machine": (),
     "checks": (),
     "config": (),
     "precision": (),
@@ -84,6 +85,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "errors": (),
     "files": (),
     "output": (),
+    "machine": (),
     "checks": (),
     "config": ("tyro", "yaml"),
     "presets": ("tyro", "yaml"),

@@ -136,11 +136,12 @@ def fused_kernel(
     for tile in tl.range(program, tiles, programs, disable_licm=True):
         first, count = rows_of(tile, M, pixels, gates is not None, BLOCK_M)
         row_mask = rows < count
-        dy = load_gradient(g, y, coefficients, first, rows, row_mask, outs, out_mask, O)
         raw = load_rows(x, first, rows, row_mask, ins, in_mask, K)
         d = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
         if other is not None:
             d = load_rows(other, first, rows, row_mask, ins, in_mask, K).to(tl.float32)
+        # The widest block last, so that it is not held while the others are loaded.
+        dy = load_gradient(g, y, coefficients, first, rows, row_mask, outs, out_mask, O)
         d = tl.dot(dy, w, d, input_precision=PRECISION)
         if gates is not None:
             store_gate_sums(gates, tile, d, raw, affine, ins, in_mask, K, ACT)
@@ -263,11 +264,12 @@ def weight_kernel(
     for tile in tl.range(split, tl.cdiv(M, BLOCK_M), splits, disable_licm=True):
         first = tile * BLOCK_M
         row_mask = rows < M - first
-        dy = load_gradient(g, y, coefficients, first, rows, row_mask, outs, out_mask, O)
         raw = load_rows(x, first, rows, row_mask, ins, in_mask, K)
         z, _ = normalised(raw, affine, ins, in_mask, K)
         value = gated(activated(z, ACT), gate, first, rows, row_mask, ins, in_mask, K, pixels)
-        acc = tl.dot(tl.trans(dy), value.to(dtype), acc, input_precision=PRECISION)
+        value = value.to(dtype)
+        dy = load_gradient(g, y, coefficients, first, rows, row_mask, outs, out_mask, O)
+        acc = tl.dot(tl.trans(dy), value, acc, input_precision=PRECISION)
     own = partial + split.to(tl.int64) * O * K
     mask = out_mask[:, None] & in_mask[None, :]
     tl.store(own + outs[:, None] * K + ins[None, :], acc, mask=mask)

@@ -96,7 +96,7 @@ def _aligned(K: int, O: int, hopper: bool, processors: int) -> Launch:
         whole=whole,
         fused=fused,
         input=_tile(K, O, 64, 32, 128 if hopper else 64, 8, 3, 1),
-        weight=_tile(K, O, 64 if hopper else 32, 128, 128 if hopper else 64, 8, 3, 1),
+        weight=_tile(K, O, 64, 128, 128, 8, 2, 1) if hopper else _tile(K, O, 32, 128, 64, 8, 3, 1),
     )
 
 

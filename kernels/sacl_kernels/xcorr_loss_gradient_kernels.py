@@ -69,25 +69,27 @@ def gradient_kernel(
 
     c1 = tl.load(diagonals + cols, mask=col_mask, other=1.0)
     to_partner = (-2.0 / N) * (on * (1 - c1) + off * c1)
-    partner = load_block(x + (1 - side) * size, D, first + rows, cols, row_mask, col_mask)
+    # Offsets within the block in 32 bits: 64 would take twice the registers.
+    inside = tl.arange(0, BLOCK_N)[:, None] * D + cols[None, :]
+    mask = row_mask[:, None] & col_mask[None, :]
+    above = tl.cast(block * BLOCK_N, tl.int64) * D
+    tile = x + tl.cast(first, tl.int64) * D + above
+    partner = tl.load(tile + (1 - side) * size + inside, mask=mask, other=0.0)
     dx = scale * acc + partner.to(tl.float32) * to_partner[None, :]
     if GRAM and TARGETS:
         c = tl.load(diagonals + (1 + side) * D + cols, mask=col_mask, other=0.0)
-        target = load_block(x + (2 + side) * size, D, first + rows, cols, row_mask, col_mask)
+        target = tl.load(tile + (2 + side) * size + inside, mask=mask, other=0.0)
         dx += target.to(tl.float32) * ((-2.0 / N) * xd * c)[None, :]
 
-    own = load_block(x + side * size, D, first + rows, cols, row_mask, col_mask).to(tl.float32)
+    own = tl.load(tile + side * size + inside, mask=mask, other=0.0).to(tl.float32)
     total, products = tl.sum(dx, 0), tl.sum(dx * own, 0)  # outside of the masks all is 0
-    target_offsets = (
-        tl.cast(side, tl.int64) * n * D + rows[:, None].to(tl.int64) * D + cols[None, :]
-    )
-    mask = row_mask[:, None] & col_mask[None, :]
+    out_tile = out + tl.cast(side, tl.int64) * n * D + above
     if FUSED:
         factor = tl.load(rstd + side * D + cols, mask=col_mask, other=0.0) * tl.load(grad)
         dz = (dx - (total / N)[None, :] - own * (products / degrees)[None, :]) * factor[None, :]
-        tl.store(out + target_offsets, dz, mask=mask)
+        tl.store(out_tile + inside, dz, mask=mask)
     else:
-        tl.store(out + target_offsets, dx, mask=mask)
+        tl.store(out_tile + inside, dx, mask=mask)
         blocks = tl.num_programs(1)
         own_sums = sums + (side * 2 * blocks + block).to(tl.int64) * D + cols
         tl.store(own_sums, total, mask=col_mask)

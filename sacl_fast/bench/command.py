@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 from sacl_fast.bench.figures import write_json
-from sacl_fast.bench.waterfall import VARIANTS, plot, prepared, variants, waterfall
-from sacl_fast.checks import counted
+from sacl_fast.bench.waterfall import WARM_UP, Make, plot, prepared, variants, waterfall
+from sacl_fast.checks import check, counted
 from sacl_fast.config import Config
+from sacl_fast.config.choices import BenchVariant
 from sacl_fast.engine.ceilings import machine_load
 from sacl_fast.engine.convolutions import tried_algorithms
+from sacl_fast.engine.determinism import deterministic
 from sacl_fast.engine.distributed import pick_device
 from sacl_fast.engine.measure import fitting
 from sacl_fast.engine.preflight import check_run
 from sacl_fast.engine.verdict import other_work
-from sacl_fast.errors import UserError, nearest, reason_of
+from sacl_fast.errors import UserError, reason_of
 from sacl_fast.files import user_path
 
 _STEPS = 10
@@ -36,14 +39,21 @@ def run_bench(config: Config, *, steps: str | None = None, names: str | None = N
     """
     timed, load = _count(steps), machine_load()
     check_run(config)
-    chosen = _chosen(list(variants(config)), names)
+    chosen = _chosen(variants(config), names)
     folder = None if config.out is None else _folder(config.out)
-    with tried_algorithms(pick_device(config.device)):
-        asked, config = config.batch_size, fitting(config, prepared(config)[0], _SECONDS)
+    device = pick_device(config.device)
+    with deterministic(config.deterministic), tried_algorithms(device):  # as training does
+        asked, start = config.batch_size, time.perf_counter()
+        config, ms = fitting(config, prepared(config)[0], _SECONDS)
+        built = time.perf_counter() - start  # and warmed up, as each is
+        of_each = WARM_UP + timed * (2 if device.type == "cpu" else 1)
+        seconds = len(chosen) * (built + 1e-3 * ms * of_each)
         what = f"{config.encoder.name} x {config.encoder.width:g}, {config.views.size} px"
         print(f"{what}, batch {config.batch_size}, {counted(timed, 'step')} of each:")
         if config.batch_size < asked:
             print(f"(one of {asked}, as asked for, takes too long here, or too much memory)")
+        compiling = ", and minutes to compile" if "compiled" in chosen else ""
+        print(f"(about {seconds:.0f} s{compiling})", flush=True)
         makers = variants(config)  # of the batch that fits
         result = waterfall(
             config,
@@ -94,15 +104,13 @@ def _count(given: str | None) -> int:
     return int(given)
 
 
-def _chosen(found: list[str], names: str | None) -> list[str]:
+def _chosen(found: dict[BenchVariant, Make], names: str | None) -> list[BenchVariant]:
     """In their own order, since all are compared with the first."""
     if names is None:
         return [name for name in found if name != "compiled"]
     given = names.split(",")
     for name in given:
-        if name not in VARIANTS:
-            raise UserError(f"there is no variant {name!r}; {nearest(name, found)}")
-        if name not in found:
+        if check(name, BenchVariant, "a name in --variants") not in found:
             raise UserError(
                 f"the variant {name} does not run here, on this device and by these settings; "
                 f"{', '.join(found)} do"

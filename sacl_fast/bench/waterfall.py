@@ -7,7 +7,7 @@ the device before the clock starts:
 pseudocode  the supplement's, in eager PyTorch (``pseudocode.py``)
 plain       ours by plain PyTorch: the loss without D x D matrices, LARS in multi-tensor calls
 kernels     the same with our kernels
-trial       the same, and cuDNN chooses algorithms by trial (on a GPU)
+trial       the same, and cuDNN chooses algorithms by trial (on a GPU, unless deterministic)
 skip        the same, and slim passes skip
 dense       the same, and dense passes are recorded on our operators
 fused       the same, and batch norms are fused into the convolutions around them
@@ -38,8 +38,9 @@ from torch import Tensor
 from sacl_fast.bench.figures import device_name, kernel_launches, peak_bytes, write_json
 from sacl_fast.bench.pseudocode import pseudocode_step
 from sacl_fast.config import Backend, Config
-from sacl_fast.config.choices import Plan, SlimMode, Switch
+from sacl_fast.config.choices import BenchVariant, Plan, SlimMode, Switch
 from sacl_fast.engine.ceilings import percentiles
+from sacl_fast.engine.convolutions import are_tried
 from sacl_fast.engine.distributed import Ranks, pick_device
 from sacl_fast.engine.memory import keep_freed_memory
 from sacl_fast.engine.method import build_method, build_networks
@@ -52,10 +53,7 @@ from sacl_fast.passes import choose_passes, plan_obstacle
 Run = Callable[[Tensor, Tensor, int], Any]
 Make = Callable[[], tuple[Run, Tensor, Tensor]]
 
-VARIANTS = (
-    *("pseudocode", "plain", "kernels", "trial", "skip", "dense", "fused", "graph", "run"),
-    "compiled",
-)
+WARM_UP = 6  # steps until passes are recorded and the step is captured
 
 
 def prepared(config: Config, *, chosen: bool = False) -> tuple[TrainingStep, Tensor, Tensor]:
@@ -95,10 +93,14 @@ def described(config: Config, step: TrainingStep) -> dict[str, Any]:
     }
 
 
-def variants(config: Config) -> dict[str, Make]:
-    """Name -> what makes that step and its views, in the order in which features are added."""
+def variants(config: Config) -> dict[BenchVariant, Make]:
+    """Of those that run here: name -> what makes that step and its views, in the order in which
+    features are added."""
+    device = pick_device(config.device)
+    tried = are_tried(device)
 
     def baseline(*, compiled: bool) -> tuple[Run, Tensor, Tensor]:
+        torch.backends.cudnn.benchmark = compiled and tried
         step, view_a, view_b = prepared(replace(config, backend="torch"))
         run = pseudocode_step(step.method, config, step.amp_dtype, compiled=compiled)
         return run, view_a, view_b
@@ -107,7 +109,7 @@ def variants(config: Config) -> dict[str, Make]:
         backend: Backend,
         mode: SlimMode,
         *,
-        trial: bool = False,
+        trial: bool = tried,
         plan: Plan = "eager",
         graph: Switch = "off",
     ) -> Any:
@@ -117,33 +119,35 @@ def variants(config: Config) -> dict[str, Make]:
         return prepared(replace(config, backend=backend, slim=slim, engine=engine))
 
     def run() -> Any:
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = tried
         return prepared(config, chosen=True)
 
-    found: dict[str, Make] = {
+    found: dict[BenchVariant, Make] = {
         "pseudocode": lambda: baseline(compiled=False),
-        "plain": lambda: ours("torch", "mask"),
-        "kernels": lambda: ours("auto", "mask"),
-        "trial": lambda: ours("auto", "mask", trial=True),
-        "skip": lambda: ours("auto", "skip", trial=True),
-        "dense": lambda: ours("auto", "skip", trial=True, plan="dense+skip"),
-        "fused": lambda: ours("auto", "skip", trial=True, plan="fused"),
-        "graph": lambda: ours("auto", "skip", trial=True, plan="fused", graph="on"),
+        "plain": lambda: ours("torch", "mask", trial=False),
+        "kernels": lambda: ours("auto", "mask", trial=False),
+        "trial": lambda: ours("auto", "mask"),
+        "skip": lambda: ours("auto", "skip"),
+        "dense": lambda: ours("auto", "skip", plan="dense+skip"),
+        "fused": lambda: ours("auto", "skip", plan="fused"),
+        "graph": lambda: ours("auto", "skip", plan="fused", graph="on"),
         "run": run,
         "compiled": lambda: baseline(compiled=True),  # last, since compiling takes minutes
     }
-    device, left_out = pick_device(config.device), set[str]()
+    left_out = set[BenchVariant]()
+    if not tried:
+        left_out |= {"trial"}
     if device.type != "cuda":
-        left_out |= {"trial", "graph"}
+        left_out |= {"graph"}
     if plan_obstacle("fused", replace(config, backend="auto"), device):
         left_out |= {"fused", "graph"}
     if config.backend == "torch":
-        left_out |= set(VARIANTS) - {"pseudocode", "plain", "run", "compiled"}
+        left_out |= set(found) - {"pseudocode", "plain", "run", "compiled"}
     return {name: make for name, make in found.items() if name not in left_out}
 
 
 def waterfall(
-    config: Config, chosen: dict[str, Make], *, steps: int, warmup: int, json: Path | None
+    config: Config, chosen: dict[BenchVariant, Make], *, steps: int, warmup: int, json: Path | None
 ) -> dict[str, Any]:
     """Milliseconds, images/s, launches and peak memory of each variant; ``json`` is written after
     each, so that what was measured stays. One that fails says why and ends no other."""
@@ -186,7 +190,7 @@ def timed_steps(
 ) -> dict[str, Any]:
     """``first``: a step of the first variant, to be timed next to each of these."""
     device = view_a.device
-    for i in range(max(warmup, 6)):  # until passes are recorded and the step is captured
+    for i in range(max(warmup, WARM_UP)):
         run(view_a, view_b, i)
     synchronize(device)
     if device.type == "cuda":

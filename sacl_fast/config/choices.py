@@ -49,4 +49,8 @@ Split = Literal["train", "val"]
 SplitName = Literal["all", Split]
 Projection = Literal["pca", "umap"]
 
+BenchVariant = Literal[
+    "pseudocode", "plain", "kernels", "trial", "skip", "dense", "fused", "graph", "run", "compiled"
+]
+
 ExportFormat = Literal["timm", "onnx", "torch-export", "executorch", "litert", "coreml"]

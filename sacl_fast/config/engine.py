@@ -18,8 +18,8 @@ class EngineConfig(Settings, path="engine"):
     by torch.compile. 'dense+mask', 'dense+skip': dense passes recorded on our operators, slim ones
     in that mode; on a GPU 'dense+skip' fuses batch norms into all but 1x1 convolutions. 'fused':
     both recorded, batch norms fused into the convolutions around them (needs a GPU to pay). 'auto':
-    on one GPU, the fastest of these, tried on the run's own shapes before the first step and
-    remembered; in one process on a CPU 'dense+skip' for encoders with depthwise convolutions, where
+    on GPUs, the fastest of these, tried on the run's own shapes before the first step and
+    remembered; on a CPU 'dense+skip' for encoders with depthwise convolutions, where
     'slim.mode auto' is 'skip'; elsewhere 'eager'."""
     gradient_type: GradientType = "fp32"
     """Among several processes: the type that gradients are sent in. 'bf16' sends half as many bytes

@@ -28,6 +28,7 @@ from sacl_fast.deploy.images import RunImages, open_images
 from sacl_fast.deploy.network import (
     Batches,
     Network,
+    check_ratio,
     make_network,
     needs_images,
     read_widths,
@@ -110,6 +111,8 @@ def export(
     for width in ratios:
         if isinstance(width, str):
             trained.check_width(width)
+        elif width < 1:
+            check_ratio(trained)
     config = trained.config if data is None else _with_data(trained, data)
     needed_for = (
         "--knn" if knn
@@ -240,6 +243,7 @@ class _Export:
         int8: bool = False,
     ) -> Iterator[Exported]:
         """The row of a file that holds; one that does not is removed."""
+        logger.info("running %s, and comparing its features", file)
         written = self.written / file
         about = {
             "name": file,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from sacl_fast.deploy.network import Network
 from sacl_fast.encoders.file import encode_encoder, load_encoder
 from sacl_fast.errors import UserError, reason_of
 from sacl_fast.slim.export import load_compact
+
+logger = logging.getLogger(__name__)
 
 Content = bytes | Mapping[str, bytes]
 """Of a file, or of a folder's files by their paths in it."""
@@ -84,6 +87,7 @@ def _example(network: Network) -> tuple[tuple[Tensor], tuple]:
 
 def _onnx_content(network: Network, fold_norm: bool) -> bytes:
     example, free = _example(network)
+    logger.info("(PyTorch traces and translates it: of many operators, a minute or more)")
     with in_one_sentence(network, "ONNX"):
         program = torch.onnx.export(
             graph_module(network, fold_norm),

@@ -15,6 +15,7 @@ from sacl_fast.deploy.fold import fold_batch_norms
 from sacl_fast.encoders.file import encoder_metadata
 from sacl_fast.errors import UserError
 from sacl_fast.evaluation.trained import Trained, Width, fresh_slicer
+from sacl_fast.slim import Slicer
 from sacl_fast.slim.export import compact_zeroed
 
 logger = logging.getLogger(__name__)
@@ -115,26 +116,35 @@ def make_network(trained: Trained, width: Width | float, batches: Batches | None
     return Network(name, reference, module, metadata)
 
 
-def _at_ratio(trained: Trained, ratio: float, batches: Batches | None) -> dict[str, Tensor]:
-    """The full-size state of the encoder with the strongest filters at a ratio."""
+def check_ratio(trained: Trained) -> None:
+    """Refuse to slim an encoder to a ratio that it was not trained at, where that cannot be."""
     if "dense" not in trained.widths:
         raise UserError(
             f"{trained.path} holds the slim encoder only, in which filters at another ratio cannot "
             "be chosen; the run folder or its encoder.safetensors works"
         )
+    if not _slicer_of(trained).kept:
+        name = trained.config.encoder.name
+        raise UserError(f"encoder {name} has no convolution to slim; width dense works")
+
+
+def _slicer_of(trained: Trained) -> Slicer:
+    """A slicer of the encoder's, with an encoder of its own."""
+    if trained.slicer is not None:
+        return copy.deepcopy(trained.slicer)
+    return fresh_slicer(copy.deepcopy(trained.encoder), trained.config)
+
+
+def _at_ratio(trained: Trained, ratio: float, batches: Batches | None) -> dict[str, Tensor]:
+    """The full-size state of the encoder with the strongest filters at a ratio."""
     if batches is None:
         raise UserError(
             f"width {ratio:g} needs training images, from which batch-norm statistics are "
             "estimated; --data.root names them"
         )
     logger.info("estimating the batch-norm statistics of width %g", ratio)
-    slicer = copy.deepcopy(trained.slicer)  # with an encoder of its own
-    if slicer is None:
-        slicer = fresh_slicer(copy.deepcopy(trained.encoder), trained.config)
+    slicer = _slicer_of(trained)
     slicer.ratio, slicer.enabled = ratio, True
-    if not slicer.skips:
-        name = trained.config.encoder.name
-        raise UserError(f"encoder {name} has no convolution to slim; width dense works")
     slicer.refresh()
     slicer.recalibrate(batches())
     return slicer.slim_state()

@@ -223,3 +223,12 @@ def read_encoder_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
             return dict(file.metadata() or {})
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} is no safetensors file: {reason_of(error)}") from None
+
+
+def normalisation_of(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """``mean`` and ``std`` of images, as an encoder's file says them, if it does.
+
+    Raises:
+        ValueError: they are no JSON.
+    """
+    return {key: json.loads(metadata[key]) for key in ("mean", "std") if key in metadata}

@@ -41,6 +41,9 @@ def recalibrated(encoder: nn.Module, batches: Iterable[Tensor]) -> Iterator[None
     Args:
         batches: images (N, C, H, W) on the encoder's device. Each counts the same, so they should
             be equally large.
+
+    Raises:
+        UserError: there are no batches, or one of them has one value of a channel.
     """
     norms = [m for m in encoder.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     flags = [(module, module.training) for module in encoder.modules()]
@@ -107,6 +110,12 @@ class _Constants:
     def take_out(self, norm: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Zeros in their place, which the norm makes its bias of, without rounding."""
         x, *rest = arguments  # (N, C, ...)
+        if x.shape.numel() <= x.shape[1]:
+            raise UserError(
+                "batch-norm statistics cannot be estimated from one image at a time: maps of shape "
+                f"{tuple(x.shape)} have one value a channel; batches of at least two images work "
+                "(eval.batch_size, and as many training images)"
+            )
         dims = [0, *range(2, x.ndim)]
         low, high = x.amin(dims), x.amax(dims)
         constant = (low == high) & low.isfinite()

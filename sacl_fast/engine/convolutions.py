@@ -8,6 +8,11 @@ from contextlib import contextmanager
 import torch
 
 
+def are_tried(device: torch.device) -> bool:
+    """Whether a run on the device has cuDNN's algorithms tried."""
+    return device.type == "cuda" and not torch.backends.cudnn.deterministic
+
+
 @contextmanager
 def tried_algorithms(device: torch.device) -> Iterator[None]:
     """Within, on a GPU, cuDNN tries its algorithms at the first convolution of each size and takes
@@ -18,8 +23,7 @@ def tried_algorithms(device: torch.device) -> Iterator[None]:
     was set by ``fp32_precision``.
     """
     before = torch.backends.cudnn.benchmark
-    tries = device.type == "cuda" and not torch.backends.cudnn.deterministic
-    torch.backends.cudnn.benchmark = before or tries
+    torch.backends.cudnn.benchmark = before or are_tried(device)
     try:
         yield
     finally:

@@ -48,7 +48,12 @@ def describe(
             f"1 of {gpus} GPUs is used; torchrun --nproc-per-node {gpus} -m sacl_fast train ... "
             "uses all of them"
         )
-    slim = config.slim.ratio < 1
+    slim = config.slim.ratio < 1 and bool(method.slicer.kept)
+    if config.slim.ratio < 1 and not slim:
+        yield (
+            f"{config.encoder.name} has no convolution to slim: slim passes leave nothing out, as "
+            "with slim.ratio 1"
+        )
     unused = {"augment", "draw_views"}  # the loader's, which has said so
     unused.update(() if config.optim.name == "lars" else ("lars",))
     unused.update(() if slim or method.passes.dense == "recorded" else SLIM_OPERATORS)

@@ -2,31 +2,39 @@
 
 Collectives have a limit in minutes, so that what is lost is noticed. What rank 0 alone does, such
 as an evaluation, may take hours: the others then ask the store now and then, which Python does, so
-that signals are seen and so is a rank that failed.
+that signals are seen and so is a rank that failed, or that is gone (``watch``).
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from sacl_fast.data.loading.workers import worker_count
 from sacl_fast.engine.launch import Launch, read_launch
 from sacl_fast.engine.signals import StopRequest
+from sacl_fast.engine.watch import FAILED, Watch
 from sacl_fast.errors import OtherRankFailed, SaidByAnother, Stopped, UserError, reason_of
 
 T = TypeVar("T")
 
 _START_UP = timedelta(minutes=5)
 """From the first rank's start to the last's."""
+_ANSWER = 10.0  # seconds beyond it, for a store that says itself what it waited for
 _COLLECTIVE = timedelta(minutes=30)
-_FAILED = "failed"  # the key under which a rank says why it leaves
+_FAILING = 60.0  # seconds from the first rank's failure at something to the last's
+_groups = count()
+"""How many groups this process has joined; all ranks join the same ones."""
 
 
 class Ranks:
@@ -34,15 +42,21 @@ class Ranks:
 
     Args:
         store: where ranks tell one another more than collectives do; None: by collectives alone.
+        watch: over the other ranks, where there is a store.
     """
 
     def __init__(
-        self, rank: int, world_size: int, device: torch.device, store: dist.Store | None = None
+        self,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        store: dist.Store | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.rank, self.world_size, self.device = rank, world_size, device
         self.stop = StopRequest()
         """Asked while others are waited for."""
-        self._store = store
+        self._store, self._watch = store, watch
         self._meetings = 0
 
     @property
@@ -75,7 +89,8 @@ class Ranks:
             return [function()]
         value, failed, stopped = None, None, None
         try:
-            value = function()
+            with self._finishing():
+                value = function()
         except UserError as error:
             failed = error
             self._call_off()
@@ -96,8 +111,21 @@ class Ranks:
     def check(self) -> None:
         """Raise ``Stopped`` if asked to, or where another rank has ended what all do jointly."""
         self.stop.check()
-        if self._store is not None and self._store.check([f"called off {self._meetings}"]):
-            raise Stopped(0)
+        if self._store is not None:
+            _check_others(self._store)
+            if self._store.check([f"called off {self._meetings}"]):
+                raise Stopped(0)
+
+    @contextmanager
+    def _finishing(self) -> Iterator[None]:
+        """What is done within is not to be ended in its midst, as writing a file is not."""
+        if self._watch is not None:
+            self._watch.working = True
+        try:
+            yield
+        finally:
+            if self._watch is not None:
+                self._watch.working = False
 
     def _call_off(self) -> None:
         """Have the others end what they do before the next meeting, if they ``check``."""
@@ -120,6 +148,19 @@ class Ranks:
         if told is not None:
             _fail_together(failed if told == self.rank else None, sentences[told])
         return value  # type: ignore[return-value]
+
+    def all_fail(self, what: str) -> bool:
+        """Whether ``what`` failed on every rank, as it did here: whether all come to ask. One that
+        does not may wait in a collective, so no collective can tell."""
+        if self.world_size == 1 or self._store is None:
+            return self.world_size == 1
+        end = time.monotonic() + _FAILING
+        failed = self._store.add(f"failing: {what}", 1)
+        while failed < self.world_size and time.monotonic() < end:
+            time.sleep(0.1)
+            _check_others(self._store)
+            failed = self._store.add(f"failing: {what}", 0)
+        return failed == self.world_size
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank."""
@@ -147,8 +188,7 @@ class Ranks:
             if self.stop.number:
                 self._call_off()
             self.stop.check_wait()
-            if store.check([_FAILED]):
-                raise RuntimeError("a rank that is waited for has failed")
+            _check_others(store)
             here = store.add(key, 0)
         self._meetings += 1
 
@@ -171,43 +211,65 @@ def process_group(requested_device: str) -> Iterator[Ranks]:
     if launch.world_size == 1:
         yield Ranks(0, 1, device)
         return
+    if not os.environ.get("OMP_NUM_THREADS"):
+        share_cores()
     store = _meet(launch)
+    watch = Watch(store, launch.rank, launch.world_size)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=_COLLECTIVE
-    )
     try:
-        yield Ranks(launch.rank, launch.world_size, device, store)
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=_COLLECTIVE,
+        )
+        yield Ranks(launch.rank, launch.world_size, device, store, watch)
     except BaseException as error:
         together = isinstance(error, SaidByAnother) or (
             isinstance(error, Stopped) and error.everywhere
         )
         if together:
             raise
-        earlier = _tell_the_others(store, launch.rank, error)
+        earlier = _tell_the_others(store, watch, error)
         if earlier is not None:
             raise earlier from error
         raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        watch.end()
+
+
+def share_cores() -> None:
+    """Have torch's threads be no more than this rank's share of the machine's cores: loops of ranks
+    that each take all cores wait for one another's threads. torchrun gives each rank one thread by
+    OMP_NUM_THREADS, srun does not."""
+    torch.set_num_threads(min(torch.get_num_threads(), worker_count(-1)))
 
 
 def _meet(launch: Launch) -> dist.Store:
     """The store of this start of all processes, once all of them are there."""
     try:
-        store, _, _ = next(iter(dist.rendezvous("env://", timeout=_START_UP)))
+        store = _reach(launch)
         # torchrun's own store outlives a restart, and the addresses in it are of the dead.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"sacl_fast {attempt}", store)
+        store = dist.PrefixStore(f"sacl_fast {attempt} {next(_groups)}", store)
         store.set_timeout(_START_UP)
         names = [f"rank {rank}" for rank in range(launch.world_size)]
-        store.set(names[launch.rank], "here")
+        first = store.add(names[launch.rank], 1) == 1
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"rank {launch.rank} of {launch.world_size} does not reach the others at "
             f"{launch.address} ({reason_of(error)}); MASTER_ADDR and MASTER_PORT name rank 0's "
             "host and a free port there, and WORLD_SIZE=1 trains alone"
         ) from None
+    if not first:
+        raise UserError(
+            f"there is a rank {launch.rank} at {launch.address} already, of another run or of an "
+            "earlier one that was not ended; ending that works, and so does another MASTER_PORT, "
+            "the same for all ranks"
+        )
     try:
         store.wait(names, _START_UP)
     except RuntimeError:
@@ -220,26 +282,64 @@ def _meet(launch: Launch) -> dist.Store:
     return store
 
 
-def _tell_the_others(store: dist.Store, rank: int, error: BaseException) -> OtherRankFailed | None:
+def _reach(launch: Launch) -> dist.Store:
+    """The store at the launch's address. It is asked for by a thread, since what listens there may
+    be something else, and torch waits for its answer for ever."""
+    found: list[dist.Store | Exception] = []
+
+    def ask() -> None:
+        try:
+            found.append(_store_at(launch))
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=ask, name="store of the ranks", daemon=True)
+    thread.start()
+    thread.join(_START_UP.total_seconds() + _ANSWER)
+    if not found:
+        raise ValueError("what listens there does not answer as rank 0 would")
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
+@cache
+def _store_at(launch: Launch) -> dist.Store:
+    """As long as this process lives, so that the others can still ask rank 0's."""
+    store, _, _ = next(iter(dist.rendezvous("env://", timeout=_START_UP)))
+    return store
+
+
+def _check_others(store: dist.Store) -> None:
+    if store.check([FAILED]):
+        raise RuntimeError("a rank that is waited for has failed")
+
+
+def _tell_the_others(
+    store: dist.Store, watch: Watch, error: BaseException
+) -> OtherRankFailed | None:
     """Say in the store why this rank leaves. Where that is another's failure: what to raise."""
-    lost = isinstance(error, RuntimeError) and _is_of_a_lost_rank(error)
-    mine = f"rank {rank} failed: {type(error).__name__}: {reason_of(error)}"
+    lost = isinstance(error, RuntimeError) and is_of_a_lost_rank(error)
+    mine = f"rank {watch.rank} failed: {type(error).__name__}: {reason_of(error)}"
     if isinstance(error, UserError):
-        mine = f"rank {rank} failed: {error}"
+        mine = f"rank {watch.rank} failed: {error}"
     if isinstance(error, Stopped):
-        mine = f"rank {rank} was stopped"
+        mine = f"rank {watch.rank} was stopped"
     if lost:
-        mine = f"another process of this run was lost ({reason_of(error)})"
+        mine = (
+            f"another process of this run was lost ({reason_of(error)}); --resume auto goes on "
+            "from the last checkpoint"
+        )
     try:
-        first = store.compare_set(_FAILED, "", mine).decode()
+        first = store.compare_set(FAILED, "", mine).decode()
     except RuntimeError:  # the store's process is gone
         first = mine
     if first != mine:
-        return OtherRankFailed(first, said=True)
+        return OtherRankFailed(first, said=first != watch.found)
     return OtherRankFailed(mine, said=False) if lost else None
 
 
-def _is_of_a_lost_rank(error: RuntimeError) -> bool:
+def is_of_a_lost_rank(error: BaseException) -> bool:
     """Whether a collective or the store failed, rather than something of this rank's own."""
     signs = ("gloo", "Connection closed by peer", "NCCL", "a rank that is waited for")
     return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)

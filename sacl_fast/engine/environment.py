@@ -27,7 +27,9 @@ from rich.table import Table
 from rich.text import Text
 
 from sacl_fast._version import __version__
+from sacl_fast.checks import counted
 from sacl_fast.config.choices import Backend
+from sacl_fast.machine import usable_cores
 from sacl_fast.ops.backend import (
     FUSED_OPERATORS,
     OPERATORS,
@@ -52,7 +54,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
-        "cpu_usable": len(os.sched_getaffinity(0)),
+        "cpu_usable": usable_cores(),
         **{name: _version(name) for name in ("torch", "torchvision", "timm", "triton", "numpy")},
         "dali": _version("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
         "cuda": torch.version.cuda,
@@ -128,7 +130,7 @@ def print_doctor(stream: TextIO | None = None) -> None:
     findings = doctor()
     console.print(
         f"sacl-fast {__version__}, Python {platform.python_version()}, {platform.system()} "
-        f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPU cores"
+        f"{platform.machine()}, {counted(usable_cores(), 'CPU core')}"
     )
     for section in ("packages", "devices", "backends"):
         console.print(f"\n[bold]{section.capitalize()}[/bold]")

@@ -145,7 +145,7 @@ def measure(config: Config, *, seconds: float = 25.0) -> Measured:
 def _measure(config: Config, ranks: Ranks, seconds: float) -> Measured:
     load = machine_load()
     step = _build(config, ranks)
-    asked, config = config.batch_size, fitting(config, step)
+    asked, (config, _) = config.batch_size, fitting(config, step, _STEP)
     whole = _steps(step, config, config.batch_size, seconds=seconds / 5, warm_up=0)
     few_images = min(_FEW * config.engine.accumulate, config.batch_size)
     few = _steps(step, config, few_images, seconds=seconds / 25)
@@ -236,9 +236,9 @@ def _build(config: Config, ranks: Ranks, per_epoch: int = _PER_EPOCH) -> Trainin
     return step
 
 
-def fitting(config: Config, step: TrainingStep, seconds: float | None = None) -> Config:
-    """With the batch halved until its step fits into memory and takes no longer than that."""
-    seconds = _STEP if seconds is None else seconds
+def fitting(config: Config, step: TrainingStep, seconds: float) -> tuple[Config, float]:
+    """With the batch halved until its step fits into memory and takes no longer than that; and the
+    milliseconds of that step."""
 
     def milliseconds(images: int) -> float | None:
         try:
@@ -258,9 +258,9 @@ def fitting(config: Config, step: TrainingStep, seconds: float | None = None) ->
     each = max(0.0, time_of_some - few) / max(1, some - least)
     while batch > 2 * least and few + each * batch > 1e3 * seconds:
         batch //= 2
-    while milliseconds(parts * batch) is None:
+    while (time_of_all := milliseconds(parts * batch)) is None:
         batch //= 2
-    return replace(config, batch_size=parts * batch)
+    return replace(config, batch_size=parts * batch), time_of_all
 
 
 def _looked_into(config: Config, step: TrainingStep) -> tuple[Figures, Traffic]:

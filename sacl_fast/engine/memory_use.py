@@ -8,14 +8,11 @@ than for a few.
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 import weakref
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +25,7 @@ from sacl_fast.config.choices import Plan
 from sacl_fast.engine.distributed import Ranks
 from sacl_fast.engine.method import build_method, build_networks
 from sacl_fast.engine.step import TrainingStep
+from sacl_fast.machine import usable_memory
 from sacl_fast.passes import choose_passes, passes_of, plan_obstacle
 from sacl_fast.precision import autocast_dtype
 
@@ -64,15 +62,7 @@ def memory_here(device: torch.device) -> tuple[int, int]:
     if device.type == "mps":
         total = torch.mps.recommended_max_memory()
         return total, total - torch.mps.driver_allocated_memory()
-    total = free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError):
-        text = Path("/proc/meminfo").read_text()
-        free = 1024 * int(text.partition("MemAvailable:")[2].split()[0])
-    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
-    if limit.is_file() and (most := limit.read_text().strip()).isdigit():
-        used = int(limit.with_name("memory.current").read_text())
-        total, free = min(total, int(most)), min(free, int(most) - used)
-    return total, free
+    return usable_memory()
 
 
 class LiveBytes(TorchDispatchMode):
@@ -171,10 +161,9 @@ def forecast(
     )
     torch.manual_seed(0)
     networks = build_networks(few)
-    if world_size == 1:
-        passes = choose_passes(
-            config, device, steps_per_epoch=steps_per_epoch, encoder=networks.encoder
-        )
+    passes = choose_passes(
+        config, device, steps_per_epoch=steps_per_epoch, encoder=networks.encoder
+    )
     plan: Plan = "eager" if plan_obstacle(passes.plan, few, _CPU) else passes.plan
     plan = "eager" if plan == "compile" else plan
     own = passes_of(plan, few, _CPU, steps_per_epoch=steps_per_epoch)

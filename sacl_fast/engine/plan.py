@@ -1,10 +1,15 @@
-"""Which plan a run takes (``engine.plan auto``): on one GPU, the fastest of those that are right.
+"""Which plan a run takes (``engine.plan auto``): on GPUs, the fastest of those that are right.
 
 Every candidate computes a few steps on random views of the run's own shapes, before the first real
 one; weights, running statistics and random numbers are put back afterwards. One whose embeddings or
 gradients are further from those in float32 than rounding explains, or that fails, is left out, with
 the reason in the log. The choice is remembered (``plans.json`` in the user's cache folder) for the
 device, the versions and the shapes, and a run that is resumed keeps the plan of its checkpoint.
+
+Ranks try the same plans at the same time, since passes wait for one another in the batch norms.
+What decides is all ranks': an obstacle, an error or a wrong value of any, and the time of the
+slowest. A plan first runs on each rank alone, where one that fails keeps no other waiting. One that
+fails later, on all ranks, is left out; if it is not all, the others wait in it, and the run ends.
 """
 
 from __future__ import annotations
@@ -26,11 +31,13 @@ from torch import Tensor
 from sacl_fast import _version
 from sacl_fast.config import Config, to_dict
 from sacl_fast.config.choices import Plan
+from sacl_fast.encoders.batch_norm import local_batch_norm
+from sacl_fast.engine.agreement import differ
 from sacl_fast.engine.cuda_graph import StepGraph
+from sacl_fast.engine.distributed import Ranks, is_of_a_lost_rank
 from sacl_fast.engine.step import TrainingStep
 from sacl_fast.errors import UserError
 from sacl_fast.files import user_cache, whole_file
-from sacl_fast.ops.collectives import world_size
 from sacl_fast.passes import Passes, passes_of, plan_obstacle
 from sacl_fast.precision import autocast
 
@@ -60,16 +67,16 @@ class Trial:
 
 
 def take_plan(config: Config, step: TrainingStep, resumed: Plan | None) -> None:
-    """Where ``engine.plan`` is ``auto``, in one process: have the step's model run by the plan that
-    it was resumed from; or on a GPU by the best one, unless nothing is to be chosen by time
-    (``deterministic``).
+    """Where ``engine.plan`` is ``auto``: have the step's model run by the plan that it was resumed
+    from; or on a GPU by the best one, unless nothing is to be chosen by time (``deterministic``).
+    All ranks must ask, and take the same.
 
     Args:
         resumed: the plan of the checkpoint that the run goes on from; None where it starts.
     """
-    if config.engine.plan != "auto" or config.deterministic or world_size() > 1:
+    if config.engine.plan != "auto" or config.deterministic:
         return
-    if resumed is not None and not plan_obstacle(resumed, config, step.device):
+    if resumed is not None and not _obstacle_of_any(resumed, config, step):
         plan, reason = resumed, "as before it was resumed"
     elif _may_try(step):
         plan, reason = _fastest(config, step)
@@ -88,15 +95,26 @@ def _may_try(step: TrainingStep) -> bool:
 
 
 def _fastest(config: Config, step: TrainingStep) -> tuple[Plan, str]:
-    key, known = _key(config, step), _remembered()
+    ranks = step.ranks
+    key, known = _key(config, step), ranks.on_first(_remembered)
     found: Iterator[Plan] = (plan for plan in get_args(Plan) if plan == known.get(key))
     plan = next(found, None)
-    if plan is not None and not plan_obstacle(plan, config, step.device):
+    if plan is not None and not _obstacle_of_any(plan, config, step):
         return plan, f"the fastest when it was tried here before; {_cache()} remembers"
     trials = try_plans(config, step)
     best = min((t for t in trials if t.milliseconds), key=lambda t: t.milliseconds or 0.0)
-    _remember({**known, key: best.plan})
+    if ranks.first:
+        _remember({**known, key: best.plan})
     return best.plan, f"tried: {', '.join(map(str, trials))}"
+
+
+def _obstacle_of_any(plan: Plan, config: Config, step: TrainingStep) -> str:
+    return _of_any(step.ranks, plan_obstacle(plan, config, step.device))
+
+
+def _of_any(ranks: Ranks, why_not: str | None) -> str:
+    """What speaks against a plan on the first rank where something does, on every rank."""
+    return next(filter(None, ranks.gather(why_not)), "")
 
 
 # --- trying -----------------------------------------------------------------------------------
@@ -105,34 +123,74 @@ def _fastest(config: Config, step: TrainingStep) -> tuple[Plan, str]:
 def try_plans(
     config: Config, step: TrainingStep, plans: tuple[Plan, ...] = get_args(Plan)
 ) -> list[Trial]:
-    """Each plan's time for a step of the run's shapes, the first one's the reference."""
-    method, trials, started = step.method, [], time.monotonic()
+    """Each plan's time for a step of the run's shapes, the first one's the reference.
+
+    Raises:
+        UserError: a plan failed on some ranks while others went on, or has left the GPU unusable.
+    """
+    method, trials, started, ranks = step.method, [], time.monotonic(), step.ranks
     own = method.passes
-    exact = _results(step, config, _few_views(config, step.device), None)
+    exact = _results(step, config, _few_views(config, step), None)
     rounding: dict[str, float] = {}
     try:
         for plan in plans:
-            if why_not := why_not_tried(plan, config, step.device, time.monotonic() - started):
+            spent = time.monotonic() - started
+            if why_not := _of_any(ranks, why_not_tried(plan, config, step.device, spent)):
                 trials.append(Trial(plan, None, why_not))
                 continue
             passes = passes_of(plan, config, step.device, steps_per_epoch=step.steps_per_epoch)
+            if rounding and ranks.world_size > 1:
+                why_not = "it differs between ranks" if differ(passes, ranks) else ""
+                if why_not := why_not or _of_any(ranks, _failure_alone(passes, step, config)):
+                    trials.append(Trial(plan, None, why_not))
+                    continue
             try:
                 trials.append(_try(plan, passes, step, config, exact, rounding))
             except Exception as error:  # whatever a kernel meets here, training goes on without
-                if not rounding:
-                    raise  # the reference itself
-                logger.debug("plan %s", plan, exc_info=True)
-                first, *_ = str(error).splitlines() or [""]
-                if first.startswith("CUDA error"):  # which no later call gets over
+                if not rounding or is_of_a_lost_rank(error):
+                    raise  # the reference itself, or no fault of the plan's
+                why_not = _failure(plan, error)
+                if not ranks.all_fail(f"plan {plan}"):
                     raise UserError(
-                        f"trying engine.plan {plan} ended in '{first[:120]}', after which the GPU "
-                        "cannot be used in this process; --engine.plan eager works"
+                        f"trying engine.plan {plan} failed on rank {ranks.rank} and not on all "
+                        f"({why_not}); --engine.plan eager works"
                     ) from error
-                trials.append(Trial(plan, None, f"{type(error).__name__}: {first[:120]}"))
+                trials.append(Trial(plan, None, why_not))
     finally:
         method.run_by(own)
         method.zero_grad(set_to_none=True)
     return trials
+
+
+def _failure(plan: Plan, error: Exception) -> str:
+    """What a trial ended in."""
+    logger.debug("plan %s", plan, exc_info=error)
+    first, *_ = str(error).splitlines() or [""]
+    if first.startswith("CUDA error"):  # which no later call gets over
+        raise UserError(
+            f"trying engine.plan {plan} ended in '{first[:120]}', after which the GPU "
+            "cannot be used in this process; --engine.plan eager works"
+        ) from error
+    return f"{type(error).__name__}: {first[:120]}"
+
+
+def _failure_alone(passes: Passes, step: TrainingStep, config: Config) -> str:
+    """How a plan's passes fail on this rank without collectives; empty where they do not."""
+    method, views = step.method, random_views(config, step.device, _part(config, step.ranks))
+    method.run_by(passes)
+    gather, method.gather = method.gather, False
+    try:
+        with local_batch_norm(method), _kept_as_it_is(step):
+            for _ in range(_WARM_UP):
+                with autocast(step.device, step.amp_dtype):
+                    embeddings = method(*views)
+                step.backward(embeddings.z1.float().sum() + embeddings.z2.float().sum())
+            _synchronize(step.device)
+    except Exception as error:
+        return _failure(passes.plan, error)
+    finally:
+        method.gather = gather
+    return ""
 
 
 def why_not_tried(
@@ -159,18 +217,23 @@ def _try(
     exact: dict[str, Tensor],
     rounding: dict[str, float],
 ) -> Trial:
+    ranks = step.ranks
     step.method.run_by(passes)
-    views = _few_views(config, step.device)
+    views = _few_views(config, step)
     for _ in range(_WARM_UP - 1):
         _results(step, config, views, step.amp_dtype)
     found = _results(step, config, views, step.amp_dtype)
     off = {name: _distance(found[name], exact[name]) for name in exact}
     if not rounding:
         rounding.update(off)
-    for name, distance in off.items():
-        if not distance <= _ROUNDING * rounding[name] + _FLOOR:
-            return Trial(plan, None, f"its {name} are off by {distance:.1e}")
-    views = random_views(config, step.device, _part(config))
+    wrong = (
+        f"its {name} are off by {distance:.1e}"
+        for name, distance in off.items()
+        if not distance <= _ROUNDING * rounding[name] + _FLOOR
+    )
+    if why_not := _of_any(ranks, next(wrong, None)):
+        return Trial(plan, None, why_not)
+    views = random_views(config, step.device, _part(config, ranks))
     run: Callable[[], object] = partial(_forward_and_backward, step, views, step.amp_dtype)
     with _kept_as_it_is(step):
         for _ in range(_WARM_UP):
@@ -182,7 +245,8 @@ def _try(
         for _ in range(_TIMED):
             run()
         _synchronize(step.device)
-    return Trial(plan, 1e3 * (time.perf_counter() - start) / _TIMED)
+    own = 1e3 * (time.perf_counter() - start) / _TIMED
+    return Trial(plan, max(ranks.gather(own)))
 
 
 def _captured(run: Callable[[], object], graph: StepGraph) -> Callable[[], object]:
@@ -195,13 +259,13 @@ def _captured(run: Callable[[], object], graph: StepGraph) -> Callable[[], objec
     return replay
 
 
-def _part(config: Config) -> int:
+def _part(config: Config, ranks: Ranks) -> int:
     """Images that the passes are given at once."""
-    return config.batch_size // config.engine.accumulate
+    return config.batch_size // ranks.world_size // config.engine.accumulate
 
 
-def _few_views(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
-    return random_views(config, device, min(_CHECKED, _part(config)))
+def _few_views(config: Config, step: TrainingStep) -> tuple[Tensor, Tensor]:
+    return random_views(config, step.device, min(_CHECKED, _part(config, step.ranks)))
 
 
 def random_views(config: Config, device: torch.device, most: int) -> tuple[Tensor, Tensor]:
@@ -248,15 +312,17 @@ def _distance(x: Tensor, exact: Tensor) -> float:
 
 @contextmanager
 def _kept_as_it_is(step: TrainingStep) -> Iterator[None]:
-    """At its end, buffers and random numbers are what they were."""
+    """At its end, after errors too, buffers and random numbers are what they were."""
     buffers = [(b, b.detach().clone()) for b in step.method.buffers()]
     devices = [step.device] if step.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(0)
-        yield
-    with torch.no_grad():
-        for buffer, value in buffers:
-            buffer.copy_(value)
+    try:
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -280,6 +346,7 @@ def _key(config: Config, step: TrainingStep) -> str:
     told |= {name: own["engine"][name] for name in ("accumulate", "activation_checkpointing")}
     told |= {
         "graph": step.graph is not None,
+        "ranks": step.ranks.world_size,
         "size": config.views.size,
         "torch": torch.__version__,
         "own": _version.__version__,

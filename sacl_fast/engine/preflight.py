@@ -6,7 +6,6 @@ machine, or on how many images there are.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 from sacl_fast.checks import check, counted
@@ -16,6 +15,7 @@ from sacl_fast.data.loading.workers import worker_count
 from sacl_fast.engine.launch import read_launch
 from sacl_fast.errors import UserError
 from sacl_fast.files import user_path
+from sacl_fast.machine import usable_memory
 
 _LEFT_OUT = 0.1  # of an epoch's images: so many are worth a word
 
@@ -43,10 +43,11 @@ def check_run(config: Config) -> None:
     check_parts(config.batch_size, config.engine.accumulate, read_launch().world_size)
     head = config.projector
     weights = head.hidden * (head.hidden * max(0, head.layers - 2) + head.out)
-    if 4 * weights > _memory():
+    memory = usable_memory().total
+    if 4 * weights > memory:
         raise UserError(
             f"projector.hidden is {head.hidden} and projector.out {head.out}: {4e-9 * weights:.0f} "
-            f"GB of weights, and this machine has {1e-9 * _memory():.0f} GB of memory; smaller "
+            f"GB of weights, and this machine has {1e-9 * memory:.0f} GB of memory; smaller "
             "ones work, such as 2048"
         )
     cores = worker_count(-1)
@@ -63,10 +64,6 @@ def check_run(config: Config) -> None:
                 f"{most} works, "
                 "and -1 takes what suits"
             )
-
-
-def _memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def remarks(config: Config, images: int) -> Iterator[str]:

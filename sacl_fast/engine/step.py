@@ -44,6 +44,7 @@ class TrainingStep:
         device = ranks.device
         self.backends = resolve_all(config.backend, device)
         self.config = config
+        self.ranks = ranks
         self.device = device
         self.amp_dtype = autocast_dtype(config.precision, device)
         self.method = _on_device(method, device, channels_last=config.channels_last)

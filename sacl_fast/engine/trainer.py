@@ -19,7 +19,7 @@ from sacl_fast.data.loading.open import open_view_loader
 from sacl_fast.data.loading.waiting import NoBatch
 from sacl_fast.encoders.file import encode_encoder
 from sacl_fast.engine import run_folder as files
-from sacl_fast.engine.agreement import check_same_settings
+from sacl_fast.engine.agreement import check_same_settings, passes_of_all
 from sacl_fast.engine.best import Best
 from sacl_fast.engine.checkpoint import checkpoint_path, mark_best, random_state, save_checkpoint
 from sacl_fast.engine.clock import Clock
@@ -51,7 +51,6 @@ from sacl_fast.engine.resume import (
 from sacl_fast.engine.signals import StopRequest
 from sacl_fast.engine.step import TrainingStep
 from sacl_fast.errors import Stopped, UserError
-from sacl_fast.passes import choose_passes
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +123,8 @@ class Run:
             check=self.stop.check_wait,  # the others go on to the step that all stop at
         )
         steps_per_epoch = self.loader.steps_per_epoch
-        passes = choose_passes(
-            config, ranks.device, steps_per_epoch=steps_per_epoch, encoder=networks.encoder
+        passes = passes_of_all(
+            config, ranks, steps_per_epoch=steps_per_epoch, encoder=networks.encoder
         )
         self.method = build_method(config, passes, networks)
         self.method.slicer.enabled = config.slim.warmup_epochs == 0

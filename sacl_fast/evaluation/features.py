@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +31,24 @@ def extract_features(
         amp_dtype: autocast type of the encoder (None: no autocast).
 
     Raises:
-        UserError: there are no images.
+        UserError: there are no images, or the encoder gives no features.
     """
     features, labels = extract_share(encoder, loader, device=device, amp_dtype=amp_dtype)
     if not len(features):
         raise UserError("there are no images to extract features from: the data set is empty")
     return features, labels
+
+
+def as_features(given: Any) -> Tensor:
+    """What an encoder gives for a batch, (N, F), as float32.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if not isinstance(given, Tensor) or given.ndim != 2:
+        shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        raise UserError(f"the encoder gives {shape} for a batch; features (N, F) work")
+    return given.float()
 
 
 @torch.no_grad()
@@ -51,7 +64,7 @@ def extract_share(
     labels: list[Tensor] = []
     with autocast(device, amp_dtype):
         for images, targets in loader:
-            features.append(encoder(images.to(device, non_blocking=True)).float())
+            features.append(as_features(encoder(images.to(device, non_blocking=True))))
             labels.append(targets)
     if not features:
         return torch.zeros(0, 0, device=device), torch.zeros(0, dtype=torch.int64, device=device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import timm
@@ -13,13 +14,31 @@ from torch import Tensor, nn
 from sacl_fast.config import Config, ViewsConfig
 from sacl_fast.config.choices import Width
 from sacl_fast.config.evaluation import Evaluation
+from sacl_fast.encoders.file import normalisation_of, read_encoder_metadata
 from sacl_fast.encoders.recalibrate import recalibrated
 from sacl_fast.errors import UserError, reason_and_remedy, reason_of
+from sacl_fast.evaluation.features import as_features
 from sacl_fast.evaluation.trained import Trained, fresh_encoder, fresh_slicer
 from sacl_fast.files import kind_of, user_path
 
 Batches = Callable[[], Iterable[Tensor]]
 """Gives images (B, 3, S, S), normalised, on the device of the evaluation."""
+
+
+class GivenEncoder(nn.Module):
+    """A module of anybody's as an encoder: images (N, 3, S, S) of its own type to features (N, F)
+    float32."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        tensors = (*module.parameters(), *module.buffers())
+        self.device = tensors[0].device if tensors else torch.device("cpu")
+        floating = (tensor.dtype for tensor in tensors if tensor.is_floating_point())
+        self.dtype = next(floating, torch.float32)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return as_features(self.module(images.to(self.dtype)))
 
 
 class Network(NamedTuple):
@@ -98,7 +117,7 @@ def _untrained(config: Config, width: Width, device: torch.device, batches: Batc
 
 def supervised_encoder(config: Config, source: str) -> tuple[nn.Module, ViewsConfig]:
     """The configured encoder with supervised weights, on the CPU, in eval mode, and the views with
-    the normalisation that timm names for them.
+    the normalisation that the file names for them, or else timm.
 
     Args:
         source: ``timm`` downloads timm's weights; or the path of a file that holds some.
@@ -108,6 +127,9 @@ def supervised_encoder(config: Config, source: str) -> tuple[nn.Module, ViewsCon
     """
     name = config.encoder.name
     made_for = timm.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
+    views = config.views
+    if made_for is not None:
+        views = replace(views, mean=tuple(made_for.mean), std=tuple(made_for.std))
     if source == "timm":
         if made_for is None or not made_for.has_weights:
             raise UserError(
@@ -131,6 +153,7 @@ def supervised_encoder(config: Config, source: str) -> tuple[nn.Module, ViewsCon
             raise UserError(
                 f"no weights can be read from {path}: {reason_and_remedy(error)}"
             ) from error
+        views = _as_the_file_says(views, path)
     encoder = fresh_encoder(config)
     try:
         missing = encoder.load_state_dict(state, strict=False).missing_keys
@@ -144,7 +167,18 @@ def supervised_encoder(config: Config, source: str) -> tuple[nn.Module, ViewsCon
             f"the supervised weights ({source}) are not of {name}: {len(missing)} tensors are "
             f"missing, {missing[0]} first"
         )
-    views = config.views
-    if made_for is not None:
-        views = replace(views, mean=tuple(made_for.mean), std=tuple(made_for.std))
     return encoder, views
+
+
+def _as_the_file_says(views: ViewsConfig, path: Path) -> ViewsConfig:
+    """Those with the normalisation that a file of weights names, if it does."""
+    try:
+        said = read_encoder_metadata(path)
+    except UserError:  # not of safetensors
+        return views
+    try:
+        return replace(views, **normalisation_of(said))
+    except ValueError as error:
+        raise UserError(
+            f"what {path} says of itself cannot be understood: {reason_of(error)}"
+        ) from error

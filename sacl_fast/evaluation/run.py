@@ -46,7 +46,7 @@ from sacl_fast.evaluation.images import (
 from sacl_fast.evaluation.knn import knn_predictions
 from sacl_fast.evaluation.linear import fit_linear
 from sacl_fast.evaluation.named_images import require_images
-from sacl_fast.evaluation.networks import Batches, Network, networks_of
+from sacl_fast.evaluation.networks import Batches, GivenEncoder, Network, networks_of
 from sacl_fast.evaluation.progress import EvaluationProgress
 from sacl_fast.evaluation.protocol import STATE, remove_state, top_of, train_layers
 from sacl_fast.evaluation.report import write_result
@@ -103,15 +103,15 @@ def evaluate_module(
 ) -> Result:
     """Evaluate a module (N, 3, S, S) -> (N, F) as it is, in eval mode, on the device that it is on;
     there is no control. The result is written where ``settings.out`` says."""
-    device = next(encoder.parameters()).device
+    network = GivenEncoder(encoder)
     folder = None if settings.out is None else user_path(settings.out, "out")
     config = replace(Config(), views=views)
     flags = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
     try:
         return _evaluate(
-            lambda _: [Network("dense", lambda: encoder, views)],
-            *(config, settings, device, folder, type(encoder).__name__, quiet, given),
+            lambda _: [Network("dense", lambda: network, views)],
+            *(config, settings, network.device, folder, type(encoder).__name__, quiet, given),
         )
     finally:
         for module, training in flags:

@@ -33,7 +33,6 @@ METHODS = {
 """What a verdict calls them."""
 
 _Z = 1.959964  # of the normal distribution: 95 % lie within
-_LOPSIDED = 0.15  # of the half width
 
 
 class Figure(NamedTuple):
@@ -54,13 +53,15 @@ class Figure(NamedTuple):
         return f"{self.low:.1f} to {self.high:.1f}"
 
     def shown(self, sign: str = "") -> str:
-        """``31.3 ± 2.9``; with the interval in full where it is lopsided, as of few images."""
-        mean = f"{self.mean:{sign}.1f}"
-        if math.isinf(self.margin):
+        """``31.3 ± 2.9``; with the interval in full where both its ends, as they are printed, are
+        others than ± says."""
+        mean, margin = f"{self.mean:{sign}.1f}", self.margin
+        if math.isinf(margin):
             return mean
-        if abs((self.high + self.low) / 2 - self.mean) > _LOPSIDED * self.margin:
+        ends = (self.low, self.mean - margin), (self.high, self.mean + margin)
+        if all(f"{end:.1f}" != f"{by_margin:.1f}" for end, by_margin in ends):
             return f"{mean} ({self.interval})"
-        return f"{mean} ± {self.margin:.1f}"
+        return f"{mean} ± {margin:.1f}"
 
 
 @dataclass(frozen=True)

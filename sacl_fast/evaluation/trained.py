@@ -16,7 +16,6 @@ files and are taken from there.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -36,7 +35,7 @@ from sacl_fast.config.choices import Width
 from sacl_fast.config.file import layered, read_config_file
 from sacl_fast.data.images.open import SOURCES
 from sacl_fast.encoders import build_encoder, load_encoder, read_encoder_metadata
-from sacl_fast.encoders.file import load_weights
+from sacl_fast.encoders.file import load_weights, normalisation_of
 from sacl_fast.encoders.recalibrate import recalibrated
 from sacl_fast.engine.checkpoint import (
     OfAnotherCommand,
@@ -321,7 +320,7 @@ def _open_encoder(path: Path) -> Trained:
     parent = path.absolute().parent
     config = Config()
     try:
-        values = {key: json.loads(said[key]) for key in ("mean", "std") if key in said}
+        values = normalisation_of(said)
         config = replace(
             config,
             preset=said.get("preset", config.preset),

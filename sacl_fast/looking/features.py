@@ -30,9 +30,10 @@ from sacl_fast.engine.distributed import pick_device
 from sacl_fast.engine.preflight import check_run
 from sacl_fast.errors import UserError, reason_of
 from sacl_fast.evaluation.evaluate import first_images
+from sacl_fast.evaluation.features import as_features
 from sacl_fast.evaluation.images import choose_images
 from sacl_fast.evaluation.named_images import require_images
-from sacl_fast.evaluation.networks import networks_of
+from sacl_fast.evaluation.networks import GivenEncoder, networks_of
 from sacl_fast.evaluation.progress import EvaluationProgress
 from sacl_fast.evaluation.trained import Trained
 from sacl_fast.precision import autocast, autocast_dtype
@@ -151,14 +152,15 @@ def features_of_module(
 ) -> Features:
     """The features of a module (N, 3, S, S) -> (N, F) in eval mode, on the device that it is on."""
     settings = replace(settings, data=as_given(settings.data, given))
-    device = next(encoder.parameters()).device
+    network = GivenEncoder(encoder)
     config = _configured(replace(Config(), views=views), settings)
     shares = _shares(open_sources(config.data, config.seed, given=given), settings)
     said = {"encoder": type(encoder).__name__}
     flags = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
     try:
-        return _extract(encoder, shares, config, settings, device, folder, said, quiet=True)
+        device = network.device
+        return _extract(network, shares, config, settings, device, folder, said, quiet=True)
     finally:
         for module, training in flags:
             module.training = training
@@ -254,10 +256,7 @@ def _extract(
 
 
 def _rows(found: Any) -> np.ndarray:
-    if not isinstance(found, Tensor) or found.ndim != 2:
-        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise UserError(f"the encoder gives {shape} for a batch; features (N, F) work")
-    rows = np.ascontiguousarray(found.float().cpu().numpy())
+    rows = np.ascontiguousarray(as_features(found).cpu().numpy())
     if not np.isfinite(rows).all():
         raise UserError("some features of the encoder are not finite")
     return rows

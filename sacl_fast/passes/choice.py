@@ -19,7 +19,6 @@ from sacl_fast.ops.backend import (
     of_slim_operators,
     resolve_all,
 )
-from sacl_fast.ops.collectives import world_size
 from sacl_fast.passes.graph import Fusion
 from sacl_fast.passes.recorded import RecordedEncoder
 from sacl_fast.precision import autocast_dtype
@@ -145,7 +144,7 @@ def choose_passes(
     steps_per_epoch: int,
     encoder: nn.Module | None = None,
 ) -> Passes:
-    """The plan that was asked for. For ``auto``: ``eager``, which on one GPU ``engine.plan`` may
+    """The plan that was asked for. For ``auto``: ``eager``, which on GPUs ``engine.plan`` may
     replace; on a CPU ``dense+skip`` for an ``encoder`` with depthwise convolutions, where slim
     passes are recorded. There no time decides, so that the same run gives the same figures.
 
@@ -157,7 +156,7 @@ def choose_passes(
         return passes_of(config.engine.plan, config, device, steps_per_epoch=steps_per_epoch)
     eager = passes_of("eager", config, device, steps_per_epoch=steps_per_epoch)
     compiled = device.type == "cpu" and config.slim.mode == "auto" and eager.recorded
-    if encoder is None or not compiled or config.deterministic or world_size() > 1:
+    if encoder is None or not compiled or config.deterministic:
         return eager
     convolutions = (m for m in encoder.modules() if isinstance(m, nn.Conv2d))
     if not any(1 < m.groups == m.in_channels for m in convolutions):

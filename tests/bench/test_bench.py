@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
+from typing import get_args
 
 import pytest
 import torch
 
+from sacl_fast.bench import waterfall
 from sacl_fast.bench.command import conclusion
 from sacl_fast.bench.pseudocode import pseudocode_step
-from sacl_fast.bench.waterfall import VARIANTS, prepared, variants
+from sacl_fast.bench.waterfall import prepared, variants
 from sacl_fast.cli import main, parse_config
+from sacl_fast.config import Config
+from sacl_fast.config.choices import BenchVariant
+from sacl_fast.engine.determinism import deterministic
 
 SMALL = (
     "cifar10 --encoder.name resnet20 --encoder.width 0.25 --views.size 16 --batch-size 8 "
@@ -65,6 +71,7 @@ def test_the_command(tmp_path, capsys):
     for row in result["rows"]:
         assert f"{row['name']} " in printed and f"{row['images_per_second']:,.1f}" in printed
     assert conclusion(result) in printed
+    assert re.search(r"^\(about [1-9]\d* s\)$", printed, re.M)
     first, last = result["rows"]
     assert "of_first" not in first and last["of_first"]["p50"] > 0
     assert (last["plan"], last["slim_mode"]) == ("eager", "skip")
@@ -73,10 +80,39 @@ def test_the_command(tmp_path, capsys):
 
 def test_variants_are_of_the_device_and_the_backend():
     found = list(variants(parse_config("bench", SMALL)))
-    assert found[0] == "pseudocode" and found[-1] == "compiled"
-    assert not {"trial", "graph"} & set(found) and set(found) < set(VARIANTS)
+    elsewhere = {"trial", "graph", "fused"} - set(found)  # fused: with Triton alone
+    assert found == [name for name in get_args(BenchVariant) if name not in elsewhere]
+    assert {"trial", "graph"} <= elsewhere
     plain = list(variants(parse_config("bench", [*SMALL, "--backend", "torch"])))
     assert plain == ["pseudocode", "plain", "run", "compiled"]
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_cudnn_chooses_as_in_a_run(monkeypatch, on):
+    """By trial, but in a run that is to be deterministic."""
+    asked = ["--deterministic"] if on else ["--no-deterministic"]
+    config = parse_config("bench", [*SMALL, "--backend", "torch", *asked])
+    monkeypatch.setattr(waterfall, "pick_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(waterfall, "plan_obstacle", lambda plan, config, device: None)
+    monkeypatch.setattr(waterfall, "prepared", lambda config, chosen=False: ())
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", on)
+    with deterministic(config.deterministic):
+        variants(config)["run"]()
+        assert torch.backends.cudnn.benchmark is not on
+        others = variants(replace(config, backend="auto"))
+        assert ("trial" in others) is not on and "graph" in others
+
+
+def test_help_says_what_is_ignored(capsys):
+    """Every setting that is no part of a step. Of the views their size is one."""
+    assert main(["bench", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    ignored = re.search(r"Ignored, since they change no step: (.*?) all but views.size", text)[1]
+    named = {name.replace("-", "_") for name in re.split(r"\W*(?:,| and | of )\W*", ignored)}
+    of_a_step = {"seed", "batch_size", "device", "precision", "channels_last", "backend"}
+    of_a_step |= {"deterministic", "encoder", "projector", "loss", "slim", "engine", "optim"}
+    rest = {field.name for field in fields(Config)} - of_a_step - {"out", "preset", "views"}
+    assert rest <= named
 
 
 def row(name: str, ms: float, **more: object) -> dict[str, object]:
@@ -120,7 +156,7 @@ def test_the_sentence_is_of_the_figures(rows, said):
         (["--steps", "0"], "--steps is '0'; a number from 1 to 10000 works"),
         (["--steps", "many"], "--steps is 'many'"),
         (["--steps"], "--steps needs a number"),
-        (["--variants", "plain,skp"], "there is no variant 'skp'; did you mean skip?"),
+        (["--variants", "plain,skp"], "compiled works (did you mean skip?)"),
         (["--variants", "graph"], "the variant graph does not run here"),
         (["--out", "{file}"], "--out names another folder"),
         (["--out", "/proc"], "cannot write into /proc"),

@@ -287,6 +287,14 @@ def test_what_is_missing_or_in_the_way(run: Path, tmp_path: Path, monkeypatch):
     refused("holds the dense encoder only", dense, out, ["slim"])
     refused("holds the slim encoder only, in which", slim, out, [0.25], data=_demo())
     refused("does not say where those are", dense, out, [0.25])
+    vit, nothing = (
+        tmp_path / "vit.safetensors",
+        "vit_tiny.* has no convolution to slim; width dense",
+    )
+    config = Config(encoder=EncoderConfig(name="vit_tiny_patch16_224"), views=ViewsConfig(size=32))
+    state = build_encoder(config.encoder.name, image_size=32).state_dict()
+    save_encoder(vit, state, encoder_metadata(config, epochs=1, steps=1, images=8, knn={}))
+    refused(nothing, vit, out, [0.25])  # before images are asked for
     refused("--knn needs images", dense, out, knn=True)
     gone = DataConfig(source="folder", root=str(tmp_path / "gone"))
     refused("statistics needs the run's images, and .*gone", run, out, [0.25], data=gone)

@@ -174,3 +174,18 @@ def test_gradients_are_untouched():
     with recalibrated(encoder, batches()):
         assert torch.is_grad_enabled()
     assert all(p.grad is None for p in encoder.parameters())
+
+
+def test_one_value_of_a_channel_is_refused():
+    encoder = nn.Sequential(nn.Conv2d(3, 6, 16), nn.BatchNorm2d(6), nn.Flatten())
+    before = state_of(encoder)
+    one = [images[:1] for images in batches()]
+    with (
+        pytest.raises(UserError, match=r"\(1, 6, 1, 1\) have one value.*at least two images"),
+        recalibrated(encoder, one),
+    ):
+        pass
+    assert_same_state(before, encoder)
+    larger = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Flatten())
+    with recalibrated(larger, one):
+        assert larger(one[0]).isfinite().all()

@@ -44,6 +44,18 @@ def test_sizes(tiny):
     assert second.startswith("resnet20 x 0.25, 0.02 M parameters, slim ratio 0.5, float32 on CPU")
 
 
+def test_an_encoder_that_cannot_be_slimmed_is_said(tiny):
+    vit = replace(
+        tiny,
+        encoder=replace(tiny.encoder, name="vit_tiny_patch16_224", width=1.0),
+        views=replace(tiny.views, size=32),
+    )
+    said = "vit_tiny_patch16_224 has no convolution to slim: slim passes leave nothing out"
+    assert [line for line in lines(vit) if line.startswith(said)]
+    assert starts(vit) == {"xcorr_loss", "lars", "vit_tiny_patch16_224 has no convolution to slim"}
+    assert not any("no convolution to slim" in line for line in lines(tiny))
+
+
 def test_gpus_that_stay_unused_are_named(tiny, monkeypatch):
     step = step_of(tiny)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)

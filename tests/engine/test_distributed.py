@@ -56,7 +56,8 @@ CASES = [
     Case(2, 3, V3, norm_gradient="damped", passes=RECORDED),
     Case(3, 3, V3, gather=False, loss={"distillation": "log"}),
     Case(3, 14, "resnet20"),  # N > D = 40
-    Case(3, 3, V3, passes=RECORDED),
+    Case(2, 4, V3, passes=ALL_RECORDED),
+    Case(3, 3, V3, passes=ALL_RECORDED),
 ]
 
 

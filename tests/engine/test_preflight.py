@@ -12,6 +12,7 @@ from sacl_fast.engine.dry_run import print_dry_run
 from sacl_fast.engine.preflight import check_run, remarks
 from sacl_fast.engine.trainer import train
 from sacl_fast.errors import UserError
+from sacl_fast.machine import Memory
 from sacl_fast.presets import PRESETS, get_preset
 
 
@@ -35,7 +36,8 @@ from sacl_fast.presets import PRESETS, get_preset
 def test_what_this_machine_cannot_do(config, sentence, tmp_path, monkeypatch):
     if worker_count(-1) > 30:
         monkeypatch.setattr("sacl_fast.engine.preflight.worker_count", lambda given: 8)
-    monkeypatch.setattr("sacl_fast.engine.preflight._memory", lambda: 64 * 10**9)
+    of_64_gb = Memory(64 * 10**9, 64 * 10**9)
+    monkeypatch.setattr("sacl_fast.engine.preflight.usable_memory", lambda: of_64_gb)
     monkeypatch.chdir(tmp_path)
     for begin in (check_run, train, print_dry_run):
         with pytest.raises(UserError, match=sentence):

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from sacl_fast.config import Config, DataConfig, OptimConfig
-from sacl_fast.engine import distributed
+from sacl_fast.engine import distributed, watch
 from sacl_fast.engine.agreement import check_same_settings
-from sacl_fast.engine.distributed import Ranks, process_group
+from sacl_fast.engine.distributed import Ranks, process_group, share_cores
 from sacl_fast.errors import OtherRankFailed, Stopped, UserError
 
 
@@ -182,17 +183,132 @@ def test_ranks_wait_for_one_another_and_notice_who_fails(tmp_path):
     assert "rank_1_is_killed 1" not in came
 
 
+def watched(rank: int, port: int, folder: str, scene: Callable[[str], str]) -> None:
+    """A scene in which the others are soon missed."""
+    torch.set_num_threads(1)
+    watch._BEAT, watch._SILENT, watch._GRACE = 0.1, 2.0, 1.0
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        outcome = scene(folder)
+    except (OtherRankFailed, UserError) as error:
+        outcome = f"{type(error).__name__}: {error}"
+    Path(folder, f"outcome {rank}").write_text(outcome)
+
+
+def killed_while_waited_for(folder: str) -> str:
+    with process_group("cpu") as ranks:
+        if ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        ranks.wait()
+    return "went on"
+
+
+def killed_before_the_group(folder: str) -> str:
+    if os.environ["RANK"] == "1":
+        dist.init_process_group = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    with process_group("cpu"):
+        return "went on"
+
+
+def fails_while_rank_0_writes(folder: str) -> str:
+    watch._SILENT = 600.0
+
+    def write() -> None:
+        while not Path(folder, "outcome 1").exists():
+            time.sleep(0.1)
+        time.sleep(4 * watch._GRACE)
+        Path(folder, "checkpoint").write_text("whole")
+
+    with process_group("cpu") as ranks:
+        ranks.wait()
+        if ranks.rank == 1:
+            raise UserError("there is no such image")
+        ranks.on_first(write)
+    return "went on"
+
+
+def two_groups_in_turn(folder: str) -> str:
+    watch._SILENT = 600.0
+
+    def group() -> list[int]:
+        with process_group("cpu") as ranks:
+            return ranks.jointly(lambda: ranks.rank)
+
+    return str([group(), group()])
+
+
+LOST = "OtherRankFailed: rank 1 was lost: rank 0 has not heard of it for 2 seconds"
+
+
+@pytest.mark.parametrize(
+    ("scene", "codes", "outcomes"),
+    [
+        (killed_while_waited_for, (0, -signal.SIGKILL), (LOST, None)),
+        (killed_before_the_group, (1, -signal.SIGKILL), (None, None)),
+        (
+            fails_while_rank_0_writes,
+            (0, 0),
+            ("OtherRankFailed: rank 1 failed: there is", "UserError: there is no such image"),
+        ),
+        (two_groups_in_turn, (0, 0), ("[[0, 1], [0, 1]]",) * 2),
+    ],
+)
+def test_nobody_waits_for_ever(tmp_path, scene, codes, outcomes):
+    arguments = (free_port(), str(tmp_path), scene)
+    context = mp.spawn(watched, arguments, nprocs=2, join=False)
+    assert context is not None
+    processes: list[Any] = context.processes
+    for process in processes:
+        process.join()
+    assert tuple(process.exitcode for process in processes) == codes
+    for rank, outcome in enumerate(outcomes):
+        file = tmp_path / f"outcome {rank}"
+        assert file.exists() == (outcome is not None)
+        assert outcome is None or file.read_text().startswith(outcome)
+    if scene is fails_while_rank_0_writes:
+        assert (tmp_path / "checkpoint").read_text() == "whole"
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_never_comes(monkeypatch, rank):
     monkeypatch.setattr(distributed, "_START_UP", timedelta(seconds=2))
     port = free_port()
-    variables = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    for name, value in variables.items():
-        monkeypatch.setenv(name, str(value))
+    join_as(monkeypatch, rank, port)
     with pytest.raises(UserError) as raised, process_group("cpu"):
         pass
     assert f"rank {rank} of 2 does not reach the others at 127.0.0.1:{port}" in str(raised.value)
     assert "WORLD_SIZE=1 trains alone" in str(raised.value)
+
+
+def test_something_else_at_the_port_that_says_nothing(monkeypatch):
+    monkeypatch.setattr(distributed, "_START_UP", timedelta(seconds=1))
+    monkeypatch.setattr(distributed, "_ANSWER", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        join_as(monkeypatch, 1, port)
+        with pytest.raises(UserError) as raised, process_group("cpu"):
+            pass
+    assert f"rank 1 of 2 does not reach the others at 127.0.0.1:{port}" in str(raised.value)
+
+
+def test_a_rank_that_is_there_already(monkeypatch):
+    """An earlier run still has the port: its ranks are not to be mixed with this one's."""
+    earlier = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(distributed, "_groups", count())
+    dist.PrefixStore("sacl_fast 0 0", earlier).set("rank 1", "1")
+    join_as(monkeypatch, 1, earlier.port)
+    with pytest.raises(UserError, match=r"there is a rank 1 at .* already"), process_group("cpu"):
+        pass
+    join_as(monkeypatch, 0, earlier.port)
+    with pytest.raises(UserError, match="rank 0 of 2 does not reach"), process_group("cpu"):
+        pass
+
+
+def join_as(monkeypatch, rank: int, port: int) -> None:
+    variables = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
 
 
 def test_torchrun_keeps_the_store_over_a_restart(monkeypatch):
@@ -210,9 +326,22 @@ def test_torchrun_keeps_the_store_over_a_restart(monkeypatch):
     }
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    dist.PrefixStore("sacl_fast 0", agent).set("rank 1", "here")
+    monkeypatch.setattr(distributed, "_groups", count())
+    dist.PrefixStore("sacl_fast 0 0", agent).set("rank 1", "1")
     with pytest.raises(UserError, match="rank 1 of 2 did not come within"), process_group("cpu"):
         pass
+
+
+def test_ranks_share_the_cores_of_their_machine(monkeypatch):
+    before, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    try:
+        torch.set_num_threads(cores + 1)
+        for ranks in (1, 2, cores + 1):
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+            share_cores()
+            assert torch.get_num_threads() == max(1, cores // ranks)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_one_process_needs_no_others():

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import sacl_fast
 from sacl_fast.cli import main
 from sacl_fast.config import Config, DataConfig, EncoderConfig, EvalConfig
 from sacl_fast.config.evaluation import LinearEvaluation
 from sacl_fast.encoders import build_encoder, load_encoder
+from sacl_fast.encoders.file import encoder_metadata, save_encoder
 from sacl_fast.engine.trainer import RunResult, train
 from sacl_fast.errors import UserError
 from sacl_fast.evaluation.networks import supervised_encoder
+from sacl_fast.presets import get_preset
 from tests.commands import refused, said
 from tests.tiny import tiny_run
 
@@ -299,6 +303,53 @@ def test_a_module_is_evaluated_as_it_is(config):
     assert [m.training for m in encoder.modules()] == flags
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
     assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_any_module_gives_features(config):
+    given: dict[str, Any] = {"data": config.data, "views": config.views}
+    pixels = sacl_fast.evaluate.features(torch.nn.Flatten(), **given)
+    assert pixels.features.shape[1] == 3 * config.views.size**2
+    assert len(sacl_fast.evaluate.knn(torch.nn.Flatten(), **given, eval=EvalConfig(k=3)).scores)
+    torch.manual_seed(0)
+    wide = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(pixels.features.shape[1], 4))
+    expected = sacl_fast.evaluate.features(wide, **given).features
+    for type in (torch.float64, torch.bfloat16):
+        found = sacl_fast.evaluate.features(copy.deepcopy(wide).to(type), **given).features
+        np.testing.assert_allclose(found, expected, rtol=0, atol=5e-2)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"), [(lambda x: (x.flatten(1), x), "tuple"), (lambda x: x, r"\(\d+, 3, ")]
+)
+def test_a_module_of_something_else_is_refused(config, given, found):
+    class Other(torch.nn.Module):
+        def forward(self, x):
+            return given(x)
+
+    images: dict[str, Any] = {"data": config.data, "views": config.views}
+    evaluations = (
+        lambda: sacl_fast.evaluate.knn(Other(), **images),
+        lambda: sacl_fast.evaluate.linear(Other(), **images, batch_size=10, epochs=1),
+        lambda: sacl_fast.evaluate.features(Other(), **images),
+    )
+    for evaluate in evaluations:
+        with pytest.raises(UserError, match=rf"gives {found}.*features \(N, F\) work"):
+            evaluate()
+
+
+def test_a_file_says_how_its_images_are_normalised(tmp_path):
+    """An encoder of timm's name, whose file says another mean than timm's."""
+    run = get_preset("demo")
+    encoder = EncoderConfig(name="test_efficientnet")
+    run = replace(run, encoder=encoder, views=replace(run.views, mean=(0.1, 0.2, 0.3)))
+    said = encoder_metadata(run, epochs=1, steps=1, images=1, knn={})
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(path, build_encoder(encoder.name, image_size=32).state_dict(), said)
+    _, views = supervised_encoder(replace(Config(), encoder=encoder), str(path))
+    assert views.mean == (0.1, 0.2, 0.3) and views.std == run.views.std
+    save_encoder(path, load_file(path), {**said, "std": "[1, 2]"})
+    with pytest.raises(UserError, match=r"says of itself cannot be understood: views.std is"):
+        supervised_encoder(replace(Config(), encoder=encoder), str(path))
 
 
 def test_supervised_weights_from_a_file(tmp_path):

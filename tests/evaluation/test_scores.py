@@ -52,8 +52,17 @@ def test_the_interval_of_an_accuracy_is_the_binomial_one():
 def test_intervals_of_few_images_stay_within_what_is_possible(right, n, interval):
     figure = accuracy_of(100.0 * (np.arange(n) < right))
     assert figure.interval == interval and figure.low <= figure.mean <= figure.high
-    whole = f"{100 * right / n:.1f} ({interval})"
-    assert figure.shown() == ("30.8 ± 5.5" if n == 263 else whole)
+    assert figure.shown() == f"{100 * right / n:.1f} ({interval})"
+
+
+def test_plus_minus_stands_where_it_gives_the_interval():
+    """Of an interval that is not about its figure, neither end as printed is what ± would say."""
+    assert Figure(20.0, 17.94, 22.06).shown() == "20.0 ± 2.1"
+    assert Figure(20.0, 18.0, 22.3).shown("+") == "+20.0 (18.0 to 22.3)"
+    assert Figure(20.04, 17.98, 22.1).shown() == "20.0 ± 2.1"
+    gain = gain_of(np.repeat([100.0, 0.0], [12, 48]))
+    assert gain.shown("+") == f"+20.0 ({gain.interval})"
+    assert accuracy_of(100.0 * (np.arange(10_000) < 500)).shown() == "5.0 ± 0.4"
 
 
 def test_the_interval_of_a_gain():

@@ -1,8 +1,8 @@
 """Image files to 8-bit RGB, as torchvision's loader does it, without its surprises.
 
-16-bit grayscale is scaled instead of clipped, palettes keep their transparent colours without a
-warning, and every way a file can be broken is one exception with a reason. JPEGs are decoded in
-full (no ``draft`` mode), so pixels are those of other frameworks.
+16-bit grayscale and floats are scaled instead of clipped, palettes keep their transparent colours
+without a warning, and every way a file can be broken is one exception with a reason. JPEGs are
+decoded in full (no ``draft`` mode), so pixels are those of other frameworks.
 """
 
 from __future__ import annotations
@@ -133,8 +133,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits, whatever holds them
         wide = np.asarray(image).astype(np.float64)
         return Image.fromarray((wide / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        return _of_floats(np.asarray(image))
     if image.mode in ("P", "PA") and (image.mode == "PA" or "transparency" in image.info):
         return image.convert("RGBA").convert("RGB")
     if image.mode in ("La", "RGBa"):  # premultiplied: by way of the plain mode
         image = image.convert("LA" if image.mode == "La" else "RGBA")
     return image.convert("RGB")
+
+
+def _of_floats(gray: np.ndarray) -> Image.Image:
+    """Of an image (H, W) of 0 to 1, or of 0 to 255."""
+    low, high = float(gray.min()), float(gray.max())
+    if not 0 <= low <= high <= 255:  # nor any NaN
+        raise BadImage(f"its values are {low:g} to {high:g}; 0 to 1 and 0 to 255 work")
+    whole = gray * (255 if high <= 1 else 1)
+    return Image.fromarray(whole.round().astype(np.uint8)).convert("RGB")

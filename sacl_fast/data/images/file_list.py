@@ -57,9 +57,10 @@ class FileListSource(FileSource):
 def read_file_list(path: Path, config: DataConfig) -> FileListSource:
     """The images that the lines of ``path`` name, relative to its folder or absolute.
 
-    A line is a path, or a path, a tab and the name of its class; empty lines and those that begin
-    with # do not count. Classes need a name in every line, and count unless ``data.labels`` is
-    none.
+    A line is a path, or a path, a tab and the name of its class. Empty lines and those that begin
+    with # do not count, nor does a first one with a tab that is a header: it names no file there,
+    nor anything that ends as images do. Classes need a name in every line, and count unless
+    ``data.labels`` is none.
 
     Raises:
         UserError: it cannot be read, names no images, has other lines than these, or more than
@@ -79,6 +80,10 @@ def read_file_list(path: Path, config: DataConfig) -> FileListSource:
                 f"line {number} of {path} is {line[:200]!r}; a path works, or a path, a tab and "
                 "the name of a class"
             )
+        there = is_image(image) or os.path.lexists(os.path.join(folder, image))
+        if rest and not paths and not there:
+            logger.warning("left out the first line of %s, a header: %r", path, line[:200])
+            continue
         paths.append(image)
         classes.append(rest[0] if rest else "")
     if comments:

@@ -11,7 +11,6 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +23,7 @@ from sacl_fast.data.images.pixel_file import CUT, is_cut
 from sacl_fast.data.images.source import Packed
 from sacl_fast.data.loading.waiting import NoBatch
 from sacl_fast.errors import UserError
+from sacl_fast.machine import usable_memory
 
 logger = logging.getLogger(__name__)
 
@@ -283,15 +283,9 @@ def pixel_bytes(placement: np.ndarray) -> int:
 
 def free_memory(device: torch.device) -> Free:
     """What is free now."""
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    with suppress(OSError, ValueError, IndexError):
-        text = Path("/proc/meminfo").read_text()
-        host = 1024 * int(text.partition("MemAvailable:")[2].split()[0])
-    with suppress(OSError, ValueError):  # of a container
-        folder = Path("/sys/fs/cgroup")
-        most = int((folder / "memory.max").read_text())  # ValueError: "max"
-        host = min(host, most - int((folder / "memory.current").read_text()))
-    return Free(host, torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0)
+    return Free(
+        usable_memory().free, torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    )
 
 
 def processes_here() -> int:

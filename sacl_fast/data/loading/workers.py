@@ -29,6 +29,7 @@ from sacl_fast.data.loading.handover import receive_batch, send_task
 from sacl_fast.data.loading.waiting import Background, NoBatch, Patience
 from sacl_fast.data.loading.worker_process import FOR_THE_PARENT, Failure, Reader, work
 from sacl_fast.errors import UserError, reason_of
+from sacl_fast.machine import usable_cores
 
 _END_WITHIN = 2.0  # seconds that workers have to end
 
@@ -88,9 +89,7 @@ def worker_count(given: int) -> int:
     machine."""
     if given >= 0:
         return given
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 class _Here:

@@ -70,6 +70,21 @@ def test_16_bits_are_scaled(tmp_path: Path, name: str) -> None:
     np.testing.assert_array_equal(found[..., 0], np.round(deep / 257).astype(np.uint8))
 
 
+@pytest.mark.parametrize("most", [1, 255])
+def test_floats_are_scaled(tmp_path: Path, most: int) -> None:
+    floats = np.linspace(0, most, GRAY.size, dtype=np.float32).reshape(GRAY.shape)
+    found = saved(tmp_path, Image.fromarray(floats), "float.tif")
+    np.testing.assert_array_equal(found[..., 0], np.round(floats * (255 / most)).astype(np.uint8))
+
+
+@pytest.mark.parametrize("value", [-0.5, 300.0, np.nan])
+def test_floats_of_no_known_scale_are_refused(tmp_path: Path, value: float) -> None:
+    floats = np.ones((9, 12), np.float32)
+    floats[0, 0] = value
+    with pytest.raises(BadImage, match="0 to 1 and 0 to 255 work"):
+        saved(tmp_path, Image.fromarray(floats), "float.tif")
+
+
 def test_cmyk_and_one_pixel_wide(tmp_path: Path) -> None:
     image = Image.fromarray(COLOUR).convert("CMYK")
     found = saved(tmp_path, image, "cmyk.tif")

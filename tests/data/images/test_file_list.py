@@ -48,6 +48,22 @@ def test_labels(image_folder: Path) -> None:
     assert opened(listed).classes == ()  # one is missing
 
 
+def test_a_header_is_no_image(image_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    listed = image_folder / "with_header.txt"
+    lines = ["path\tlabel", "dark/03.png\tnight", "bright/07.png\tnoon"]
+    listed.write_text("\n".join(lines))
+    with caplog.at_level("WARNING"):
+        source = opened(listed)
+    assert len(source) == 2 and source.classes == ("night", "noon")
+    assert "left out the first line" in caplog.text and r"'path\tlabel'" in caplog.text
+    (image_folder / "path").write_bytes((image_folder / "dark/03.png").read_bytes())
+    assert opened(listed).classes == ("label", "night", "noon")  # a file of that name
+    listed.write_text("\n".join([lines[1], lines[0], lines[2]]))
+    (image_folder / "path").unlink()
+    with pytest.raises(UserError, match="1 of 3 files of the list"):
+        opened(listed)
+
+
 def test_what_is_wrong_with_a_list(tmp_path: Path) -> None:
     listed = tmp_path / "images.txt"
     listed.write_text("\n# nothing\n")
