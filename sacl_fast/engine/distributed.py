@@ -205,14 +205,14 @@ def process_group(requested_device: str) -> Iterator[Ranks]:
     device = pick_device(requested_device, launch.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if not os.environ.get("OMP_NUM_THREADS"):
+        share_cores()
     if dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)
         return
     if launch.world_size == 1:
         yield Ranks(0, 1, device)
         return
-    if not os.environ.get("OMP_NUM_THREADS"):
-        share_cores()
     store = _meet(launch)
     watch = Watch(store, launch.rank, launch.world_size)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -242,8 +242,8 @@ def process_group(requested_device: str) -> Iterator[Ranks]:
 
 
 def share_cores() -> None:
-    """Have torch's threads be no more than this rank's share of the machine's cores: loops of ranks
-    that each take all cores wait for one another's threads. torchrun gives each rank one thread by
+    """Have torch's threads be no more than this rank's share of the cores that may be used: threads
+    without a core are waited for by all others. torchrun gives each rank one thread by
     OMP_NUM_THREADS, srun does not."""
     torch.set_num_threads(min(torch.get_num_threads(), worker_count(-1)))
 

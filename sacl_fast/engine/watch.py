@@ -37,7 +37,8 @@ class Watch:
         """What this rank was the first to notice, for a person."""
         self.working = False
         """Whether the main thread does what is to be finished, such as writing a file."""
-        self._others = [other for other in range(world_size) if other != rank]
+        # Rank 0 watches all and tells them; they watch rank 0. All by all would be too many.
+        self._others = range(1, world_size) if rank == 0 else [0]
         self._store: dist.Store = store.clone()  # type: ignore[attr-defined] - torch's stub lacks it
         self._heard: dict[int, tuple[int, float]] = {}  # by rank: its count, and since when
         self._over = threading.Event()
