@@ -14,7 +14,8 @@ def avoid_memory_overwrite(model: nn.Module) -> None:
     """Compute some convolutions differently, in training of which oneDNN overwrites memory.
 
     For the weight gradient of a 1x1 convolution with a stride, in channels-last memory, of fewer
-    than 16 channels it reserves too little (seen with version 3.10 in torch 2.11, AVX-512).
+    than 16 channels it reserves too little (seen with version 3.10 in torch 2.11, by AVX-512 and
+    by AVX2, where a few steps of a narrow ResNet end in "double free or corruption").
     """
     for module in model.modules():
         if (

@@ -24,6 +24,7 @@ from sacl_fast.data.loading.crops import CropLoader
 from sacl_fast.data.loading.evaluation import EvalLoader
 from sacl_fast.data.loading.torchvision_stream import input_dtype
 from sacl_fast.encoders.file import encoder_metadata, save_encoder
+from sacl_fast.encoders.onednn import avoid_memory_overwrite
 from sacl_fast.engine.checkpoint import (
     UnusableCheckpoint,
     changed_settings,
@@ -128,6 +129,8 @@ class Training:
         self.amp_dtype = autocast_dtype(settings.precision, device)
         self.module = classifier.module.to(device)
         self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if device.type == "cpu":
+            avoid_memory_overwrite(self.module)
         if classifier.slicer is not None:
             classifier.slicer.to(device)
         assert settings.steps is not None

@@ -24,6 +24,7 @@ from sacl_fast.evaluation.images import choose_images
 from sacl_fast.transfer.finetune import _steps, default_folder
 from sacl_fast.transfer.task import with_few_labels
 from tests.commands import said
+from tests.operators import Convolutions
 from tests.transfer.conftest import FEW, FEW_ARGS, network
 
 
@@ -44,6 +45,13 @@ def test_few_labels(run_folder, labelled, tiny, capsys):
         for part in ("checkpoints", "from_scratch/checkpoints")
     ]
     assert [[group["base"] for group in groups] for groups in of] == [[0.01, 0.1], [0.1]]
+
+
+def test_no_convolution_overwrites_memory(run_folder, capsys):
+    with Convolutions() as convolutions:
+        said(capsys, "finetune", run_folder, *FEW_ARGS, "--per-class", "1", "--seed", "4")
+    assert not any(convolutions.narrow())
+    assert any(last for *_, last in convolutions.seen)
 
 
 def test_few_labels_are_those_of_few_shot_evaluation(labelled, tiny, tmp_path):

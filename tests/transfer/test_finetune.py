@@ -26,6 +26,7 @@ from sacl_fast.data.loading.crops import CropLoader
 from sacl_fast.data.loading.evaluation import EvalLoader
 from sacl_fast.encoders import build_encoder, read_encoder_metadata
 from sacl_fast.encoders.file import encoder_metadata, save_encoder
+from sacl_fast.encoders.onednn import avoid_memory_overwrite
 from sacl_fast.encoders.pretrained import load_pretrained
 from sacl_fast.engine.checkpoint import list_checkpoints, load_checkpoint
 from sacl_fast.engine.metrics import read_metrics
@@ -105,6 +106,7 @@ def test_the_first_step_is_the_protocol(run_folder, labelled, tiny, backbone):
     encoder = sacl_fast.load_encoder(run_folder)
     torch.manual_seed(0)
     encoder.reset_classifier(3)  # type: ignore[operator]
+    avoid_memory_overwrite(encoder)
     order = np.random.default_rng([0, 0]).permutation(60)
     loader = CropLoader(train_source, order, config, torch.device("cpu"))
     batches = loader.batches()
